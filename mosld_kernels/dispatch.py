@@ -1,0 +1,249 @@
+"""The public functions: check the arguments, choose the backend once, flatten x, run, and give x's shape back.
+
+Eager mode calls the autograd function directly, because the dispatcher would cost more than a small layer takes.
+Under torch.compile and torch.export the call is one opaque operator, `torch.ops.mosld.linear`, whose backward is
+`torch.ops.mosld.linear_backward`: no graph break, and the same bits as in eager mode.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .autograd import Inputs, MoSLDFunction, Settings
+from .dropout import check_seed
+from .reference import router_dtype
+
+BACKENDS = ("auto", "eager", "triton")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def mosld_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A frozen linear layer with a mixture of LoRA experts that share A: y = x W0^T + b0 + s sum_k g_k B_k A~ x.
+
+    x: [..., D_in]; any leading shape, also with no tokens; float32, bfloat16, float16 or float64.
+    weight: [D_out, D_in] and bias: [D_out] or None, the base layer, in x's dtype.
+    shared_a: [R, D_in], the shared down-projection A.
+    expert_b: [D_out, E * R], the experts' up-projections side by side; `expert_b.view(D_out, E, R)[:, e]` is expert e.
+    router_weight: [E, D_in], no bias. The three adapter tensors share one dtype, which may differ from x's: they are
+        cast to it, and their gradients come back in their own.
+    top_k: experts chosen per token, K in [1, E]; equal logits go to the lower index.
+    scale: s = alpha / R.
+    dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2), one mask for all tokens and experts.
+    seed: int64 [1] on x's device, needed when dropout_p > 0: the mask is a pure function of it. Draw it with torch's
+        generator, as in `torch.randint(2**62, (1,), device=x.device)`.
+    backend: "auto", "eager" (torch products, any device) or "triton" (not built yet: raises).
+
+    returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and router_logits [..., E] in float32
+        (float64 for float64 x); both carry gradients for x, the adapter tensors, and weight and bias where they
+        require one.
+    raises ValueError for shapes, dtypes, devices or values that do not fit, with the rule and the value, and
+        RuntimeError for a backend that cannot run here.
+    """
+    return _run(x, weight, bias, shared_a, expert_b, router_weight, seed, Settings(top_k, scale, dropout_p), backend)
+
+
+def mosld_delta(
+    x: Tensor,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The update alone, s sum_k g_k B_k A~ x, for a base layer that is not a plain weight.
+
+    Arguments, shapes, results and errors are those of `mosld_linear` without weight and bias.
+    """
+    return _run(x, None, None, shared_a, expert_b, router_weight, seed, Settings(top_k, scale, dropout_p), backend)
+
+
+def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Settings, backend: str):
+    _check_settings(settings, backend)
+    inputs = _autocast(Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed))
+    _check_tensors(inputs, settings)
+    leading = x.shape[:-1]
+    inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))
+    if torch.compiler.is_compiling():
+        out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
+    else:
+        out, logits = MoSLDFunction.apply(*inputs, *settings)
+    return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
+
+
+def _autocast(inputs: Inputs) -> Inputs:
+    """Under autocast the base layer runs in the autocast dtype, as torch.nn.functional.linear does; float64 is left."""
+    device = inputs.x.device.type
+    if not torch.is_autocast_enabled(device) or inputs.x.dtype == torch.float64:
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    cast = {
+        name: tensor.to(dtype)
+        for name, tensor in (("x", inputs.x), ("weight", inputs.weight), ("bias", inputs.bias))
+        if tensor is not None
+    }
+    return inputs._replace(**cast)
+
+
+def _check_settings(settings: Settings, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        raise RuntimeError("backend='triton' is not built yet; backend='auto' and backend='eager' run torch products")
+    if not 0 <= settings.dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {settings.dropout_p}")
+    if not math.isfinite(settings.scale):
+        raise ValueError(f"scale must be finite, got {settings.scale}")
+
+
+def _check_tensors(inputs: Inputs, settings: Settings) -> None:
+    x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
+    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
+    if not (shared_a.dim() == expert_b.dim() == router_weight.dim() == 2):
+        raise ValueError(
+            "shared_a [R, D_in], expert_b [D_out, E * R] and router_weight [E, D_in] must have two dimensions, got "
+            f"{list(shared_a.shape)}, {list(expert_b.shape)}, {list(router_weight.shape)}"
+        )
+    d_in, d_out = x.shape[-1], expert_b.shape[0]
+    rank, num_experts = shared_a.shape[0], router_weight.shape[0]
+    if rank < 1 or num_experts < 1 or d_out < 1:
+        raise ValueError(f"R, E and D_out must be at least 1, got R={rank}, E={num_experts}, D_out={d_out}")
+    _expect(shared_a, "shared_a", "[R, D_in]", (rank, d_in))
+    _expect(router_weight, "router_weight", "[E, D_in]", (num_experts, d_in))
+    _expect(expert_b, "expert_b", f"[D_out, E * R] with E={num_experts}, R={rank}", (d_out, num_experts * rank))
+    if weight is not None:
+        _expect(weight, "weight", "[D_out, D_in]", (d_out, d_in))
+    if bias is not None:
+        _expect(bias, "bias", "[D_out]", (d_out,))
+    if not 1 <= settings.top_k <= num_experts:
+        raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {settings.top_k}")
+    _check_dtypes_and_devices(inputs)
+    if settings.dropout_p > 0:
+        if seed is None:
+            raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: an int64 tensor of shape [1]")
+        check_seed(seed)
+        if seed.device != x.device:
+            raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
+
+
+def _check_dtypes_and_devices(inputs: Inputs) -> None:
+    x, shared_a = inputs.x, inputs.shared_a
+    for name, tensor in zip(("weight", "bias"), (inputs.weight, inputs.bias), strict=True):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    for name in ("shared_a", "expert_b", "router_weight"):
+        dtype = getattr(inputs, name).dtype
+        if dtype not in FLOATS or dtype != shared_a.dtype:
+            raise ValueError(f"shared_a, expert_b and router_weight must share one floating-point dtype, got {dtype} "
+                             f"for {name} beside {shared_a.dtype} for shared_a")
+    for name, tensor in inputs._asdict().items():
+        if name != "seed" and tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def _expect(tensor: Tensor, name: str, rule: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {rule} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+@torch.library.custom_op("mosld::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    seed: Tensor | None,
+    top_k: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> out [T, D_out], logits [T, E], and for backward hidden [T, R], gates [T, E]"""
+    inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
+    return autograd.forward(inputs, Settings(top_k, scale, dropout_p))
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p):
+    tokens, num_experts = x.shape[0], router_weight.shape[0]
+    routed = router_dtype(x.dtype)
+    return (
+        x.new_empty(tokens, expert_b.shape[0]),
+        x.new_empty(tokens, num_experts, dtype=routed),
+        x.new_empty(tokens, shared_a.shape[0]),
+        x.new_empty(tokens, num_experts, dtype=routed),
+    )
+
+
+@torch.library.custom_op("mosld::linear_backward", mutates_args=())
+def _linear_backward_op(
+    dout: Tensor,
+    dlogits: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    seed: Tensor | None,
+    top_k: int,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
+    inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
+    settings = Settings(top_k, scale, dropout_p)
+    grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
+    return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+
+
+@_linear_backward_op.register_fake
+def _(dout, dlogits, hidden, gates, x, weight, bias, shared_a, expert_b, router_weight, seed,
+      top_k, scale, dropout_p, needs):  # fmt: skip
+    wanted = zip((x, weight, bias, shared_a, expert_b, router_weight), needs, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, need in wanted if need]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, top_k, scale, dropout_p = inputs
+    _, _, hidden, gates = output
+    ctx.mark_non_differentiable(hidden, gates)
+    ctx.save_for_backward(hidden, gates, *tensors)
+    ctx.settings = Settings(top_k, scale, dropout_p)
+
+
+def _backward(ctx, dout, dlogits, dhidden, dgates):
+    hidden, gates, *tensors = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[:6]]
+    grads = iter(torch.ops.mosld.linear_backward(dout, dlogits, hidden, gates, *tensors, *ctx.settings, needs))
+    return *(next(grads) if need else None for need in needs), None, None, None, None
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,96 @@
+"""Which elements of A are kept: a pure function of (seed, row, column), by counter-based Philox-4x32-10.
+
+    n = row * D_in + col      counter = (n >> 2, 0, layer_id, stream_id)      word = Philox(seed, counter)[n & 3]
+    keep = word >= round(p * 2^32)
+
+Integers only, so every backend draws the same bits whatever its tiles are, and the backward pass redraws the mask
+from the seed instead of storing it. (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.)
+"""
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF  # 32-bit words are held in int64
+ROUNDS = 10
+# Philox-4x32's two multipliers minus 2^32: with a 32-bit word the product then always fits a signed 64-bit integer.
+MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(seed: Tensor, counter: Tensor) -> Tensor:
+    """The four words of Philox-4x32-10 for each counter, equal to `tl.philox` with 32-bit counters.
+
+    seed: int64 [1]; its low and high 32 bits are the key.
+    counter: int64 [4, N], each entry in [0, 2^32).
+    returns: int64 [4, N], each entry in [0, 2^32).
+    """
+    # Words 0 and 2 are multiplied, words 1 and 3 are mixed in: two tensors [2, N] halve the number of operations,
+    # and for a mask of a few thousand words the number of operations is the whole cost.
+    multiplied, mixed_in = counter[0::2], counter[1::2]
+    multipliers = _pair(MULTIPLIERS, seed.device).view(2, 1)
+    key = torch.cat((seed, seed >> 32)) & WORD  # [2]
+    rounds = torch.arange(ROUNDS, device=seed.device).view(ROUNDS, 1)
+    keys = (key + _pair(KEY_STEPS, seed.device) * rounds) & WORD  # [ROUNDS, 2]
+    for round_key in keys.view(ROUNDS, 2, 1).unbind():
+        product = multiplied * multipliers
+        high = ((product >> 32) + multiplied) & WORD  # adds back the 2^32 * word that MULTIPLIERS leave out
+        multiplied = high.flip(0) ^ mixed_in ^ round_key
+        mixed_in = (product & WORD).flip(0)
+    return torch.stack((multiplied, mixed_in), dim=1).flatten(0, 1)
+
+
+def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
+    """Two constants as an int64 tensor made on the device: a copy from the host would break CUDA-graph capture."""
+    first, second = values
+    return first + (second - first) * torch.arange(2, device=device)
+
+
+def keep_mask(seed: Tensor, shape: tuple[int, int], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
+    """The dropout mask on the elements of A, True where an element is kept.
+
+    seed: int64 [1], on the device where the mask is wanted.
+    shape: (R, D_in).
+    p: probability of dropping an element, in [0, 1].
+    layer_id, stream_id: salts in [0, 2^32) that give independent masks for the same seed.
+    returns: bool [R, D_in].
+    raises ValueError for a seed that is not one int64, a shape that is not two sizes, or p outside [0, 1].
+    """
+    check_seed(seed)
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"shape must be (R, D_in), both at least 0, got {tuple(shape)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    rows, cols = shape
+    blocks = -(-rows * cols // 4)  # one Philox call decides four neighbours
+    counter = torch.zeros(4, blocks, dtype=torch.int64, device=seed.device)
+    torch.arange(blocks, out=counter[0])
+    if layer_id or stream_id:
+        counter[2], counter[3] = layer_id, stream_id
+    words = philox(seed, counter).t().reshape(-1)[: rows * cols]
+    return (words >= round(p * 2**32)).view(rows, cols)
+
+
+def draw_keep(seed: Tensor | None, shape: tuple[int, int], p: float) -> Tensor | None:
+    """The keep mask of one call, or None when nothing is dropped and so no randomness is wanted."""
+    if p == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_p={p} needs a seed: an int64 tensor of shape [1]")
+    return keep_mask(seed, shape, p)
+
+
+def drop_elements(values: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """values [R, D_in] -> keep * values / (1 - p), the inverted dropout of MoSLD's Eq. 2; `values` without a mask.
+
+    Linear in `values`, so the same function maps the gradient of the dropped A to the gradient of A.
+    """
+    if keep is None:
+        return values
+    scale = 1 / (1 - p) if p < 1 else 0.0  # p = 1 drops everything, as torch.nn.functional.dropout does
+    return torch.where(keep, values * scale, 0.0)
+
+
+def check_seed(seed: Tensor) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (1,):
+        got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed must be an int64 tensor of shape [1], got {got}")

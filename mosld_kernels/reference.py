@@ -1,0 +1,79 @@
+"""The formula in plain differentiable torch: the truth for tests (in float64) and the baseline for benchmarks.
+
+    A~ = keep(seed) * A / (1 - p)             [R, D_in]    dropout on the elements of A
+    z  = x A~^T                               [T, R]       down
+    l  = x Wr^T                               [T, E]       router logits
+    g  = softmax over the K largest l         [T, E]       zero elsewhere; ties go to the lower index
+    h  = s * g (x) z                          [T, E * R]   mix: h[t, e * R + r] = s * g[t, e] * z[t, r]
+    y  = x W0^T + b0 + h B^T                  [T, D_out]   up
+
+This is Eq. 1 to 3 of MoSLD (arXiv 2412.08946) with the down-projection shared: softmax, top-k and renormalisation
+together equal the softmax over the K largest logits.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dropout import draw_keep, drop_elements
+
+
+def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
+    """logits [..., E] -> bool [..., E], True at the K largest of each token; equal logits go to the lower index."""
+    # torch.topk leaves the order of equal values open, a stable sort does not.
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
+
+
+def gates_from_logits(logits: Tensor, top_k: int) -> Tensor:
+    """logits [..., E] -> gates [..., E]: the softmax over the K largest, exact zeros elsewhere."""
+    if top_k < logits.shape[-1]:
+        logits = logits.masked_fill(~top_k_mask(logits, top_k), float("-inf"))
+    # Over the first dimension a softmax runs along the tokens: on CPU ten times faster than along a handful of experts.
+    return logits.movedim(-1, 0).softmax(dim=0).movedim(0, -1).contiguous()
+
+
+def router_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Routing is done in float32, or in float64 where x is float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def mosld_delta(
+    x: Tensor,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The update alone, h B^T, and the router logits. Arguments and shapes as in `mosld_kernels.mosld_delta`."""
+    keep = draw_keep(seed, (shared_a.shape[0], shared_a.shape[1]), dropout_p)
+    hidden = F.linear(x, drop_elements(shared_a, keep, dropout_p).to(x.dtype))
+    logits = F.linear(x, router_weight.to(x.dtype)).to(router_dtype(x.dtype))
+    gates = gates_from_logits(logits, top_k).to(x.dtype)
+    mixed = scale * (gates.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)
+    return F.linear(mixed, expert_b.to(x.dtype)), logits
+
+
+def mosld_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shared_a: Tensor,
+    expert_b: Tensor,
+    router_weight: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """y and the router logits. Arguments and shapes as in `mosld_kernels.mosld_linear`; `backend` is ignored."""
+    delta, logits = mosld_delta(
+        x, shared_a, expert_b, router_weight, top_k=top_k, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+    return F.linear(x, weight, bias) + delta, logits
