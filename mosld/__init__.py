@@ -1,0 +1,27 @@
+"""MoSLD (arXiv 2412.08946): mixtures of LoRA experts that share one down-projection.
+
+`MoSLDLinear` is a drop-in for nn.Linear, `MoSLDConfig` a method of Hugging Face PEFT: importing this package registers
+it there, so import it before loading an adapter.
+"""
+
+from .tuner import register
+
+register()
+
+from .balance import balance_loss  # noqa: E402  the modules below need the registration
+from .config import MoSLDConfig  # noqa: E402
+from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
+from .router import RouterStats, router_stats  # noqa: E402
+from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "MoSLDAdapter",
+    "MoSLDConfig",
+    "MoSLDLinear",
+    "MoSLDTrainer",
+    "MoSLDTrainerMixin",
+    "RouterStats",
+    "balance_loss",
+    "router_stats",
+]

@@ -1,0 +1,57 @@
+"""MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss."""
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .balance import balance_loss
+
+
+class MoSLDTrainerMixin:
+    """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
+
+    balance_coef: the weight; None takes it from the active adapter's MoSLDConfig. 0 leaves the loss alone.
+
+    The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
+    gradient is that of the mean over micro-batches and processes, whatever the number of either.
+    """
+
+    def __init__(self, *args, balance_coef: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.balance_coef = _configured_balance_coef(self.model) if balance_coef is None else balance_coef
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        attention_mask = inputs.get("attention_mask")
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self.balance_coef and model.training:
+            penalty = self.balance_coef * balance_loss(model, attention_mask)
+            loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _undivided_steps(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """By how much the penalty must be divided here so that accumulation leaves its weight alone.
+
+        A loss that is normalised over the whole accumulated batch is summed over micro-batches without a further
+        division, which would count the penalty once for each of them; other losses the Trainer itself divides.
+        """
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # the attribute is younger than transformers 5.0
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+
+class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
+    """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds."""
+
+
+def _configured_balance_coef(model: nn.Module) -> float:
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", None)
+    names = active() if callable(active) else (active or list(configs))
+    coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
+    if len(coefs) > 1:
+        raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")
+    return coefs.pop() if coefs else 0.0

@@ -1,0 +1,152 @@
+"""MoSLD as a method of Hugging Face PEFT: the layer that wraps a linear layer, the model that places it, registration.
+
+PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
+"""
+
+import enum
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    PeftType,
+    register_peft_method,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .layer import MoSLDAdapter
+
+NAME = "mosld"
+PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
+
+
+class MoSLDLayer(BaseTunerLayer):
+    """What PEFT asks of an adapted layer; `mosld_adapter` holds one MoSLDAdapter per adapter name."""
+
+    adapter_layer_names = ("mosld_adapter",)
+    mosld_adapter: nn.ModuleDict
+
+    def running_adapters(self) -> list[MoSLDAdapter]:
+        """The adapters that take part in a forward now."""
+        if self.disable_adapters:
+            return []
+        return [self.mosld_adapter[name] for name in self.active_adapters if name in self.mosld_adapter]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "a MoSLD mixture cannot be merged into its base layer: its gates depend on the token. "
+            "Keep the adapter, or use unload() to get the base model back"
+        )
+
+    def unmerge(self) -> None:
+        raise ValueError("a MoSLD mixture is never merged, so there is nothing to unmerge")
+
+
+class MoSLDPeftLinear(nn.Module, MoSLDLayer):
+    """A linear layer inside a PEFT model with the mixtures beside it. "Linear" in the name is how PEFT knows it."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.mosld_adapter = nn.ModuleDict()
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, inference_mode: bool, **hyperparameters) -> None:
+        """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
+        self.mosld_adapter[adapter_name] = MoSLDAdapter(self.in_features, self.out_features, **hyperparameters)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
+        adapters = self.running_adapters()
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("MoSLD has no batches with an adapter per row: adapter_names must not be given")
+        if adapters and not args and not kwargs and _is_plain_linear(self.base_layer, x):
+            out = adapters.pop(0)(x, self.base_layer.weight, self.base_layer.bias)
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            out = out + adapter(x).to(out.dtype)
+        return out
+
+
+def _is_plain_linear(base_layer: nn.Module, x: Tensor) -> bool:
+    """Whether reading `weight` and `bias` is the same as calling the layer: no quantisation, hook or offloading."""
+    return (
+        type(base_layer) is nn.Linear
+        and type(base_layer.weight) is nn.Parameter
+        and "forward" not in base_layer.__dict__
+        and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks)
+        and (base_layer.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+    )
+
+
+class MoSLDModel(BaseTuner):
+    """Places a MoSLDPeftLinear around every linear layer (nn.Linear, Conv1D) that the MoSLDConfig names."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MoSLDLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        pattern = peft_config.num_experts_pattern
+        num_experts = pattern.get(get_pattern_key(pattern.keys(), current_key), peft_config.num_experts)
+        is_new = not isinstance(target, MoSLDPeftLinear)
+        if is_new:
+            self._check_supported(target, current_key)
+        layer = MoSLDPeftLinear(target) if is_new else target
+        layer.update_layer(
+            adapter_name,
+            inference_mode=peft_config.inference_mode,
+            r=peft_config.r,
+            alpha=peft_config.alpha,
+            num_experts=num_experts,
+            top_k=peft_config.top_k,
+            dropout=peft_config.dropout,
+        )
+        if is_new:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _check_supported(target: nn.Module, name: str) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
+
+
+def register() -> None:
+    """Make MOSLD a method of PEFT; calling it again changes nothing.
+
+    `register_peft_method` refuses names that are not in the enumeration PeftType, and there is no public way to add
+    one, so a member is made here as Enum itself makes them.
+    raises RuntimeError where this version of PEFT does not allow it.
+    """
+    try:
+        if NAME.upper() not in PeftType.__members__:
+            _add_member(PeftType, NAME.upper())
+        from .config import MoSLDConfig  # its default values need the member
+
+        if PeftType[NAME.upper()] not in PEFT_TYPE_TO_TUNER_MAPPING:
+            register_peft_method(name=NAME, config_cls=MoSLDConfig, model_cls=MoSLDModel, prefix=PREFIX)
+    except Exception as error:
+        import peft
+
+        raise RuntimeError(
+            f"MoSLD could not be registered with peft {peft.__version__}; versions from 0.20 are known to work"
+        ) from error
+
+
+def _add_member(enumeration: type[enum.Enum], name: str) -> None:
+    member = str.__new__(enumeration, name)
+    member._name_, member._value_ = name, name
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[name] = member
+    enumeration._member_names_.append(name)
+    type.__setattr__(enumeration, name, member)
