@@ -86,3 +86,25 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
             tokens=tokens,
         )
     return stats
+
+
+class RouterUse:
+    """How often each expert was chosen, summed over many batches and kept apart by group (by task, say)."""
+
+    def __init__(self):
+        self._chosen: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, group: str, model: nn.Module, attention_mask: Tensor | None = None) -> None:
+        """Count the last forward of `model`. Arguments and errors as in `routed_tokens`."""
+        counts = self._chosen.setdefault(group, {})
+        for name, adapter, logits in routed_tokens(model, attention_mask):
+            chosen = top_k_mask(logits, adapter.top_k).sum(0).cpu()
+            counts[name] = counts[name] + chosen if name in counts else chosen
+
+    def shares(self) -> dict[str, dict[str, list[float]]]:
+        """group -> layer name -> each expert's share of the chosen places; shares sum to 1."""
+        return {
+            group: {name: (chosen / chosen.sum().clamp(min=1)).tolist() for name, chosen in layers.items()}
+            for group, layers in self._chosen.items()
+        }

@@ -39,7 +39,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor,
     """-> out [T, D_out], logits [T, E], hidden [T, R], gates [T, E]"""
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     keep = draw_keep(seed, shared_a.shape, settings.dropout_p)
-    down_weight = eager.stack_down(drop_elements(shared_a, keep, settings.dropout_p), router_weight, x.dtype)
+    down_weight = eager.stack_down(drop_elements(shared_a, keep, settings.dropout_p, x.dtype), router_weight)
     hidden, logits, gates = eager.down(x, down_weight, shared_a.shape[0], settings.top_k)
     out = eager.up(eager.mix(hidden, gates, settings.scale), expert_b, x, weight, bias)
     return out, logits, hidden, gates
@@ -79,13 +79,13 @@ def backward(
     dprojected = eager.down_backward(dhidden, drouted, x.dtype)
     keep = draw_keep(seed, shared_a.shape, settings.dropout_p)
     if needs_x:
-        dropped_a = drop_elements(shared_a, keep, settings.dropout_p)
-        grads[0] = eager.grad_x(dprojected, eager.stack_down(dropped_a, router_weight, x.dtype), dout, weight)
+        dropped_a = drop_elements(shared_a, keep, settings.dropout_p, x.dtype)
+        grads[0] = eager.grad_x(dprojected, eager.stack_down(dropped_a, router_weight), dout, weight)
     if needs_a or needs_router:
         ddown = torch.mm(dprojected.t(), x)  # [R + E, D_in]
         rank = shared_a.shape[0]
         # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
-        grads[3] = drop_elements(ddown[:rank].to(shared_a.dtype, copy=True), keep, settings.dropout_p)
+        grads[3] = drop_elements(ddown[:rank].clone(), keep, settings.dropout_p, shared_a.dtype)
         grads[5] = ddown[rank:].to(router_weight.dtype, copy=True)
     return grads
 

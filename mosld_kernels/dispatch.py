@@ -110,7 +110,7 @@ def _check_settings(settings: Settings, backend: str) -> None:
         raise RuntimeError("backend='triton' is not built yet; backend='auto' and backend='eager' run torch products")
     if not 0 <= settings.dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {settings.dropout_p}")
-    if not math.isfinite(settings.scale):
+    if not -math.inf < settings.scale < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
         raise ValueError(f"scale must be finite, got {settings.scale}")
 
 

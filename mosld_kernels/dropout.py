@@ -79,15 +79,17 @@ def draw_keep(seed: Tensor | None, shape: tuple[int, int], p: float) -> Tensor |
     return keep_mask(seed, shape, p)
 
 
-def drop_elements(values: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """values [R, D_in] -> keep * values / (1 - p), the inverted dropout of MoSLD's Eq. 2; `values` without a mask.
+def drop_elements(values: Tensor, keep: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+    """values [R, D_in] -> keep * values / (1 - p) in `dtype`, the inverted dropout of MoSLD's Eq. 2.
 
-    Linear in `values`, so the same function maps the gradient of the dropped A to the gradient of A.
+    Linear in `values`, so the same function maps the gradient of the dropped A to the gradient of A. Scaled in the
+    wider of the two dtypes and rounded once. May return `values` itself when there is no mask.
     """
     if keep is None:
-        return values
-    scale = 1 / (1 - p) if p < 1 else 0.0  # p = 1 drops everything, as torch.nn.functional.dropout does
-    return torch.where(keep, values * scale, 0.0)
+        return values.to(dtype)
+    kept_share = 1 - p if p < 1 else 1.0  # p = 1 keeps nothing, so there is nothing to scale
+    wide = values.to(torch.promote_types(values.dtype, dtype))
+    return torch.where(keep, wide / kept_share, 0.0).to(dtype)
 
 
 def check_seed(seed: Tensor) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from .reference import gates_from_logits, router_dtype
 
 
-def stack_down(dropped_a: Tensor, router_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dropped_a [R, D_in], router_weight [E, D_in] -> down_weight [R + E, D_in] in `dtype`"""
-    return torch.cat((dropped_a.to(dtype), router_weight.to(dtype)))
+def stack_down(dropped_a: Tensor, router_weight: Tensor) -> Tensor:
+    """dropped_a [R, D_in], router_weight [E, D_in] -> down_weight [R + E, D_in] in dropped_a's dtype"""
+    return torch.cat((dropped_a, router_weight.to(dropped_a.dtype)))
 
 
 def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,3 +46,86 @@ class Task:
     name: str
     train: list[Example]
     test: list[Example] = field(default_factory=list)
+
+
+def parse_task(spec: str) -> tuple[str, Path, Path | None]:
+    """`name=train.jsonl[:test.jsonl]` -> name, training file, test file or None."""
+    name, equals, files = spec.partition("=")
+    train, colon, test = files.partition(":")
+    if not (equals and name and train) or (colon and not test):
+        raise TaskFileError(f"a task is name=train.jsonl or name=train.jsonl:test.jsonl, got {spec!r}")
+    return name, Path(train), Path(test) if test else None
+
+
+def read_tasks(specs: list[str]) -> list[Task]:
+    """Read every file of every `name=train.jsonl[:test.jsonl]`.
+
+    raises TaskFileError with all faults of all files, each as file, line number and what is wrong.
+    """
+    parsed, faults = [], []
+    for spec in specs:
+        try:
+            parsed.append(parse_task(spec))
+        except TaskFileError as error:
+            faults.append(str(error))
+    names = [name for name, _, _ in parsed]
+    faults += [f"task name {name!r} is given {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
+    tasks = []
+    for name, train, test in parsed:
+        examples = [read_examples(path, faults) if path else [] for path in (train, test)]
+        tasks.append(Task(name, *examples))
+    if faults:
+        shown = faults[:MAX_REPORTED]
+        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+        raise TaskFileError("\n".join(["the task files cannot be used:", *shown, *more]))
+    return tasks
+
+
+def read_examples(path: Path, faults: list[str]) -> list[Example]:
+    """The examples of one JSONL file; what is wrong with it is added to `faults`. Blank lines are passed over."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
+        return []
+    examples, before = [], len(faults)
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold other line separators
+        if not line.strip():
+            continue
+        try:
+            examples.append(parse_example(json.loads(line)))
+        except json.JSONDecodeError as error:
+            faults.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+        except TaskFileError as error:
+            faults.append(f"{path}:{number}: {error}")
+    if not examples and len(faults) == before:
+        faults.append(f"{path}: no examples")
+    return examples
+
+
+def parse_example(record: object) -> Example:
+    """One decoded line -> Example; raises TaskFileError saying which field is wrong."""
+    if not isinstance(record, dict):
+        raise TaskFileError(f"a line must be a JSON object, got {type(record).__name__}")
+    prompt = _text(record, "prompt")
+    if "completion" in record:
+        if "choices" in record or "answer" in record:
+            raise TaskFileError('a line has either "completion" or "choices" and "answer", not both')
+        return Example(prompt, _text(record, "completion", empty_allowed=False))
+    if "choices" not in record:
+        raise TaskFileError('a line needs "completion", or "choices" and "answer"')
+    choices, answer = record["choices"], record.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise TaskFileError('"choices" must be a list of at least two texts')
+    if len(set(choices)) < len(choices):
+        raise TaskFileError('"choices" must differ from each other')
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r}')
+    return Example.multiple_choice(prompt, choices, answer)
+
+
+def _text(record: dict, key: str, empty_allowed: bool = True) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not (empty_allowed or value.strip()):
+        raise TaskFileError(f'"{key}" must be {"a" if empty_allowed else "a non-empty"} text, got {value!r:.60}')
+    return value

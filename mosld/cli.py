@@ -1,0 +1,100 @@
+"""The command line: `mosld train` and `mosld eval`, also as `python -m mosld ...`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .run_folder import RunFolderError
+from .tasks.examples import TaskFileError
+
+TRAIN_EXAMPLES = """examples:
+  mosld train                         six small tasks and a tiny language model made on the spot, no download
+  mosld train --quick                 the same, far smaller, in under 50 seconds
+  mosld train --model meta-llama/Llama-3.2-1B --task arc=arc.jsonl:arc_test.jsonl --task csqa=csqa.jsonl --output runs/mine
+
+a task file has one JSON object a line:
+  {"prompt": "...", "choices": ["...", "..."], "answer": 0}     or     {"prompt": "...", "completion": "..."}
+
+every argument of transformers' TrainingArguments can be given as well, for example
+  --learning_rate 1e-3 --num_train_epochs 2 --per_device_train_batch_size 4 --bf16 true --gradient_checkpointing true
+"""
+
+EVAL_EXAMPLES = """example:
+  mosld eval --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --task arc=arc_test.jsonl
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mosld", description="Mixtures of LoRA experts that share one down-projection.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
+    _add_train(commands)
+    _add_eval(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser(
+        "train", help="train adapters on several tasks and compare them", epilog=TRAIN_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_data(train, "name=train.jsonl or name=train.jsonl:test.jsonl; once per task")
+    train.add_argument("--output", help="folder of the run (default: a new one under runs/)")
+    train.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    train.add_argument("--method", choices=("mosld", "lora"), default="mosld")
+    train.add_argument("--no-lora", action="store_true", help="do not train PEFT's LoRA beside the method")
+    train.add_argument("--single", action="store_true", help="also train one model a task")
+    train.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default: 1)")
+    train.add_argument("--quick", action="store_true", help="a smoke test of the whole way on the embedded tasks")
+    train.add_argument(
+        "--proportions", default="proportional", help="proportional, equal or name=weight,... (default: proportional)"
+    )
+    adapter = train.add_argument_group("adapter")
+    adapter.add_argument("--r", type=int, default=8, help="rank (default: 8)")
+    adapter.add_argument("--alpha", type=float, default=16, help="the update is scaled by alpha / r (default: 16)")
+    adapter.add_argument("--num-experts", type=int, default=8, help="experts per layer (default: 8)")
+    adapter.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
+    adapter.add_argument("--dropout", type=float, default=0.1, help="dropout (default: 0.1)")
+    adapter.add_argument("--balance-coef", type=float, default=1e-3, help="weight of the balance loss (default: 0.001)")
+    adapter.add_argument(
+        "--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)"
+    )
+
+
+def _add_eval(commands) -> None:
+    evaluate = commands.add_parser(
+        "eval", help="score a model, with or without an adapter", epilog=EVAL_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_data(evaluate, "name=test.jsonl; once per task (with name=train.jsonl:test.jsonl the second file is scored)")
+    evaluate.add_argument("--adapter", help="folder of a saved adapter")
+    evaluate.add_argument("--output", help="also write the scores to this JSON file")
+    evaluate.add_argument("--quick", action="store_true", help="the embedded tasks and model at the size of train --quick")
+
+
+def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:
+    parser.add_argument("--model", help="folder or hub name of a causal language model (default: the embedded one)")
+    parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
+    parser.add_argument("--max-length", type=int, help="longest input in tokens (default: the model's, at most 2048)")
+    parser.add_argument("--eval-batch-size", type=int, default=64, help="choices scored together (default: 64)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "eval" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from . import commands  # transformers takes seconds to import, --help should not
+
+    try:
+        if options.command == "eval":
+            print(json.dumps(commands.evaluate(options), indent=2))
+        else:
+            commands.train(options, rest)
+    except (TaskFileError, RunFolderError, commands.ModelError, ValueError) as error:
+        print(f"mosld {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,257 @@
+"""What the command line does: `train` a run into a folder, `evaluate` a model."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .layer import check_hyperparameters
+from .results import display_name, draw_charts, gather, table, versions
+from .run_folder import claim, file_digest, free_folder
+from .tasks.base_model import load_base
+from .tasks.embedded import embedded_tasks
+from .tasks.encode import Encoder
+from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
+from .tasks.mixing import parse_proportions
+from .tasks.scoring import score_tasks
+from .training import (
+    AdapterSettings,
+    Recipe,
+    Stage,
+    finish,
+    finished,
+    plan,
+    run_stage,
+    score_base,
+    training_arguments,
+)
+
+LONGEST = 2048  # tokens, where the model allows more and --max-length says nothing
+
+# The embedded tasks' settings were found on the embedded model; the others are the paper's, where it gives them.
+EMBEDDED_TRAINER = {
+    "lora": ["--learning_rate", "6e-3"],
+    "mosld": ["--learning_rate", "4e-3"],
+    "all": ["--num_train_epochs", "4", "--warmup_steps", "100", "--per_device_train_batch_size", "32"],
+}
+QUICK_TRAINER = ["--num_train_epochs", "1", "--warmup_steps", "10", "--per_device_train_batch_size", "32"]
+OWN_TRAINER = ["--learning_rate", "3e-4", "--num_train_epochs", "3", "--warmup_steps", "100"]
+COMMON_TRAINER = ["--logging_steps", "10", "--save_strategy", "epoch", "--dataloader_pin_memory", "false"]
+
+
+class ModelError(ValueError):
+    """A model, tokenizer or adapter that cannot be loaded."""
+
+
+def train(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
+    """`mosld train`: check everything, then train, score, save and show.
+
+    raises TaskFileError, RunFolderError, ModelError or ValueError before anything is trained.
+    """
+    start = time.perf_counter()
+    _check(options)
+    recipe = _recipe(options, trainer_words)
+    tasks = _tasks(options)
+    empty = [task.name for task in tasks if not task.train]
+    if empty:
+        raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
+    names = [task.name for task in tasks]
+    recipe = Recipe(**{**vars(recipe), "proportions": parse_proportions(options.proportions, names)})
+    stages = plan(
+        options.method, compare_lora=not options.no_lora, single=options.single, seeds=options.seeds, task_names=names
+    )
+    settings = _settings(options, recipe)
+    run_dir = Path(options.output) if options.output else free_folder(_run_name(options), settings)
+    state = PartialState()
+    if state.is_main_process and claim(run_dir, settings, options.overwrite):
+        print(f"going on with the unfinished run in {run_dir}")
+    state.wait_for_everyone()
+    base, tokenizer = _load_model(options)
+    encoder = Encoder(tokenizer, _max_length(options, base))
+    _check_fit(encoder, tasks)
+
+    base_result = finished(run_dir, "base") or score_base(base, encoder, tasks, recipe)
+    if state.is_main_process:
+        finish(run_dir, "base", base_result)
+    results = []
+    for stage in stages:
+        result = finished(run_dir, stage.name)
+        if result is None:
+            result = run_stage(base, encoder, tasks, stage, recipe, run_dir, adapter_dir(run_dir, stage, options.method))
+            if state.is_main_process:
+                finish(run_dir, stage.name, result)
+        results.append(result)
+    if state.is_main_process:
+        methods = gather(base_result, stages, results)
+        _report(methods, options, settings, run_dir, time.perf_counter() - start)
+
+
+def adapter_dir(run_dir: Path, stage: Stage, method: str) -> Path:
+    """The run's own adapter is `adapter`; other seeds, methods and single tasks are under `adapters`."""
+    if stage.label == method and stage.seed == 0:
+        return run_dir / "adapter"
+    return run_dir / "adapters" / stage.name
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """`mosld eval`: task name -> score, of a model with or without an adapter."""
+    tasks = _tasks(options, only_test=True)
+    model, tokenizer = _load_model(options)
+    encoder = Encoder(tokenizer, _max_length(options, model))
+    _check_fit(encoder, tasks)
+    if options.adapter:
+        model = _load_adapter(model, options.adapter)
+    scores = {name: asdict(s) for name, s in score_tasks(model, encoder, tasks, options.eval_batch_size).items()}
+    if options.output:
+        Path(options.output).write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+    return scores
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_hyperparameters(
+        r=options.r, alpha=options.alpha, num_experts=options.num_experts, top_k=options.top_k, dropout=options.dropout
+    )
+    if options.balance_coef < 0:
+        raise ValueError(f"balance_coef must be at least 0, got {options.balance_coef}")
+    if options.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
+    if options.eval_batch_size < 1:
+        raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
+    if options.quick and (options.model or options.task):
+        raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
+
+
+def _recipe(options: argparse.Namespace, trainer_words: Sequence[str]) -> Recipe:
+    targets = options.target_modules
+    adapter = AdapterSettings(
+        r=options.r,
+        alpha=options.alpha,
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+        dropout=options.dropout,
+        balance_coef=options.balance_coef,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+    )
+    trainer = {}
+    for method in ("mosld", "lora"):
+        words = list(COMMON_TRAINER)
+        if options.model:
+            words += OWN_TRAINER
+        else:
+            words += EMBEDDED_TRAINER[method] + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
+        trainer[method] = [*words, *trainer_words]
+        training_arguments(trainer[method], Path("unused"))  # a bad word is reported before anything is trained
+    return Recipe(adapter=adapter, trainer=trainer, eval_batch_size=options.eval_batch_size)
+
+
+def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
+    if options.task:
+        tasks = read_tasks(options.task)
+        return [Task(t.name, t.train if t.test else [], t.test or t.train) for t in tasks] if only_test else tasks
+    if options.model:
+        raise TaskFileError("--model needs at least one --task name=file.jsonl")
+    return embedded_tasks(train=200, test=40) if options.quick else embedded_tasks()
+
+
+def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
+    """What decides the results: two runs with equal settings are the same run."""
+    files = [path for spec in options.task for path in parse_task(spec)[1:] if path]
+    return {
+        "model": options.model or "embedded",
+        "tasks": options.task or "embedded",
+        "task_files": {str(path): file_digest(path) for path in files},
+        "method": options.method,
+        "compare_lora": not options.no_lora,
+        "single": options.single,
+        "seeds": options.seeds,
+        "quick": options.quick,
+        "max_length": options.max_length,
+        **asdict(recipe),
+    }
+
+
+def _run_name(options: argparse.Namespace) -> str:
+    return "-".join([options.method, *(["quick"] if options.quick else []), *(["own"] if options.model else [])])
+
+
+def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not options.model:
+        with PartialState().main_process_first():  # it is trained once, the others find it in the cache
+            return load_base(quick=options.quick)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the model {options.model!r} cannot be loaded: give a folder with config.json, a tokenizer and safetensors "
+            f"weights, or the hub name of a causal language model\n{error}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads, so any token serves
+    tokenizer.padding_side = "right"  # with a causal model, what stands to the right of a token cannot reach it
+    return model.requires_grad_(False).to(PartialState().device), tokenizer
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    folder = Path(adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is not a saved adapter: {name} is missing")
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
+
+
+def _max_length(options: argparse.Namespace, model: PreTrainedModel) -> int:
+    own = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    if options.max_length is not None and not 2 <= options.max_length <= own:
+        raise ValueError(f"max-length must be in [2, {own}], the model's longest input, got {options.max_length}")
+    return options.max_length or min(own, LONGEST)
+
+
+def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
+    """Every answer fits, before hours of training end at one that does not."""
+    for task in tasks:
+        for example in (*task.train, *task.test):
+            for text in example.choices or (example.completion,):
+                try:
+                    encoder.pair("", text, reserved=1)
+                except TaskFileError as error:
+                    raise TaskFileError(f"task {task.name}: {error}") from None
+
+
+def _report(methods: dict[str, dict], options: argparse.Namespace, settings: dict, run_dir: Path, seconds: float) -> None:
+    charts = draw_charts(methods, options.method, run_dir)
+    results = {
+        "tasks": methods[options.method]["tasks"],
+        "methods": methods,
+        "settings": settings,
+        "seeds": list(range(options.seeds)),
+        "versions": versions(),
+        "seconds": seconds,
+    }
+    aside = run_dir / "results.tmp"
+    aside.write_text(json.dumps(results, indent=2) + "\n")
+    aside.replace(run_dir / "results.json")
+    if methods["base"]["tasks"]:
+        print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
+    else:
+        print("\nno task has a test file: nothing was scored")
+    if not options.model:
+        print(
+            "\nThis run shows that the library trains and learns on this machine. It does not rank methods: the tasks "
+            "are small,\nthe model is tiny, and seeds differ by more than methods do."
+        )
+    print(f"\nwritten to {run_dir}: results.json, adapter, {', '.join(path.name for path in charts)} ({seconds:.0f} s)")
+    lines = ["from peft import AutoPeftModelForCausalLM"]
+    if options.method == "mosld":
+        lines.insert(0, "import mosld  # makes the method known to PEFT")
+    lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({str(run_dir / 'adapter')!r})")
+    print(f"load the {display_name(options.method)} adapter:\n\n    " + "\n    ".join(lines))

@@ -1,0 +1,82 @@
+"""The folder of a run: whose it is, whether it is finished, and what may be written into it.
+
+    run.json       the settings that decide the results; written first
+    stages/        one file per finished stage          checkpoints/   of the stage being trained
+    results.json   written last: a folder that has it holds a finished run
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+OWN = ("run.json", "results.json", "stages", "checkpoints", "adapter", "adapters", "accuracy.png", "loss.png", "experts.png")
+
+
+class RunFolderError(ValueError):
+    """The output folder cannot take this run; the message says what to do."""
+
+
+def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> bool:
+    """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
+
+    raises RunFolderError for a folder that holds another run, a finished one, or something else.
+    """
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: choose another --output")
+    if overwrite:
+        _clear(folder)
+    state, changed = _state(folder, settings)
+    if state == "finished":
+        raise RunFolderError(f"{folder} holds a finished run: choose another --output, or --overwrite to replace it")
+    if state == "other":
+        raise RunFolderError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --output, or --overwrite "
+            "to replace it"
+        )
+    if state == "foreign":
+        raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return state == "unfinished"
+
+
+def free_folder(name: str, settings: Mapping[str, object]) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is new or holds this very run unfinished."""
+    settings = json.loads(json.dumps(settings))
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if _state(folder, settings)[0] in ("new", "unfinished"):
+            return folder
+        number += 1
+
+
+def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
+    """"new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return "new", []
+    if not (folder / "run.json").is_file():
+        return "foreign", []
+    try:
+        before = json.loads((folder / "run.json").read_text())
+    except json.JSONDecodeError:
+        return "other", ["run.json is damaged"]
+    changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    if changed:
+        return "other", changed
+    return ("finished" if (folder / "results.json").is_file() else "unfinished"), []
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run and nothing else."""
+    if (folder / "run.json").is_file():
+        for name in OWN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

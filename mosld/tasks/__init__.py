@@ -1,0 +1,1 @@
+"""Tasks: examples from files or embedded, tokens, mixing, scoring."""

@@ -1,0 +1,65 @@
+"""Text to tokens: prompt and answer side by side, split as lm-evaluation-harness splits them.
+
+Prompt and answer are joined by one space unless there already is white space between them, and tokenised together;
+what the prompt alone does not account for is the answer. Longer inputs lose the beginning of the prompt.
+"""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .examples import Example, TaskFileError
+
+IGNORED = -100  # the label that transformers' losses leave out
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt, never empty, and of the answer after it, never empty."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Encoder:
+    """Encodes with one tokenizer and one greatest length in tokens (prompt and answer together)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {max_length}")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+        self.prefix = [bos] if adds_bos else []
+
+    def pair(self, prompt: str, answer: str, reserved: int = 0) -> Encoded:
+        """Encode a prompt and an answer, leaving room for `reserved` more tokens.
+
+        raises TaskFileError when the answer alone does not fit, or when nothing precedes it.
+        """
+        kept = prompt.rstrip()
+        between = prompt[len(kept) :] or ("" if answer[:1].isspace() or not kept else " ")
+        prompt_ids = self._ids(kept)
+        answer_ids = self._ids(kept + between + answer)[len(prompt_ids) :]
+        room = self.max_length - reserved - len(answer_ids) - len(self.prefix)
+        if room < 0 or not answer_ids:
+            raise TaskFileError(
+                f"the answer {answer!r:.40} has {len(answer_ids)} tokens, which does not fit max_length={self.max_length}"
+            )
+        prompt_ids = self.prefix + (prompt_ids[-room:] if room else [])
+        if not prompt_ids:  # as lm-evaluation-harness does for an empty context
+            prompt_ids = [self.tokenizer.eos_token_id]
+        return Encoded(prompt_ids, answer_ids)
+
+    def training_row(self, example: Example) -> dict[str, list[int]]:
+        """input_ids, attention_mask and labels; the loss falls on the answer's tokens and the end token alone."""
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        prompt, answer = self.pair(example.prompt, example.completion, reserved=len(end))
+        input_ids = prompt + answer + end
+        return {
+            "input_ids": input_ids,
+            "attention_mask": [1] * len(input_ids),
+            "labels": [IGNORED] * len(prompt) + answer + end,
+        }
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []

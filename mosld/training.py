@@ -1,0 +1,246 @@
+"""One run of `mosld train`: score the frozen base, train each adapter with transformers' Trainer, score it, save it.
+
+A run is a list of stages. Each finished stage leaves `stages/NAME.json` in the run's folder, and training leaves
+checkpoints, so that the same command, given again after an interruption, goes on where it stopped.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import MoSLDConfig
+from .router import RouterUse
+from .tasks.encode import IGNORED, Encoder
+from .tasks.examples import Task
+from .tasks.mixing import mix
+from .tasks.scoring import score_tasks
+from .trainer import MoSLDTrainer
+
+METHODS = ("mosld", "lora")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Size and placement of the adapters; LoRA uses r, alpha, dropout and target_modules alone."""
+
+    r: int = 8
+    alpha: float = 16
+    num_experts: int = 8
+    top_k: int = 2
+    dropout: float = 0.1
+    balance_coef: float = 1e-3
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a stage needs beside the model and the tasks. trainer: the Trainer's arguments, per method."""
+
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    trainer: dict[str, list[str]] = field(default_factory=dict)
+    proportions: dict[str, float] | str = "proportional"
+    eval_batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One adapter to train, on all tasks or on one. `label` names the method's column in the results."""
+
+    label: str
+    method: str
+    seed: int
+    task: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.label, *([self.task] if self.task else []), f"seed{self.seed}"])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on request, after saving a checkpoint."""
+
+
+def plan(method: str, *, compare_lora: bool, single: bool, seeds: int, task_names: Sequence[str]) -> list[Stage]:
+    """LoRA beside the method unless it is the method, then one model a task where that is wanted; every seed of each."""
+    stages = []
+    for seed in range(seeds):
+        if compare_lora and method != "lora":
+            stages.append(Stage("lora", "lora", seed))
+        stages.append(Stage(method, method, seed))
+        if single:
+            stages += [Stage(f"{method}-single", method, seed, name) for name in task_names]
+    return stages
+
+
+def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
+    sizes = {"r": settings.r, "target_modules": settings.target_modules, "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        return LoraConfig(lora_alpha=settings.alpha, lora_dropout=settings.dropout, **sizes)
+    return MoSLDConfig(
+        alpha=settings.alpha,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        dropout=settings.dropout,
+        balance_coef=settings.balance_coef,
+        **sizes,
+    )
+
+
+def score_base(base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], recipe: Recipe) -> dict:
+    start = time.perf_counter()
+    scores = score_tasks(base, encoder, tasks, recipe.eval_batch_size, label="score the frozen base")
+    return {
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "trainable_parameters": 0,
+        "train_seconds": 0.0,
+        "score_seconds": time.perf_counter() - start,
+    }
+
+
+def run_stage(
+    base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, recipe: Recipe, run_dir: Path,
+    adapter_dir: Path,
+) -> dict:  # fmt: skip
+    """Train one adapter, save it to `adapter_dir`, score it; `base` is left as it was.
+
+    raises Interrupted after a checkpoint when the user stops the training.
+    """
+    chosen = [task for task in tasks if stage.task in (None, task.name)]
+    set_seed(stage.seed)
+    model = get_peft_model(base, adapter_config(stage.method, recipe.adapter))
+    try:
+        start = time.perf_counter()
+        loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
+        train_seconds = time.perf_counter() - start
+        model.save_pretrained(str(adapter_dir))
+        start, use = time.perf_counter(), RouterUse()
+        on_batch = (lambda task, mask: use.update(task.name, model, mask)) if stage.method == "mosld" else None
+        scores = score_tasks(model, encoder, chosen, recipe.eval_batch_size, on_batch, label=f"score {stage.name}")
+        result = {
+            "tasks": {name: asdict(score) for name, score in scores.items()},
+            "trainable_parameters": model.get_nb_trainable_parameters()[0],
+            "train_seconds": train_seconds,
+            "score_seconds": time.perf_counter() - start,
+            "loss": loss,
+            "experts": use.shares(),
+        }
+    finally:
+        model.unload()
+        vars(base).pop("peft_config", None)  # PEFT leaves it there and would warn of a second adapter
+    shutil.rmtree(run_dir / "checkpoints" / stage.name, ignore_errors=True)
+    return result
+
+
+def _train(
+    model: PeftModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, recipe: Recipe, checkpoints: Path
+) -> list[tuple[int, float]]:
+    """-> (step, loss) as the Trainer logged them"""
+    examples = mix(tasks, recipe.proportions if stage.task is None else "proportional", stage.seed)
+    arguments = training_arguments([*recipe.trainer.get(stage.method, []), "--seed", str(stage.seed)], checkpoints)
+    trainer_class = MoSLDTrainer if stage.method == "mosld" else Trainer
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=[encoder.training_row(example) for example in examples],
+        data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress(stage.name))
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    with _stop_on_interrupt(trainer):
+        trainer.train(resume_from_checkpoint=last)
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
+    """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    parser.error = _raise_value_error
+    (parsed,) = parser.parse_args_into_dataclasses(
+        ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
+    )
+    return parsed
+
+
+def _raise_value_error(message: str):
+    raise ValueError(f"not an argument of mosld train or of transformers' TrainingArguments: {message}")
+
+
+class _Progress(ProgressCallback):
+    """One bar for a stage with the loss beside it, instead of a line for every logged loss."""
+
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc=f"train {self.label}", unit="step", leave=False)
+        self.current_step = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class _SaveAndStop(TrainerCallback):
+    requested = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C saves a checkpoint at the end of the step and stops; the second stops at once."""
+    callback = _SaveAndStop()
+    trainer.add_callback(callback)
+
+    def request(signum, frame):
+        if callback.requested:
+            raise KeyboardInterrupt
+        callback.requested = True
+        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if callback.requested:
+        raise Interrupted
+
+
+def finished(run_dir: Path, name: str) -> dict | None:
+    """What a finished stage left, or None."""
+    path = run_dir / "stages" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def finish(run_dir: Path, name: str, result: dict) -> None:
+    """Keep a stage's result; written aside and renamed, so that an interruption leaves all of it or none."""
+    path = run_dir / "stages" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(result))
+    aside.replace(path)

@@ -1,0 +1,84 @@
+"""The problem sizes that the operator is tested on, and inputs for them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """T tokens, D_in and D_out features, R rank, E experts, K chosen."""
+
+    T: int
+    D_in: int
+    D_out: int
+    R: int
+    E: int
+    K: int
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{size}" for name, size in self._asdict().items())
+
+
+SHAPES = [
+    Shape(64, 64, 128, 16, 8, 2),  # whole tiles
+    Shape(65, 33, 129, 16, 3, 3),  # one past a tile, every expert chosen
+    Shape(1, 32, 48, 16, 4, 1),  # one token, one chosen
+    Shape(0, 16, 24, 4, 3, 2),  # no token
+    Shape(100, 96, 80, 32, 1, 1),  # one expert: plain LoRA
+    Shape(7, 5, 3, 1, 2, 1),  # rank one, smaller than any tile
+    Shape(33, 17, 31, 3, 5, 2),  # everything odd
+    Shape(128, 48, 16, 8, 8, 8),  # dense, K = E
+    Shape(96, 128, 1, 4, 4, 2),  # one output feature
+    Shape(50, 1, 40, 2, 3, 2),  # one input feature
+    Shape(130, 40, 72, 5, 64, 2),  # many experts
+    Shape(257, 64, 64, 8, 8, 2),  # many tokens
+    Shape(40, 24, 56, 24, 2, 2),  # full rank
+]
+
+
+class Case(NamedTuple):
+    """Inputs of one call: the arguments of `mosld_linear` in order, then incoming gradients for y and the logits."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    shared_a: Tensor
+    expert_b: Tensor
+    router_weight: Tensor
+    dout: Tensor
+    dlogits: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        return Case(*(tensor.to(dtype) for tensor in self))
+
+
+def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
+    """Values that `dtype` holds exactly, as float64, so that every dtype and the truth start from the same numbers.
+
+    Expert choice is not in doubt: tokens whose K-th and next logit are closer than rounding in bfloat16 are redrawn,
+    since two correct programs may choose differently there.
+    """
+    T, D_in, D_out, R, E, K = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*sizes, generator=generator)).to(dtype).double()
+
+    router_weight = draw(E, D_in, scale=3 * D_in**-0.5)
+    tokens = []
+    while len(tokens) < T:
+        x = draw(D_in)
+        ordered = (router_weight @ x).sort(descending=True).values
+        if K == E or ordered[K - 1] - ordered[K] > 0.1:
+            tokens.append(x)
+    return Case(
+        x=torch.stack(tokens) if tokens else torch.zeros(0, D_in, dtype=torch.float64),
+        weight=draw(D_out, D_in, scale=D_in**-0.5),
+        bias=draw(D_out),
+        shared_a=draw(R, D_in, scale=D_in**-0.5),
+        expert_b=draw(D_out, E * R, scale=R**-0.5),
+        router_weight=router_weight,
+        dout=draw(T, D_out),
+        dlogits=draw(T, E),
+    )

@@ -1,0 +1,327 @@
+"""The operator against the reference in float64: values and all gradients, every dtype, awkward shapes, bad input."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mosld_kernels
+from mosld_kernels import mosld_delta, mosld_linear, reference
+from tests.accuracy import assert_no_less_accurate
+from tests.inputs import SHAPES, Shape, make_case
+
+SEED = 20240731
+NAMES = ("x", "shared_a", "expert_b", "router_weight")
+PLACES = (0, 3, 4, 5)
+
+
+def settings(shape, p=0.2):
+    return dict(top_k=shape.K, scale=2.0, dropout_p=p, seed=torch.tensor([SEED]))
+
+
+def run(function, case, shape, p=0.2, bias=True):
+    """-> y, logits, and the gradients of x, A, B and the router for incoming gradients at both outputs"""
+    inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+    if not bias:
+        inputs[2] = None
+    y, logits = function(*inputs, **settings(shape, p))
+    trained = [inputs[place] for place in PLACES]
+    grads = torch.autograd.grad((y, logits), trained, (case.dout.to(y.dtype), case.dlogits.to(logits.dtype)))
+    return dict(y=y, logits=logits, **{f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
+def test_float64_equals_the_reference(shape, bias, p):
+    case = make_case(shape)
+    ours, truth = run(mosld_linear, case, shape, p, bias), run(reference.mosld_linear, case, shape, p, bias)
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_no_less_accurate_than_eager(shape, dtype, p):
+    # Several draws together: in a shape of few elements one draw's error is luck.
+    truth, eager, ours = [], [], []
+    for seed in range(8):
+        case = make_case(shape, dtype, seed)
+        truth.append(run(reference.mosld_linear, case, shape, p))
+        eager.append(run(reference.mosld_linear, case.to(dtype), shape, p))
+        ours.append(run(mosld_linear, case.to(dtype), shape, p))
+    for name in truth[0]:
+        joined = (torch.cat([draw[name].flatten() for draw in draws]) for draws in (ours, eager, truth))
+        assert_no_less_accurate(*joined, f"{name} {dtype}")
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(5, 7, 6, 3, 4, 2), Shape(1, 4, 5, 2, 3, 1), Shape(6, 3, 4, 1, 1, 1), Shape(4, 5, 3, 2, 3, 3)], ids=str
+)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck(shape, p):
+    case = make_case(shape)
+    inputs = [tensor.clone().requires_grad_() for tensor in case[:6]]  # weight and bias too
+    assert torch.autograd.gradcheck(lambda *tensors: mosld_linear(*tensors, **settings(shape, p)), inputs)
+    adapters = [inputs[place] for place in PLACES]
+    assert torch.autograd.gradcheck(lambda *tensors: mosld_delta(*tensors, **settings(shape, p)), adapters)
+
+
+def test_each_output_alone_carries_its_gradients():
+    shape = SHAPES[0]
+    case = make_case(shape)
+    for output in (0, 1):
+        grads = []
+        for function in (mosld_linear, reference.mosld_linear):
+            inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+            function(*inputs, **settings(shape))[output].square().sum().backward()
+            grads.append([inputs[place].grad for place in PLACES])
+        for ours, truth in zip(*grads, strict=True):
+            torch.testing.assert_close(torch.zeros_like(ours) if truth is None else truth, ours, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (2, 0)])
+def test_any_leading_shape(leading):
+    shape = Shape(0, 6, 5, 2, 3, 2)
+    case = make_case(shape)
+    x = torch.randn(*leading, 6, dtype=torch.float64)
+    y, logits = mosld_linear(x, *case[1:6], **settings(shape))
+    truth, truth_logits = reference.mosld_linear(x, *case[1:6], **settings(shape))
+    assert y.shape == (*leading, 5) and logits.shape == (*leading, 3)
+    torch.testing.assert_close(y, truth)
+    torch.testing.assert_close(logits, truth_logits)
+
+
+def test_non_contiguous_inputs_and_gradients():
+    shape = Shape(12, 10, 14, 3, 4, 2)
+    case = make_case(shape)
+    scrambled = [t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in case[:6]]
+    assert not scrambled[0].is_contiguous()
+    grads = []
+    for inputs in (case[:6], scrambled):
+        inputs = [tensor.detach().requires_grad_(i in PLACES) for i, tensor in enumerate(inputs)]
+        mosld_linear(*inputs, **settings(shape))[0].sum().backward()  # its incoming gradient has stride 0
+        grads.append([inputs[place].grad for place in PLACES])
+    for plain, strided in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, strided)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (5,), (3, 4, 5), (1,), (2,), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_only_the_wanted_gradients_come_and_they_are_right(wanted):
+    shape = Shape(9, 6, 7, 3, 4, 2)
+    case = make_case(shape)
+    grads = []
+    for function in (mosld_linear, reference.mosld_linear):
+        inputs = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(case[:6])]
+        function(*inputs, **settings(shape))[0].backward(case.dout)
+        assert [tensor.grad is not None for tensor in inputs] == [i in wanted for i in range(6)]
+        grads.append([inputs[i].grad for i in wanted])
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_gradients_share_no_storage():
+    shape = SHAPES[0]
+    grads = [value for name, value in run(mosld_linear, make_case(shape), shape, p=0.0).items() if name[0] == "d"]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
+def test_what_is_saved_is_small():
+    """Beyond the inputs: hidden [T, R], gates [T, E]; nothing of size [T, D_out], no mask."""
+    shape = Shape(64, 32, 48, 4, 8, 2)
+    inputs = [tensor.requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape).to(torch.float32)[:6])]
+    seed = torch.tensor([SEED])
+    known = {tensor.data_ptr() for tensor in (*inputs, seed)}
+    extra = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: extra.append(t) or t, lambda t: t):
+        mosld_linear(*inputs, top_k=2, scale=1.0, dropout_p=0.1, seed=seed)
+    beyond = sorted(tuple(t.shape) for t in extra if t.data_ptr() not in known)
+    assert beyond == [(64, 4), (64, 8)]
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    shape = SHAPES[0]
+    case = make_case(shape).to(torch.float32)
+    first, second = run(mosld_linear, case, shape), run(mosld_linear, case, shape)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    other = mosld_linear(*case[:6], top_k=2, scale=2.0, dropout_p=0.2, seed=torch.tensor([1]))[0]
+    assert not torch.equal(first["y"], other)
+
+
+def test_without_dropout_the_seed_is_not_looked_at():
+    shape = SHAPES[0]
+    case = make_case(shape)
+    with_seed = mosld_linear(*case[:6], top_k=2, scale=2.0, dropout_p=0.0, seed=torch.tensor([1]))[0]
+    assert torch.equal(with_seed, mosld_linear(*case[:6], top_k=2, scale=2.0)[0])
+
+
+def test_dropped_elements_of_a_get_no_gradient():
+    shape = SHAPES[0]
+    keep = mosld_kernels.keep_mask(torch.tensor([SEED]), (shape.R, shape.D_in), 0.2)
+    grad = run(mosld_linear, make_case(shape), shape)["dshared_a"]
+    assert (grad[~keep] == 0).all() and (grad[keep] != 0).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_recomputing_under_checkpointing_repeats_the_mask(use_reentrant):
+    shape = SHAPES[0]
+    case = make_case(shape)
+
+    def layer(*inputs):
+        seed = torch.randint(2**62, (1,))  # inside, as a layer draws it
+        return mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.5, seed=seed)[0]
+
+    grads = []
+    for wrapped in (layer, lambda *inputs: checkpoint(layer, *inputs, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+        wrapped(*inputs).backward(case.dout)
+        grads.append([inputs[place].grad for place in PLACES])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True], ids=["backward-outside", "backward-inside"])
+def test_autocast_runs_in_its_dtype_and_returns_gradients_in_the_parameters(backward_inside):
+    shape = SHAPES[0]
+    case = make_case(shape, torch.bfloat16)
+    truth = run(reference.mosld_linear, case, shape)
+    eager = run(reference.mosld_linear, case.to(torch.bfloat16), shape)
+    inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+    trained = [inputs[place] for place in PLACES]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, logits = mosld_linear(*inputs, **settings(shape))
+        assert y.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        assert y.dtype == F.linear(inputs[0], inputs[1]).dtype
+        incoming = (case.dout.bfloat16(), case.dlogits.float())
+        if backward_inside:
+            grads = torch.autograd.grad((y, logits), trained, incoming)
+    if not backward_inside:
+        grads = torch.autograd.grad((y, logits), trained, incoming)
+    for name, grad in zip(NAMES, grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert_no_less_accurate(grad.bfloat16(), eager[f"d{name}"], truth[f"d{name}"], name)
+    assert_no_less_accurate(y, eager["y"], truth["y"], "y")
+
+
+@pytest.mark.parametrize(("model", "adapter"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_adapters_in_another_dtype_than_the_model(model, adapter):
+    """PEFT keeps adapters of a bfloat16 model in float32."""
+    shape = SHAPES[0]
+    case = make_case(shape, torch.bfloat16)
+    truth, eager = run(reference.mosld_linear, case, shape), run(reference.mosld_linear, case.to(model), shape)
+    inputs = [t.to(adapter if i >= 3 else model).requires_grad_(i in PLACES) for i, t in enumerate(case[:6])]
+    y, logits = mosld_linear(*inputs, **settings(shape))
+    assert y.dtype == model and logits.dtype == torch.float32
+    assert_no_less_accurate(y, eager["y"], truth["y"], "y")
+    torch.autograd.backward((y, logits), (case.dout.to(model), case.dlogits.float()))
+    for place, name in zip(PLACES, NAMES, strict=True):
+        grad = inputs[place].grad
+        assert grad.dtype == inputs[place].dtype
+        coarse = torch.bfloat16 if torch.bfloat16 in (model, adapter) and name != "x" else model
+        reference_grad = run(reference.mosld_linear, case.to(coarse), shape)[f"d{name}"]
+        assert_no_less_accurate(grad.to(coarse), reference_grad, truth[f"d{name}"], name)
+
+
+def test_tokens_do_not_see_each_other():
+    """Batch mates and later tokens change nothing: each row equals the row computed alone."""
+    shape = Shape(33, 24, 20, 4, 6, 2)
+    case = make_case(shape)
+    y, logits = mosld_linear(*case[:6], **settings(shape))
+    for t in range(shape.T):
+        alone, alone_logits = mosld_linear(case.x[t], *case[1:6], **settings(shape))
+        torch.testing.assert_close(alone, y[t], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(alone_logits, logits[t], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_token_stays_alone(value):
+    shape = Shape(6, 5, 4, 2, 3, 2)
+    case = make_case(shape)
+    clean = mosld_linear(*case[:6], **settings(shape))[0]
+    case.x[2, 1] = value
+    y = mosld_linear(*case[:6], **settings(shape))[0]
+    others = [0, 1, 3, 4, 5]
+    assert not y[2].isfinite().all() and torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("base", [True, False], ids=["linear", "delta"])
+def test_opcheck(p, base):
+    shape = Shape(7, 6, 5, 3, 4, 2)
+    inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
+    if not base:
+        inputs[1] = inputs[2] = None
+    torch.library.opcheck(torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break_and_gives_the_same_bits(engine):
+    torch._dynamo.reset()
+    compiled = torch.compile(mosld_linear, fullgraph=True, backend=engine, dynamic=True)
+    for tokens in (5, 9):
+        shape = Shape(tokens, 6, 8, 3, 4, 2)
+        case = make_case(shape).to(torch.float32)
+        ours, plain = run(compiled, case, shape), run(mosld_linear, case, shape)
+        for name in plain:
+            assert torch.equal(ours[name], plain[name]), name
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    shape = Shape(3, 4, 5, 2, 2, 1)
+    inputs = [tensor.requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
+    y = mosld_linear(*inputs, **settings(shape))[0]
+    (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def good(**changes):
+    T, D_in, D_out, R, E = 3, 4, 5, 2, 3
+    arguments = dict(
+        x=torch.randn(T, D_in), weight=torch.randn(D_out, D_in), bias=torch.randn(D_out),
+        shared_a=torch.randn(R, D_in), expert_b=torch.randn(D_out, E * R), router_weight=torch.randn(E, D_in),
+        top_k=2, scale=1.0, dropout_p=0.1, seed=torch.tensor([1]),
+    )  # fmt: skip
+    return {**arguments, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(top_k=4), r"top_k must be in \[1, num_experts=3\], got 4"),
+        (dict(top_k=0), r"top_k must be in \[1, num_experts=3\], got 0"),
+        (dict(dropout_p=-0.1), r"dropout_p must be in \[0, 1\], got -0.1"),
+        (dict(dropout_p=1.1), r"dropout_p must be in \[0, 1\], got 1.1"),
+        (dict(dropout_p=float("nan")), r"dropout_p must be in \[0, 1\], got nan"),
+        (dict(seed=None), r"dropout_p=0.1 needs a seed"),
+        (dict(seed=torch.tensor([1], dtype=torch.int32)), r"seed must be an int64 tensor of shape \[1\]"),
+        (dict(seed=torch.tensor([1], device="meta")), r"seed must be on x's device cpu, got meta"),
+        (dict(scale=float("inf")), r"scale must be finite, got inf"),
+        (dict(backend="cuda"), r"backend must be one of auto, eager, triton, got 'cuda'"),
+        (dict(x=torch.randn(3, 6)), r"shared_a must be \[R, D_in\] = \[2, 6\], got \[2, 4\]"),
+        (dict(x=torch.tensor(1.0)), r"x must be a floating-point \[..., D_in\]"),
+        (dict(x=torch.ones(3, 4, dtype=torch.int64)), r"x must be a floating-point .* got torch.int64 \[3, 4\]"),
+        (dict(weight=torch.randn(4, 5)), r"weight must be \[D_out, D_in\] = \[5, 4\], got \[4, 5\]"),
+        (dict(weight=torch.randn(5, 4).double()), r"weight must have x's dtype torch.float32, got torch.float64"),
+        (dict(bias=torch.randn(4)), r"bias must be \[D_out\] = \[5\], got \[4\]"),
+        (dict(expert_b=torch.randn(5, 5)), r"expert_b must be \[D_out, E \* R\] with E=3, R=2 = \[5, 6\], got \[5, 5\]"),
+        (dict(expert_b=torch.randn(5, 3, 2)), r"must have two dimensions, got \[2, 4\], \[5, 3, 2\], \[3, 4\]"),
+        (dict(router_weight=torch.randn(3, 5)), r"router_weight must be \[E, D_in\] = \[3, 4\], got \[3, 5\]"),
+        (dict(router_weight=torch.randn(3, 4).half()), r"must share one floating-point dtype, got torch.float16"),
+        (dict(shared_a=torch.randn(2, 4, device="meta")), r"shared_a must be on x's device cpu, got meta"),
+        (dict(shared_a=torch.randn(0, 4), expert_b=torch.randn(5, 0)), r"must be at least 1, got R=0"),
+    ],
+)
+def test_bad_input_names_the_rule_and_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        mosld_linear(**good(**changes))
+
+
+def test_an_explicit_triton_backend_never_runs_something_else():
+    with pytest.raises(RuntimeError, match="backend='triton' is not built yet"):
+        mosld_linear(**good(backend="triton"))
+    assert torch.equal(mosld_linear(**good(x=torch.ones(3, 4)), backend="eager")[0].isfinite(), torch.ones(3, 5).bool())

@@ -1,0 +1,66 @@
+"""The reference itself, against loops over tokens and experts."""
+
+import pytest
+import torch
+
+from mosld_kernels import keep_mask, reference
+from tests.inputs import SHAPES, make_case
+
+
+def by_loops(case, shape, scale, p, seed):
+    """MoSLD's Eq. 1 to 3 for one token and one expert at a time: softmax over all, top-k, renormalise."""
+    keep = keep_mask(seed, (shape.R, shape.D_in), p)
+    out = torch.zeros(shape.T, shape.D_out, dtype=torch.float64)
+    for t in range(shape.T):
+        x = case.x[t]
+        probability = (case.router_weight @ x).softmax(0)
+        chosen = sorted(range(shape.E), key=lambda e: (-probability[e].item(), e))[: shape.K]
+        total = sum(probability[e] for e in chosen)
+        hidden = [sum(case.shared_a[r] * keep[r] / (1 - p) * x) for r in range(shape.R)]
+        out[t] = case.weight @ x + case.bias
+        for e in chosen:
+            expert = case.expert_b[:, e * shape.R : (e + 1) * shape.R]
+            out[t] += scale * probability[e] / total * (expert @ torch.stack(hidden))
+    return out
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.T <= 66], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_reference_equals_loops_over_tokens_and_experts(shape, p):
+    case = make_case(shape)
+    seed = torch.tensor([11])
+    out, logits = reference.mosld_linear(*case[:6], top_k=shape.K, scale=1.7, dropout_p=p, seed=seed)
+    torch.testing.assert_close(out, by_loops(case, shape, 1.7, p, seed), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits, case.x @ case.router_weight.t(), rtol=1e-12, atol=1e-12)
+
+
+def test_delta_is_the_difference_to_the_frozen_layer():
+    shape = SHAPES[0]
+    case = make_case(shape)
+    settings = dict(top_k=shape.K, scale=0.5, dropout_p=0.2, seed=torch.tensor([4]))
+    out, logits = reference.mosld_linear(*case[:6], **settings)
+    delta, delta_logits = reference.mosld_delta(case.x, *case[3:6], **settings)
+    torch.testing.assert_close(out - torch.nn.functional.linear(case.x, case.weight, case.bias), delta)
+    assert torch.equal(logits, delta_logits)
+
+
+def test_equal_logits_go_to_the_lower_index():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 0.0, 5.0]])
+    chosen = reference.top_k_mask(logits, 2)
+    assert chosen.tolist() == [[False, True, True, False], [True, True, False, False], [True, False, False, True]]
+    many = torch.zeros(3, 64)
+    assert reference.top_k_mask(many, 5).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4] * 3
+
+
+def test_gates_are_softmax_then_top_k_then_renormalised():
+    logits = torch.randn(50, 7, dtype=torch.float64)
+    probability = logits.softmax(1)
+    kept = probability * reference.top_k_mask(logits, 3)
+    gates = reference.gates_from_logits(logits, 3)
+    torch.testing.assert_close(gates, kept / kept.sum(1, keepdim=True))
+    assert ((gates == 0).sum(1) == 4).all()
+
+
+def test_gates_survive_logits_far_apart():
+    gates = reference.gates_from_logits(torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]]), 2)
+    assert torch.equal(gates, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
