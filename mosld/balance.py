@@ -32,7 +32,7 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tens
         if adapter.top_k == adapter.num_experts:
             continue
         tokens = max(len(logits), 1)
-        load = top_k_mask(logits, adapter.top_k).sum(0) / (tokens * adapter.top_k)
+        load = top_k_mask(logits, adapter.top_k).sum(0).to(logits.dtype) / (tokens * adapter.top_k)
         losses.append(adapter.num_experts * (load * logits.softmax(-1).sum(0) / tokens).sum())
     if not losses:
         return torch.zeros((), device=next(model.parameters()).device)

@@ -76,7 +76,7 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
     stats = {}
     for name, adapter, logits in routed_tokens(model, attention_mask):
         tokens = len(logits)
-        chosen = top_k_mask(logits, adapter.top_k).sum(0)
+        chosen = top_k_mask(logits, adapter.top_k).sum(0).to(logits.dtype)
         probabilities = logits.softmax(-1)
         entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
         stats[name] = RouterStats(

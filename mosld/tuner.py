@@ -24,16 +24,21 @@ PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an 
 
 
 class MoSLDLayer(BaseTunerLayer):
-    """What PEFT asks of an adapted layer; `mosld_adapter` holds one MoSLDAdapter per adapter name."""
+    """What PEFT asks of an adapted layer, for every adapter name.
 
-    adapter_layer_names = ("mosld_adapter",)
-    mosld_adapter: nn.ModuleDict
+    PEFT's files name a weight `<container>.weight`, so A, B and router are registered in a container each; `mixtures`
+    holds the MoSLDAdapter that computes with the three, unregistered so that no weight has two names.
+    """
+
+    adapter_layer_names = ("mosld_shared_a", "mosld_expert_b", "mosld_router")
+    other_param_names = ("mixtures",)
+    mixtures: dict[str, MoSLDAdapter]
 
     def running_adapters(self) -> list[MoSLDAdapter]:
         """The adapters that take part in a forward now."""
         if self.disable_adapters:
             return []
-        return [self.mosld_adapter[name] for name in self.active_adapters if name in self.mosld_adapter]
+        return [self.mixtures[name] for name in self.active_adapters if name in self.mixtures]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -52,14 +57,27 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(base_layer)
-        self.mosld_adapter = nn.ModuleDict()
+        self.mosld_shared_a, self.mosld_expert_b, self.mosld_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.mixtures = {}
         self.merged_adapters = []
 
     def update_layer(self, adapter_name: str, inference_mode: bool, **hyperparameters) -> None:
         """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
-        self.mosld_adapter[adapter_name] = MoSLDAdapter(self.in_features, self.out_features, **hyperparameters)
+        mixture = MoSLDAdapter(self.in_features, self.out_features, **hyperparameters).train(self.training)
+        self.mixtures[adapter_name] = mixture
+        self.mosld_shared_a[adapter_name] = mixture.shared_a
+        self.mosld_expert_b[adapter_name] = mixture.expert_b
+        self.mosld_router[adapter_name] = mixture.router
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def train(self, mode: bool = True) -> "MoSLDPeftLinear":
+        for mixture in self.mixtures.values():  # unregistered, so nn.Module.train passes them by
+            mixture.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""

@@ -1,0 +1,119 @@
+"""The load-balance loss and the router statistics, against loops."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mosld import MoSLDLinear, balance_loss, router_stats
+from mosld.router import RouterUse
+
+
+def layers(*experts_and_k) -> nn.Sequential:
+    return nn.Sequential(*(MoSLDLinear(6, 6, r=2, num_experts=e, top_k=k) for e, k in experts_and_k)).double()
+
+
+def by_loops(logits: torch.Tensor, top_k: int) -> float:
+    tokens, experts = logits.shape
+    counts, probability = [0] * experts, [0.0] * experts
+    for row in logits:
+        for e in sorted(range(experts), key=lambda e: -row[e].item())[:top_k]:
+            counts[e] += 1
+        for e, p in enumerate(row.softmax(0).tolist()):
+            probability[e] += p / tokens
+    return experts * sum(c / (tokens * top_k) * p for c, p in zip(counts, probability, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [[(4, 2)], [(8, 1), (3, 2)]])
+def test_value_is_the_formula_summed_over_layers(sizes):
+    model = layers(*sizes)
+    model(torch.randn(5, 7, 6, dtype=torch.float64))
+    expected = sum(by_loops(layer.adapter.router_logits.flatten(0, 1), k) for layer, (_, k) in zip(model, sizes, strict=True))
+    assert balance_loss(model).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_even_load_gives_one_and_collapse_gives_e():
+    model = layers((4, 1))
+    router = model[0].router.weight.data
+    router.zero_()
+    router[:, :4] = 1e-6 * torch.eye(4)  # each of four tokens prefers its own expert, all but undecided
+    model(torch.eye(6, dtype=torch.float64)[:4])
+    assert balance_loss(model).item() == pytest.approx(1, rel=1e-5)
+    router.zero_()
+    router[2] = 100
+    model(torch.ones(5, 6, dtype=torch.float64))
+    assert balance_loss(model).item() == pytest.approx(4)
+
+
+def test_padding_is_left_out():
+    model = layers((4, 2))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    model(x)
+    masked = balance_loss(model, mask).item()
+    stats = router_stats(model, mask)["0"]
+    model(x[mask.bool()])
+    assert balance_loss(model).item() == pytest.approx(masked) and stats.tokens == 8
+    torch.testing.assert_close(router_stats(model)["0"].load, stats.load)
+
+
+def test_gradients_reach_router_and_input_and_are_right():
+    model = layers((5, 2))
+    x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+
+    def loss(x, weight):
+        model[0].router.weight.data.copy_(weight)
+        return torch.func.functional_call(model, {"0.adapter.router.weight": weight}, (x,)) is None or balance_loss(model)
+
+    weight = model[0].router.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x, weight))
+
+
+def test_dense_layers_are_left_out():
+    model = layers((3, 3))
+    model(torch.randn(4, 6, dtype=torch.float64))
+    assert balance_loss(model).item() == 0
+
+
+def test_statistics_are_what_the_routers_did():
+    model = layers((4, 1))
+    router = model[0].router.weight.data.zero_()
+    router[1, 0], router[3, 1] = 50, 50
+    x = torch.zeros(4, 6, dtype=torch.float64)
+    x[:3, 0], x[3, 1] = 1, 1
+    model(x)
+    stats = router_stats(model)["0"]
+    assert stats.load.tolist() == [0, 0.75, 0, 0.25] and stats.dead == [0, 2] and stats.tokens == 4
+    torch.testing.assert_close(stats.probability.sum(), torch.ones((), dtype=torch.float64))
+    assert stats.entropy < 1e-9
+    router.zero_()
+    model(x)
+    assert router_stats(model)["0"].entropy == pytest.approx(math.log(4))
+
+
+def test_use_is_summed_over_batches_and_kept_by_group():
+    model, use = layers((4, 2)), RouterUse()
+    batches = [torch.randn(3, 6, dtype=torch.float64) for _ in range(3)]
+    for batch, group in zip(batches, "aba", strict=True):
+        model(batch)
+        use.update(group, model)
+    model(torch.cat((batches[0], batches[2])))
+    assert use.shares()["a"]["0"] == pytest.approx(router_stats(model)["0"].load.tolist())
+    assert sum(use.shares()["b"]["0"]) == pytest.approx(1)
+
+
+def test_what_cannot_be_answered_is_refused():
+    with pytest.raises(ValueError, match="Linear has no active MoSLD layer"):
+        balance_loss(nn.Linear(2, 2))
+    model = layers((4, 2))
+    with pytest.raises(RuntimeError, match="no MoSLD layer has run yet"):
+        router_stats(model)
+    with torch.no_grad():
+        model(torch.randn(3, 6, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="kept no gradient for the router of 0"):
+        balance_loss(model)
+    with pytest.raises(ValueError, match=r"0 saw 3 tokens, the mask has \[2, 2\]"):
+        router_stats(model, torch.ones(2, 2))
+    with torch.no_grad():
+        assert balance_loss(model).isfinite()

@@ -1,0 +1,88 @@
+"""MoSLDTrainer's gradients are those of loss + coef * balance loss, however the batch is cut into micro-batches."""
+
+import peft
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mosld import MoSLDConfig, MoSLDTrainer, MoSLDTrainerMixin, balance_loss
+from tests.models import perturb, tiny_llama, token_ids
+
+COEF = 0.5
+ROWS = [{"input_ids": row, "labels": row} for row in token_ids(rows=8, length=6)]
+
+
+def adapted():
+    model = peft.get_peft_model(
+        tiny_llama(), MoSLDConfig(r=2, num_experts=4, dropout=0.0, balance_coef=COEF, target_modules=["q_proj", "v_proj"])
+    )
+    torch.manual_seed(4)
+    perturb(model)
+    return model
+
+
+def trained(tmp_path, trainer_class=MoSLDTrainer, accumulation=1, **changes):
+    """Router weights after one SGD step of lr 1 on all eight rows."""
+    model = adapted()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8 // accumulation, learning_rate=1.0,
+        gradient_accumulation_steps=accumulation, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer_class(model=model, args=arguments, train_dataset=ROWS, **changes).train()
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "router" in n])
+
+
+def by_hand(accumulation):
+    """The mean over micro-batches of the gradient of loss + COEF * balance loss, followed for one step."""
+    model = adapted().train()
+    routers = [p for n, p in model.named_parameters() if "router" in n]
+    rows = torch.stack([row["input_ids"] for row in ROWS])
+    order = torch.cat([index.flatten() for index in _trainer_order()])
+    for part in rows[order].chunk(accumulation):
+        loss = model(part, labels=part).loss + COEF * balance_loss(model)
+        (loss / accumulation).backward()
+    return torch.cat([(p - p.grad).detach().flatten() for p in routers])
+
+
+def _trainer_order():
+    """The order in which Trainer's sampler visits eight rows: from its argument `seed`, 42 by default."""
+    generator = torch.Generator().manual_seed(42)
+    return [torch.randperm(8, generator=generator)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_step_is_that_of_loss_plus_balance_loss(tmp_path, accumulation):
+    torch.testing.assert_close(trained(tmp_path, accumulation=accumulation), by_hand(accumulation), rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_matters_here(tmp_path):
+    """Without it the routers end elsewhere, so the tests above can fail."""
+    plain = trained(tmp_path, Trainer)
+    assert (plain - by_hand(1)).abs().max() > 1e-3
+    torch.testing.assert_close(trained(tmp_path, balance_coef=0.0), plain)
+
+
+def test_the_evaluation_loss_is_the_tasks_own(tmp_path):
+    losses = []
+    for trainer_class in (Trainer, MoSLDTrainer):
+        arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True,
+                                      dataloader_pin_memory=False)  # fmt: skip
+        losses.append(trainer_class(model=adapted(), args=arguments, eval_dataset=ROWS).evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_the_mixin_serves_any_trainer_and_a_loss_of_ones_own(tmp_path):
+    class Mine(MoSLDTrainerMixin, Trainer):
+        pass
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return loss / num_items_in_batch
+
+    moved = [trained(tmp_path, Mine, accumulation=a, compute_loss_func=own_loss, balance_coef=COEF) for a in (1, 4)]
+    plain = [trained(tmp_path, Trainer, accumulation=a, compute_loss_func=own_loss) for a in (1, 4)]
+    # The task's share is the same for any accumulation, and so is the size of the penalty's.
+    torch.testing.assert_close(plain[0], plain[1], rtol=1e-4, atol=1e-6)
+    sizes = [(m - p).norm().item() for m, p in zip(moved, plain, strict=True)]
+    assert 0.7 < sizes[1] / sizes[0] < 1.4
