@@ -41,7 +41,7 @@ EMBEDDED_TRAINER = {
     "all": ["--num_train_epochs", "4", "--warmup_steps", "100", "--per_device_train_batch_size", "32"],
 }
 QUICK_TRAINER = ["--num_train_epochs", "1", "--warmup_steps", "10", "--per_device_train_batch_size", "32"]
-OWN_TRAINER = ["--learning_rate", "3e-4", "--num_train_epochs", "3", "--warmup_steps", "100"]
+OWN_TRAINER = ["--learning_rate", "3e-4", "--num_train_epochs", "3", "--warmup_steps", "0.05"]
 COMMON_TRAINER = ["--logging_steps", "10", "--save_strategy", "epoch", "--dataloader_pin_memory", "false"]
 
 

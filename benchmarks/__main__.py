@@ -1,0 +1,33 @@
+"""python -m benchmarks layer [--shape NAME ...] [--dtype NAME ...] [--rounds N] [--out FILE]"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import layer
+from .shapes import LAYERS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios over the frozen linear layer.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("layer", help="one adapted layer, forward and backward, beside its rivals")
+    one.add_argument("--shape", nargs="+", default=["cpu-1024"], help=f"of {', '.join(LAYERS)} (default: cpu-1024)")
+    one.add_argument("--dtype", nargs="+", default=list(layer.DTYPES), help="of float32, bfloat16 (default: both)")
+    one.add_argument("--rounds", type=int, default=60, help="runs of every candidate (default: 60)")
+    one.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    options = parser.parse_args()
+    try:
+        if options.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {options.rounds}")
+        layer.run(options.shape, options.dtype, options.rounds, options.out)
+    except ValueError as error:
+        print(f"python -m benchmarks {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""`mosld train` and `mosld eval` on a user's own model and data: results, resumption, and refusals before any work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mosld import MoSLDConfig
+from mosld.cli import main
+from tests.models import tiny_llama
+from tests.tasks.test_scoring import byte_tokenizer
+
+FAST = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--use_cpu", "true",
+        "--logging_steps", "1", "--warmup_steps", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A tiny model with its tokenizer and two tasks: is a digit even, does a word end in a vowel."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = byte_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in {
+        "even": [{"prompt": f"{i}?", "choices": ["odd", "even"], "answer": 1 - i % 2} for i in range(24)],
+        "vowel": [{"prompt": f"b{c}", "choices": ["no", "yes"], "answer": int(c in "aeiou")} for c in "aeioubcdfghjkl"],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(data: Path, output: Path, *more: str, command: str = "train") -> list[str]:
+    tasks = [f"{name}={data / f'{name}.jsonl'}" for name in ("even", "vowel")]
+    tasks = [f"{task}:{task.partition('=')[2]}" for task in tasks]
+    own = ["--model", str(data / "model"), "--task", tasks[0], "--task", tasks[1], "--output", str(output)]
+    return [command, *own, *more]
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    code = main(words(data, output, "--single", "--seeds", "2", "--r", "2", "--num-experts", "4", *FAST))
+    assert code == 0
+    return output
+
+
+def test_results_hold_every_method_seed_and_setting(run):
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["tasks"]) == {"even", "vowel"}
+    for score in results["tasks"].values():
+        assert {"accuracy", "accuracy_norm", "n", "chance", "majority"} <= set(score)
+        assert score["chance"] == 0.5 and len(score["accuracy_per_seed"]) == 2
+    assert list(results["methods"]) == ["base", "lora", "mosld", "mosld-single"]
+    for label, method in results["methods"].items():
+        assert (method["trainable_parameters"] > 0) == (label != "base")
+        accuracies = [score["accuracy"] for score in method["tasks"].values()]
+        assert method["average"] == pytest.approx(sum(accuracies) / 2)
+    single, mixture = (results["methods"][label]["trainable_parameters"] for label in ("mosld-single", "mosld"))
+    assert single == 2 * mixture
+    assert results["seeds"] == [0, 1] and results["versions"]["torch"] == torch.__version__
+    losses = [loss for _, loss in results["methods"]["mosld"]["loss"]]
+    assert losses and losses[-1] < losses[0]
+    experts = results["methods"]["mosld"]["experts"]
+    assert set(experts) == {"even", "vowel"}
+    assert all(sum(load) == pytest.approx(1) for layers in experts.values() for load in layers.values())
+
+
+def test_pictures_are_drawn_and_checkpoints_are_gone(run):
+    for name in ("accuracy.png", "loss.png", "experts.png"):
+        assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not list((run / "checkpoints").iterdir())
+    assert {path.name for path in (run / "adapters").iterdir()} == {
+        "lora-seed0", "lora-seed1", "mosld-seed1", "mosld-single-even-seed0", "mosld-single-vowel-seed0",
+        "mosld-single-even-seed1", "mosld-single-vowel-seed1",
+    }  # fmt: skip
+
+
+def test_the_adapter_loads_in_the_printed_way_and_scores_the_same(run, data, capsys, tmp_path):
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
+    assert isinstance(model.peft_config["default"], MoSLDConfig)
+    capsys.readouterr()
+    scores = tmp_path / "scores.json"
+    assert main(words(data, scores, "--adapter", str(run / "adapter"), command="eval")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    results = json.loads((run / "results.json").read_text())
+    for task, score in printed.items():
+        assert score["accuracy"] == results["tasks"][task]["accuracy_per_seed"][0]
+    assert json.loads(scores.read_text())["tasks"] == printed
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
+    before = (run / "results.json").read_bytes()
+    same = words(data, run, "--single", "--seeds", "2", "--r", "2", "--num-experts", "4", *FAST)
+    assert main(same) == 2
+    assert "holds a finished run: choose another --output, or --overwrite" in capsys.readouterr().err
+    assert main(words(data, run, "--r", "3", *FAST)) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with other settings (adapter, seeds, single)" in error
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(data, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(words(data, tmp_path, "--overwrite", *FAST)) == 2
+    assert "is not empty and holds no run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwriting_replaces_a_run(data, tmp_path):
+    assert main(words(data, tmp_path / "o", "--no-lora", "--r", "2", *FAST)) == 0
+    assert main(words(data, tmp_path / "o", "--method", "lora", "--r", "2", "--overwrite", *FAST)) == 0
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert list(results["methods"]) == ["base", "lora"] and not (tmp_path / "o" / "experts.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--top-k", "9"], "top_k must be in [1, num_experts=8], got 9"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--dropout", "1.5"], "dropout must be in [0, 1], got 1.5"),
+        (["--max-length", "1000"], "max-length must be in [2, 64], the model's longest input, got 1000"),
+        (["--max-length", "3"], "does not fit max_length=3"),
+        (["--proportions", "even=1"], "proportions must name every task once (even, vowel), got even"),
+        (["--lerning_rate", "1"], "--lerning_rate"),
+        (["--learning_rate", "fast"], "not an argument of mosld train"),
+        (["--model", "/no/such/model"], "the model '/no/such/model' cannot be loaded: give a folder"),
+        (["--quick"], "--quick is for the embedded tasks"),
+        (["--target-modules", "no_such_layer"], "no_such_layer"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_trained(data, tmp_path, capsys, more, message):
+    assert main(words(data, tmp_path / "out", *FAST, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_bad_lines_are_all_reported(data, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\nnonsense\n{"prompt": "a", "choices": ["x", "y"], "answer": 5}\n')
+    assert main(["train", "--model", str(data / "model"), "--task", f"t={bad}", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{bad}:2: not JSON" in error and f"{bad}:3:" in error and not (tmp_path / "out").exists()
+
+
+def test_eval_refuses_what_is_no_adapter(data, tmp_path, capsys):
+    assert main(words(data, tmp_path / "s.json", "--adapter", str(tmp_path), command="eval")) == 2
+    assert "adapter_config.json is missing" in capsys.readouterr().err
+
+
+def test_a_model_without_tasks_is_refused(data, capsys):
+    assert main(["train", "--model", str(data / "model")]) == 2
+    assert "--model needs at least one --task" in capsys.readouterr().err
+
+
+def test_training_with_own_data_leaves_the_base_weights_alone(run, data):
+    base = AutoModelForCausalLM.from_pretrained(data / "model").state_dict()
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter").unload().state_dict()
+    assert all(torch.equal(base[name], adapted[name]) for name in base)
+
+
+@pytest.mark.slow
+def test_interrupting_keeps_a_checkpoint_and_the_same_command_goes_on_to_the_same_end(data, tmp_path):
+    many = ["--no-lora", "--r", "2", *FAST, "--max_steps", "300", "--logging_steps", "1"]
+    assert main(words(data, tmp_path / "whole", *many)) == 0
+    command = [sys.executable, "-m", "mosld", *words(data, tmp_path / "cut", *many)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        seen = ""
+        while "loss=" not in seen:  # the training has begun
+            piece = process.stderr.read(64)
+            assert piece, seen
+            seen += piece
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130 and "Run the same command again to go on" in rest
+    assert list((tmp_path / "cut" / "checkpoints" / "mosld-seed0").glob("checkpoint-*"))
+    assert not (tmp_path / "cut" / "results.json").exists()
+    assert main(words(data, tmp_path / "cut", *many)) == 0
+    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    assert cut["methods"]["mosld"]["loss"] == whole["methods"]["mosld"]["loss"]
+    assert cut["tasks"] == whole["tasks"]
