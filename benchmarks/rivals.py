@@ -1,6 +1,6 @@
 """What MoSLD is measured against, on the same frozen weight: PEFT's LoRA, the formula in plain torch, the published loop."""
 
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -22,7 +22,7 @@ class ReferenceLayer(nn.Module):
         adapter, layer = self.layer.adapter, self.layer
         seed = torch.randint(2**62, (1,), device=x.device) if adapter.dropout else None
         tensors = (adapter.shared_a.weight, adapter.expert_b.weight, adapter.router.weight)
-        settings = dict(top_k=adapter.top_k, scale=adapter.scale, dropout_p=adapter.dropout, seed=seed)
+        settings: dict[str, Any] = dict(top_k=adapter.top_k, scale=adapter.scale, dropout_p=adapter.dropout, seed=seed)
         return reference.mosld_linear(x, layer.weight, layer.bias, *tensors, **settings)[0]
 
 
@@ -51,7 +51,7 @@ def peft_lora(linear: nn.Linear, r: int, dropout: float) -> nn.Module:
     """PEFT's LoRA on `linear`, its weights in the linear's dtype."""
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
-    return cast(nn.Module, model.base_model.model[0])
+    return cast(nn.Sequential, model.base_model.model)[0]
 
 
 def candidates(linear: nn.Linear, *, r: int, num_experts: int, top_k: int, dropout: float) -> dict[str, nn.Module]:

@@ -26,7 +26,9 @@ EVAL_EXAMPLES = """example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mosld", description="Mixtures of LoRA experts that share one down-projection.")
+    parser = argparse.ArgumentParser(
+        prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
     _add_train(commands)
     _add_eval(commands)
@@ -69,7 +71,9 @@ def _add_eval(commands) -> None:
     _add_data(evaluate, "name=test.jsonl; once per task (with name=train.jsonl:test.jsonl the second file is scored)")
     evaluate.add_argument("--adapter", help="folder of a saved adapter")
     evaluate.add_argument("--output", help="also write the scores to this JSON file")
-    evaluate.add_argument("--quick", action="store_true", help="the embedded tasks and model at the size of train --quick")
+    evaluate.add_argument(
+        "--quick", action="store_true", help="the embedded tasks and model at the size of train --quick"
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:

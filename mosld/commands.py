@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +84,9 @@ def train(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
     for stage in stages:
         result = finished(run_dir, stage.name)
         if result is None:
-            result = run_stage(base, encoder, tasks, stage, recipe, run_dir, adapter_dir(run_dir, stage, options.method))
+            result = run_stage(
+                base, encoder, tasks, stage, recipe, run_dir, adapter_dir(run_dir, stage, options.method)
+            )
             if state.is_main_process:
                 finish(run_dir, stage.name, result)
         results.append(result)
@@ -195,7 +198,8 @@ def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTraine
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads, so any token serves
     tokenizer.padding_side = "right"  # with a causal model, what stands to the right of a token cannot reach it
-    return model.requires_grad_(False).to(PartialState().device), tokenizer
+    torch.nn.Module.to(model, PartialState().device)
+    return model.requires_grad_(False), tokenizer
 
 
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
@@ -227,7 +231,9 @@ def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
                     raise TaskFileError(f"task {task.name}: {error}") from None
 
 
-def _report(methods: dict[str, dict], options: argparse.Namespace, settings: dict, run_dir: Path, seconds: float) -> None:
+def _report(
+    methods: dict[str, dict], options: argparse.Namespace, settings: dict, run_dir: Path, seconds: float
+) -> None:
     charts = draw_charts(methods, options.method, run_dir)
     results = {
         "tasks": methods[options.method]["tasks"],

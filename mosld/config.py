@@ -44,7 +44,7 @@ class MoSLDConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.MOSLD  # added to the enumeration by `register` in tuner.py
+        self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register` in tuner.py
         for name in ("target_modules", "exclude_modules"):  # PEFT works on sets and saves lists
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

@@ -6,6 +6,7 @@ A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class MoSLDAdapter(nn.Module):
             # From torch's generator, so manual_seed, checkpointing and resuming repeat the mask by themselves.
             dropout_p, seed = self.dropout, torch.randint(2**62, (1,), device=x.device)
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
-        settings = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
+        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
         if weight is None:
             out, self.router_logits = mosld_delta(x, *tensors, **settings)
         else:

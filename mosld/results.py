@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.figure import Figure
 
@@ -87,7 +88,9 @@ def table(methods: dict[str, dict]) -> str:
     rows.append(["training, seconds", "", "", "", *[f"{methods[label]['train_seconds']:.0f}" for label in labels]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -118,11 +121,13 @@ def _draw_accuracy(methods: dict[str, dict], path: Path) -> Path:
         places = [place + (i - (len(methods) - 1) / 2) * width for place in range(len(tasks))]
         heights = [100 * method["tasks"][task]["accuracy"] for task in tasks]
         axes.bar(places, heights, width, label=display_name(label))
-    for key, style in (("chance", ":"), ("majority", "--")):
-        for place, score in enumerate(tasks.values()):
-            if score[key] is not None:
-                name = key if place == 0 else None
-                axes.hlines(100 * score[key], place - 0.45, place + 0.45, "black", style, label=name, linewidth=1)
+    lines: list[tuple[str, Literal["dotted", "dashed"]]] = [("chance", "dotted"), ("majority", "dashed")]
+    for key, style in lines:
+        known = [(place, 100 * score[key]) for place, score in enumerate(tasks.values()) if score[key] is not None]
+        if known:
+            places, heights = zip(*known, strict=True)
+            starts, ends = [place - 0.45 for place in places], [place + 0.45 for place in places]
+            axes.hlines(heights, starts, ends, colors="black", linestyles=style, linewidth=1, label=key)
     axes.set_xticks(range(len(tasks)), list(tasks))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=120)

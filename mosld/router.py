@@ -22,9 +22,7 @@ def running_adapters(model: nn.Module) -> Iterator[tuple[str, MoSLDAdapter]]:
                 yield name, adapter
 
 
-def routed_tokens(
-    model: nn.Module, attention_mask: Tensor | None = None
-) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
+def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
     """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
 
     attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token.

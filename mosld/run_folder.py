@@ -1,8 +1,8 @@
 """The folder of a run: whose it is, whether it is finished, and what may be written into it.
 
-    run.json       the settings that decide the results; written first
-    stages/        one file per finished stage          checkpoints/   of the stage being trained
-    results.json   written last: a folder that has it holds a finished run
+run.json       the settings that decide the results; written first
+stages/        one file per finished stage          checkpoints/   of the stage being trained
+results.json   written last: a folder that has it holds a finished run
 """
 
 import hashlib
@@ -11,7 +11,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-OWN = ("run.json", "results.json", "stages", "checkpoints", "adapter", "adapters", "accuracy.png", "loss.png", "experts.png")
+OWN = (
+    "run.json",
+    "results.json",
+    "stages",
+    "checkpoints",
+    "adapter",
+    "adapters",
+    "accuracy.png",
+    "loss.png",
+    "experts.png",
+)
 
 
 class RunFolderError(ValueError):
@@ -55,7 +65,7 @@ def free_folder(name: str, settings: Mapping[str, object]) -> Path:
 
 
 def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
-    """"new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
+    """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return "new", []
     if not (folder / "run.json").is_file():

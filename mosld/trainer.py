@@ -1,13 +1,17 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss."""
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from torch import nn
 from transformers import Trainer
 
 from .balance import balance_loss
 
+_Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
 
-class MoSLDTrainerMixin:
+
+class MoSLDTrainerMixin(_Base):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
     balance_coef: the weight; None takes it from the active adapter's MoSLDConfig. 0 leaves the loss alone.
@@ -18,13 +22,13 @@ class MoSLDTrainerMixin:
 
     def __init__(self, *args, balance_coef: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.balance_coef = _configured_balance_coef(self.model) if balance_coef is None else balance_coef
+        self.balance_coef = (
+            _configured_balance_coef(cast(nn.Module, self.model)) if balance_coef is None else balance_coef
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.balance_coef and model.training:
             penalty = self.balance_coef * balance_loss(model, attention_mask)
             loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
@@ -49,8 +53,8 @@ class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
 
 def _configured_balance_coef(model: nn.Module) -> float:
     configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", None)
-    names = active() if callable(active) else (active or list(configs))
+    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
+    names = list(cast(Any, active() if callable(active) else active or configs))
     coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
     if len(coefs) > 1:
         raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
@@ -92,9 +93,9 @@ def plan(method: str, *, compare_lora: bool, single: bool, seeds: int, task_name
 
 
 def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    sizes = {"r": settings.r, "target_modules": settings.target_modules, "task_type": "CAUSAL_LM"}
+    sizes: dict[str, Any] = {"r": settings.r, "target_modules": settings.target_modules, "task_type": "CAUSAL_LM"}
     if method == "lora":
-        return LoraConfig(lora_alpha=settings.alpha, lora_dropout=settings.dropout, **sizes)
+        return LoraConfig(lora_alpha=cast(int, settings.alpha), lora_dropout=settings.dropout, **sizes)
     return MoSLDConfig(
         alpha=settings.alpha,
         num_experts=settings.num_experts,
@@ -168,12 +169,12 @@ def _train(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     with _stop_on_interrupt(trainer):
         trainer.train(resume_from_checkpoint=last)
-    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
     """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
-    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    parser = HfArgumentParser(cast(Any, TrainingArguments), allow_abbrev=False)
     parser.error = _raise_value_error
     (parsed,) = parser.parse_args_into_dataclasses(
         ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
@@ -198,8 +199,9 @@ class _Progress(ProgressCallback):
         self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        loss = (logs or {}).get("loss")
+        if state.is_world_process_zero and self.training_bar is not None and loss is not None:
+            self.training_bar.set_postfix(loss=f"{float(loss):.3f}")
 
 
 class _SaveAndStop(TrainerCallback):

@@ -3,7 +3,7 @@
 PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
 """
 
-import enum
+from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -56,7 +56,10 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        in_features, out_features = _get_in_out_features(base_layer)
+        if in_features is None or out_features is None:
+            raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
+        self.in_features, self.out_features = in_features, out_features
         self.mosld_shared_a, self.mosld_expert_b, self.mosld_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.mixtures = {}
         self.merged_adapters = []
@@ -161,7 +164,7 @@ def register() -> None:
         ) from error
 
 
-def _add_member(enumeration: type[enum.Enum], name: str) -> None:
+def _add_member(enumeration: Any, name: str) -> None:
     member = str.__new__(enumeration, name)
     member._name_, member._value_ = name, name
     enumeration._member_map_[name] = member

@@ -95,7 +95,10 @@ class MoSLDFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p):
-        inputs, settings = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed), Settings(top_k, scale, dropout_p)
+        inputs, settings = (
+            Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed),
+            Settings(top_k, scale, dropout_p),
+        )
         out, logits, hidden, gates = forward(inputs, settings)
         ctx.save_for_backward(hidden, gates, *inputs)
         ctx.settings = settings

@@ -153,8 +153,10 @@ def _check_dtypes_and_devices(inputs: Inputs) -> None:
     for name in ("shared_a", "expert_b", "router_weight"):
         dtype = getattr(inputs, name).dtype
         if dtype not in FLOATS or dtype != shared_a.dtype:
-            raise ValueError(f"shared_a, expert_b and router_weight must share one floating-point dtype, got {dtype} "
-                             f"for {name} beside {shared_a.dtype} for shared_a")
+            raise ValueError(
+                f"shared_a, expert_b and router_weight must share one floating-point dtype, got {dtype} "
+                f"for {name} beside {shared_a.dtype} for shared_a"
+            )
     for name, tensor in inputs._asdict().items():
         if name != "seed" and tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")

@@ -45,7 +45,7 @@ def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
     return first + (second - first) * torch.arange(2, device=device)
 
 
-def keep_mask(seed: Tensor, shape: tuple[int, int], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
+def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
     """The dropout mask on the elements of A, True where an element is kept.
 
     seed: int64 [1], on the device where the mask is wanted.
@@ -70,7 +70,7 @@ def keep_mask(seed: Tensor, shape: tuple[int, int], p: float, layer_id: int = 0,
     return (words >= round(p * 2**32)).view(rows, cols)
 
 
-def draw_keep(seed: Tensor | None, shape: tuple[int, int], p: float) -> Tensor | None:
+def draw_keep(seed: Tensor | None, shape: tuple[int, ...], p: float) -> Tensor | None:
     """The keep mask of one call, or None when nothing is dropped and so no randomness is wanted."""
     if p == 0:
         return None

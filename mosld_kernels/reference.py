@@ -50,7 +50,7 @@ def mosld_delta(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The update alone, h B^T, and the router logits. Arguments and shapes as in `mosld_kernels.mosld_delta`."""
-    keep = draw_keep(seed, (shared_a.shape[0], shared_a.shape[1]), dropout_p)
+    keep = draw_keep(seed, shared_a.shape, dropout_p)
     hidden = F.linear(x, drop_elements(shared_a, keep, dropout_p, x.dtype))
     logits = F.linear(x, router_weight.to(x.dtype)).to(router_dtype(x.dtype))
     gates = gates_from_logits(logits, top_k).to(x.dtype)

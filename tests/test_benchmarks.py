@@ -41,7 +41,9 @@ def test_the_rivals_work_on_the_same_weight_and_are_what_they_claim():
     torch.testing.assert_close(modules["formula in plain torch"](x), ours)
     adapter = modules["MoSLD"].adapter
     tensors = (adapter.shared_a.weight, adapter.expert_b.weight, adapter.router.weight)
-    torch.testing.assert_close(ours, reference.mosld_linear(x, linear.weight, linear.bias, *tensors, top_k=4, scale=2.0)[0])
+    torch.testing.assert_close(
+        ours, reference.mosld_linear(x, linear.weight, linear.bias, *tensors, top_k=4, scale=2.0)[0]
+    )
     lora = modules["PEFT LoRA"]
     update = lora.lora_B["default"](lora.lora_A["default"](x)) * lora.scaling["default"]
     torch.testing.assert_close(lora(x), linear(x) + update)

@@ -28,8 +28,10 @@ class Encoder:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
         self.tokenizer, self.max_length = tokenizer, max_length
         bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-        self.prefix = [bos] if adds_bos else []
+        self.prefix: list[int] = [bos] if isinstance(bos, int) and tokenizer("a").input_ids[:1] == [bos] else []
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.end: list[int] = [eos] if isinstance(eos, int) else []
+        self.pad = pad if isinstance(pad, int) else 0  # masked wherever it stands, so any token serves
 
     def pair(self, prompt: str, answer: str, reserved: int = 0) -> Encoded:
         """Encode a prompt and an answer, leaving room for `reserved` more tokens.
@@ -47,18 +49,17 @@ class Encoder:
             )
         prompt_ids = self.prefix + (prompt_ids[-room:] if room else [])
         if not prompt_ids:  # as lm-evaluation-harness does for an empty context
-            prompt_ids = [self.tokenizer.eos_token_id]
+            prompt_ids = self.end or [0]
         return Encoded(prompt_ids, answer_ids)
 
     def training_row(self, example: Example) -> dict[str, list[int]]:
         """input_ids, attention_mask and labels; the loss falls on the answer's tokens and the end token alone."""
-        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        prompt, answer = self.pair(example.prompt, example.completion, reserved=len(end))
-        input_ids = prompt + answer + end
+        prompt, answer = self.pair(example.prompt, example.completion, reserved=len(self.end))
+        input_ids = prompt + answer + self.end
         return {
             "input_ids": input_ids,
             "attention_mask": [1] * len(input_ids),
-            "labels": [IGNORED] * len(prompt) + answer + end,
+            "labels": [IGNORED] * len(prompt) + answer + self.end,
         }
 
     def _ids(self, text: str) -> list[int]:

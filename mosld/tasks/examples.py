@@ -69,7 +69,9 @@ def read_tasks(specs: list[str]) -> list[Task]:
         except TaskFileError as error:
             faults.append(str(error))
     names = [name for name, _, _ in parsed]
-    faults += [f"task name {name!r} is given {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
+    faults += [
+        f"task name {name!r} is given {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
+    ]
     tasks = []
     for name, train, test in parsed:
         examples = [read_examples(path, faults) if path else [] for path in (train, test)]

@@ -7,7 +7,7 @@ from .examples import Example, Task
 
 
 def parse_proportions(text: str, names: Sequence[str]) -> dict[str, float] | str:
-    """"proportional", "equal" or "name=weight,name=weight" -> the proportions that `mix` takes.
+    """ "proportional", "equal" or "name=weight,name=weight" -> the proportions that `mix` takes.
 
     raises ValueError for an unknown task, a task left out, or a weight that is not a number of at least 0.
     """

@@ -1,7 +1,7 @@
 """Scoring without generation: the log-likelihood of each choice after the prompt, as lm-evaluation-harness counts it.
 
-    accuracy        the choice with the greatest sum of log-probabilities is the right one
-    accuracy_norm   the same with every sum divided by the choice's length in characters
+accuracy        the choice with the greatest sum of log-probabilities is the right one
+accuracy_norm   the same with every sum divided by the choice's length in characters
 """
 
 import inspect
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -52,7 +53,7 @@ def score_tasks(
                 if on_batch is not None:
                     on_batch(task, mask)
 
-            results = log_likelihoods(model, pairs, encoder.tokenizer.pad_token_id or 0, batch_size, after)
+            results = log_likelihoods(model, pairs, encoder.pad, batch_size, after)
             scores[task.name] = _score(task, results)
     return scores
 
@@ -106,7 +107,7 @@ def _pad(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) -> tu
 
 def _logits(model: nn.Module, input_ids: Tensor, mask: Tensor, first: int) -> Tensor:
     """-> logits [rows, tokens - first, vocabulary]: a large vocabulary is projected only where it is read."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
         return model(input_ids=input_ids, attention_mask=mask, logits_to_keep=keep).logits

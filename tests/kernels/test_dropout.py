@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mosld_kernels import keep_mask
-from mosld_kernels.dropout import drop_elements, draw_keep, philox
+from mosld_kernels.dropout import draw_keep, drop_elements, philox
 
 MASK32 = 0xFFFFFFFF
 
@@ -95,7 +95,9 @@ def test_the_ends_of_the_range_behave_as_torch_dropout_does():
     everything_dropped = drop_elements(values, draw_keep(seed_tensor(1), (4, 16), 1.0), 1.0, torch.float32)
     assert torch.equal(everything_dropped, torch.zeros(4, 16))
     almost = 1 - 1e-12  # rounds to the greatest threshold: nothing is kept, nothing overflows
-    assert torch.equal(drop_elements(values, draw_keep(seed_tensor(1), (4, 16), almost), almost, torch.float32), torch.zeros(4, 16))
+    assert torch.equal(
+        drop_elements(values, draw_keep(seed_tensor(1), (4, 16), almost), almost, torch.float32), torch.zeros(4, 16)
+    )
 
 
 @pytest.mark.parametrize(

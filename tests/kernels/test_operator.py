@@ -57,7 +57,9 @@ def test_no_less_accurate_than_eager(shape, dtype, p):
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(5, 7, 6, 3, 4, 2), Shape(1, 4, 5, 2, 3, 1), Shape(6, 3, 4, 1, 1, 1), Shape(4, 5, 3, 2, 3, 3)], ids=str
+    "shape",
+    [Shape(5, 7, 6, 3, 4, 2), Shape(1, 4, 5, 2, 3, 1), Shape(6, 3, 4, 1, 1, 1), Shape(4, 5, 3, 2, 3, 3)],
+    ids=str,
 )
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(shape, p):
@@ -308,7 +310,10 @@ def good(**changes):
         (dict(weight=torch.randn(4, 5)), r"weight must be \[D_out, D_in\] = \[5, 4\], got \[4, 5\]"),
         (dict(weight=torch.randn(5, 4).double()), r"weight must have x's dtype torch.float32, got torch.float64"),
         (dict(bias=torch.randn(4)), r"bias must be \[D_out\] = \[5\], got \[4\]"),
-        (dict(expert_b=torch.randn(5, 5)), r"expert_b must be \[D_out, E \* R\] with E=3, R=2 = \[5, 6\], got \[5, 5\]"),
+        (
+            dict(expert_b=torch.randn(5, 5)),
+            r"expert_b must be \[D_out, E \* R\] with E=3, R=2 = \[5, 6\], got \[5, 5\]",
+        ),
         (dict(expert_b=torch.randn(5, 3, 2)), r"must have two dimensions, got \[2, 4\], \[5, 3, 2\], \[3, 4\]"),
         (dict(router_weight=torch.randn(3, 5)), r"router_weight must be \[E, D_in\] = \[3, 4\], got \[3, 5\]"),
         (dict(router_weight=torch.randn(3, 4).half()), r"must share one floating-point dtype, got torch.float16"),

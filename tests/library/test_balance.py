@@ -29,7 +29,9 @@ def by_loops(logits: torch.Tensor, top_k: int) -> float:
 def test_value_is_the_formula_summed_over_layers(sizes):
     model = layers(*sizes)
     model(torch.randn(5, 7, 6, dtype=torch.float64))
-    expected = sum(by_loops(layer.adapter.router_logits.flatten(0, 1), k) for layer, (_, k) in zip(model, sizes, strict=True))
+    expected = sum(
+        by_loops(layer.adapter.router_logits.flatten(0, 1), k) for layer, (_, k) in zip(model, sizes, strict=True)
+    )
     assert balance_loss(model).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -64,7 +66,9 @@ def test_gradients_reach_router_and_input_and_are_right():
 
     def loss(x, weight):
         model[0].router.weight.data.copy_(weight)
-        return torch.func.functional_call(model, {"0.adapter.router.weight": weight}, (x,)) is None or balance_loss(model)
+        return torch.func.functional_call(model, {"0.adapter.router.weight": weight}, (x,)) is None or balance_loss(
+            model
+        )
 
     weight = model[0].router.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, (x, weight))

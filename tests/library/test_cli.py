@@ -144,7 +144,9 @@ def test_bad_arguments_are_refused_before_anything_is_trained(data, tmp_path, ca
 
 def test_bad_lines_are_all_reported(data, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a", "completion": "b"}\nnonsense\n{"prompt": "a", "choices": ["x", "y"], "answer": 5}\n')
+    bad.write_text(
+        '{"prompt": "a", "completion": "b"}\nnonsense\n{"prompt": "a", "choices": ["x", "y"], "answer": 5}\n'
+    )
     assert main(["train", "--model", str(data / "model"), "--task", f"t={bad}", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert f"{bad}:2: not JSON" in error and f"{bad}:3:" in error and not (tmp_path / "out").exists()

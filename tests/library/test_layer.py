@@ -62,8 +62,12 @@ def test_one_expert_equals_peft_lora_values_and_gradients():
         y.backward(dout)
         grads.append((y, own_x.grad))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.shared_a.weight.grad, wrapped.lora_A["default"].weight.grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.expert_b.weight.grad, wrapped.lora_B["default"].weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layer.shared_a.weight.grad, wrapped.lora_A["default"].weight.grad, rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        layer.expert_b.weight.grad, wrapped.lora_B["default"].weight.grad, rtol=1e-12, atol=1e-12
+    )
     assert (layer.router.weight.grad == 0).all()  # with one expert there is nothing to route
 
 

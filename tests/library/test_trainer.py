@@ -14,7 +14,8 @@ ROWS = [{"input_ids": row, "labels": row} for row in token_ids(rows=8, length=6)
 
 def adapted():
     model = peft.get_peft_model(
-        tiny_llama(), MoSLDConfig(r=2, num_experts=4, dropout=0.0, balance_coef=COEF, target_modules=["q_proj", "v_proj"])
+        tiny_llama(),
+        MoSLDConfig(r=2, num_experts=4, dropout=0.0, balance_coef=COEF, target_modules=["q_proj", "v_proj"]),
     )
     torch.manual_seed(4)
     perturb(model)
@@ -53,7 +54,9 @@ def _trainer_order():
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_step_is_that_of_loss_plus_balance_loss(tmp_path, accumulation):
-    torch.testing.assert_close(trained(tmp_path, accumulation=accumulation), by_hand(accumulation), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        trained(tmp_path, accumulation=accumulation), by_hand(accumulation), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_penalty_matters_here(tmp_path):
@@ -77,7 +80,9 @@ def test_the_mixin_serves_any_trainer_and_a_loss_of_ones_own(tmp_path):
         pass
 
     def own_loss(outputs, labels, num_items_in_batch=None):
-        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
         return loss / num_items_in_batch
 
     moved = [trained(tmp_path, Mine, accumulation=a, compute_loss_func=own_loss, balance_coef=COEF) for a in (1, 4)]

@@ -22,7 +22,9 @@ IDS = token_ids()
 
 
 def adapted(base=None, **changes):
-    config = MoSLDConfig(**{"r": 4, "num_experts": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+    config = MoSLDConfig(
+        **{"r": 4, "num_experts": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    )
     return peft.get_peft_model(base if base is not None else tiny_llama(), config)
 
 
@@ -264,7 +266,9 @@ def test_registering_again_changes_nothing():
 def test_loading_without_importing_mosld_fails_and_importing_it_is_enough(tmp_path):
     model = adapted()
     model.save_pretrained(str(tmp_path))
-    program = "import sys; {}; from peft import PeftConfig; print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)"
+    program = (
+        "import sys; {}; from peft import PeftConfig; print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)"
+    )
     outcomes = [
         subprocess.run([sys.executable, "-c", program.format(first), str(tmp_path)], capture_output=True, text=True)
         for first in ("pass", "import mosld")

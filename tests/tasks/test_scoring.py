@@ -65,7 +65,9 @@ def test_a_first_token_is_kept_where_the_tokenizer_has_one():
     if tokenizer("a").input_ids[0] != 0:  # the setting does not reach a tokenizer without a template
         from tokenizers.processors import TemplateProcessing
 
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<end> $A", special_tokens=[("<end>", 0)]
+        )
     encoder = Encoder(tokenizer, 6)
     assert encoder.pair("0123456789", "y").prompt[0] == 0
     assert text(encoder.pair("0123456789", "y").prompt[1:]) == "789"
@@ -89,7 +91,9 @@ def by_hand(model, pair: Encoded) -> float:
 
 def test_log_likelihoods_equal_token_by_token_and_do_not_depend_on_the_batch(model):
     encoder = Encoder(TOKENIZER, 64)
-    pairs = [encoder.pair(p, a) for p, a in [("a", "bc"), ("a much longer prompt", "x"), ("mid", "dling answer"), ("", "q")]]
+    pairs = [
+        encoder.pair(p, a) for p, a in [("a", "bc"), ("a much longer prompt", "x"), ("mid", "dling answer"), ("", "q")]
+    ]
     alone = [log_likelihoods(model, [pair], 1)[0][0] for pair in pairs]
     for batch_size in (1, 2, 4):
         together = log_likelihoods(model, pairs, 1, batch_size)

@@ -1,0 +1,30 @@
+# make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
+# make test   every test that runs without a GPU
+# make check  lint, format and types
+# make bench  one adapted layer beside PEFT's LoRA and the published loop, as ratios over the frozen layer
+# Each makes .venv first when it is missing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test check bench
+
+demo: $(READY)
+	$(BIN)/mosld train
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out benchmarks/results/layer.json
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
