@@ -79,6 +79,12 @@ def _add_eval(commands) -> None:
 def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: the embedded one)")
     parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
+    parser.add_argument(
+        "--split",
+        choices=("block", "name"),
+        default="block",
+        help="of the embedded tasks: test other Unicode blocks and files than trained on (block), or other texts (name)",
+    )
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: the model's, at most 2048)")
     parser.add_argument("--eval-batch-size", type=int, default=64, help="choices scored together (default: 64)")
 

@@ -159,7 +159,8 @@ def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
         return [Task(t.name, t.train if t.test else [], t.test or t.train) for t in tasks] if only_test else tasks
     if options.model:
         raise TaskFileError("--model needs at least one --task name=file.jsonl")
-    return embedded_tasks(train=200, test=40) if options.quick else embedded_tasks()
+    sizes = {"train": 200, "test": 40} if options.quick else {}
+    return embedded_tasks(**sizes, split=options.split)
 
 
 def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
@@ -174,6 +175,7 @@ def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
         "single": options.single,
         "seeds": options.seeds,
         "quick": options.quick,
+        "split": options.split,
         "max_length": options.max_length,
         **asdict(recipe),
     }

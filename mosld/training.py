@@ -20,7 +20,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedModel,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import MoSLDConfig
+from .progress import show_progress
 from .router import RouterUse
 from .tasks.encode import IGNORED, Encoder
 from .tasks.examples import Task
@@ -164,8 +164,7 @@ def _train(
         train_dataset=[encoder.training_row(example) for example in examples],
         data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Progress(stage.name))
+    show_progress(trainer, f"train {stage.name}")
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     with _stop_on_interrupt(trainer):
         trainer.train(resume_from_checkpoint=last)
@@ -184,24 +183,6 @@ def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingAr
 
 def _raise_value_error(message: str):
     raise ValueError(f"not an argument of mosld train or of transformers' TrainingArguments: {message}")
-
-
-class _Progress(ProgressCallback):
-    """One bar for a stage with the loss beside it, instead of a line for every logged loss."""
-
-    def __init__(self, label: str):
-        super().__init__()
-        self.label = label
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, desc=f"train {self.label}", unit="step", leave=False)
-        self.current_step = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if state.is_world_process_zero and self.training_bar is not None and loss is not None:
-            self.training_bar.set_postfix(loss=f"{float(loss):.3f}")
 
 
 class _SaveAndStop(TrainerCallback):

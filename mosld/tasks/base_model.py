@@ -1,6 +1,6 @@
 """A tiny LLaMA, pre-trained on the spot on the standard library's own text and kept in a cache.
 
-text     mosld.tasks.pretraining: docstrings, the language reference and character names, without any label
+text     mosld.tasks.pretraining: docstrings, character names and questions about them, without any label
 model    2 layers, hidden 128, tied embeddings, byte-level BPE of 2048: 0.7 million parameters
 cache    one folder per settings, versions and sources; written beside its place and renamed into it
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy
 import torch
@@ -26,6 +27,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from mosld.progress import show_progress
 from mosld.tasks import pretraining, python_text
 from mosld.tasks.pretraining import pretraining_text
 
@@ -39,10 +41,10 @@ class Settings:
     hidden: int = 128
     layers: int = 2
     vocabulary: int = 2048
-    steps: int = 800
+    steps: int = 1000
     batch: int = 8
     length: int = 128
-    records: int = 20_000  # questions that a name answers by itself
+    records: int = 50_000  # questions that a name answers by itself; half as many about docstrings
     share: float = 1.0  # of the documents
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
@@ -51,7 +53,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(hidden=64, vocabulary=1024, steps=60, records=2_000, share=0.1)
+QUICK = Settings(hidden=64, vocabulary=1024, steps=60, records=4_000, share=0.25)
 
 
 def build_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -75,9 +77,7 @@ def build_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def _rows(
-    documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int
-) -> list[dict[str, torch.Tensor]]:
+def _rows(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[dict[str, torch.Tensor]]:
     """The documents end to end, an end token after each, cut into rows of `length`."""
     ids = [token for row in tokenizer(documents)["input_ids"] for token in (*row, tokenizer.eos_token_id)]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -95,11 +95,11 @@ def _new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaF
         initializer_range=0.06,  # the default 0.02 leaves so narrow a model behind by 8 points after adaptation
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
+    torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight, std=0.05)
     return model
 
 
@@ -123,10 +123,12 @@ def train_base(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenize
             seed=settings.seed,
             use_cpu=True,
             save_strategy="no",
-            logging_strategy="no",
+            logging_steps=20,
             report_to="none",
         )
-        Trainer(model, arguments, train_dataset=_rows(documents, tokenizer, settings.length)).train()
+        trainer = Trainer(model, arguments, train_dataset=cast(Any, _rows(documents, tokenizer, settings.length)))
+        show_progress(trainer, "pre-train the base model")
+        trainer.train()
     return model, tokenizer
 
 
@@ -145,6 +147,7 @@ def load_base(
         with _left_as_found(settings.threads):
             _write(folder, *train_base(settings))
         loaded = _read(folder)
+        assert loaded is not None, f"{folder} was written a moment ago"
     model, tokenizer = loaded
     return model.eval().requires_grad_(False), tokenizer
 
@@ -171,9 +174,7 @@ def _read(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast] | No
         model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a cut-off file raises anything from OSError to SafetensorError
-        warnings.warn(
-            f"the base model in {folder} cannot be read and is trained again: {error}", stacklevel=3
-        )
+        warnings.warn(f"the base in {folder} cannot be read and is trained again: {error}", stacklevel=3)
         shutil.rmtree(folder)
         return None
 
@@ -185,19 +186,21 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         saved = Path(beside) / "base"
         model.save_pretrained(saved)
         tokenizer.save_pretrained(saved)
-        if not folder.exists():  # another process may have been faster
+        try:
             saved.rename(folder)
+        except OSError:
+            if not folder.exists():  # another process may have been faster
+                raise
 
 
 @contextmanager
 def _left_as_found(threads: int) -> Iterator[None]:
     """Trains on few threads, for such a small model gains nothing from many; restores them and the generators."""
     count, python_state, numpy_state = torch.get_num_threads(), random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     torch.set_num_threads(min(count, threads))
     try:
-        with torch.random.fork_rng(
-            devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        ):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         torch.set_num_threads(count)

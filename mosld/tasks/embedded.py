@@ -8,11 +8,9 @@ summed log-probability also says where the answer ends. Labels and texts follow 
 the running Python: accuracies from different Python versions are not comparable.
 
 split="block"  Test characters come from other Unicode blocks than training characters, test docstrings from other
-               top-level modules. Blocks whose names mostly start with the same word (all the LATIN blocks, all the
-               ARABIC ones) stay together. Of the test names, about 3 % still differ from a training name by one word
-               after the first.
-split="name"   By the text alone: easier, because MATHEMATICAL BOLD CAPITAL A may be trained on and MATHEMATICAL
-               ITALIC CAPITAL A tested; about 80 % of the test names have such a neighbour.
+               source files.
+split="name"   By the text alone. Easier: MATHEMATICAL BOLD CAPITAL A may be trained on and MATHEMATICAL ITALIC
+               CAPITAL A tested.
 """
 
 import re
@@ -70,10 +68,11 @@ DIRECTIONS = {
     "ON": "other neutral",
 }
 WIDTHS = {"N": "neutral", "W": "wide", "A": "ambiguous", "Na": "narrow", "H": "halfwidth", "F": "fullwidth"}
+TAGS = {"compat": "compatibility", "super": "superscript", "sub": "subscript", "noBreak": "no break"}
 
 
 class Item(NamedTuple):
-    """A text, its right answer and the group that the block split keeps on one side."""
+    """A text, its right answer and the block or file that the block split keeps on one side."""
 
     text: str
     label: str
@@ -81,23 +80,23 @@ class Item(NamedTuple):
 
 
 def docstring_items() -> list[Item]:
-    """Sentences of 4 to 40 words; one that documents two kinds of thing, or stands in two modules, is left out."""
+    """Sentences of 4 to 40 words; one that documents two kinds of thing, or stands in two files, is left out."""
     homes = defaultdict(set)
-    for text, kind, module in docstrings():
-        homes[first_sentence(text)].add((kind, module))
+    for text, kind, file in docstrings():
+        homes[first_sentence(text)].add((kind, file))
     items = [Item(text, *min(home)) for text, home in homes.items() if len(home) == 1]
     return [
-        item
-        for item in items
-        if 4 <= len(item.text.split()) <= 40 and item.text.isascii() and ">>>" not in item.text
+        item for item in items if 4 <= len(item.text.split()) <= 40 and item.text.isascii() and ">>>" not in item.text
     ]
 
 
-def _decomposition(char: str) -> str | None:
-    """The tag in angle brackets ("font"), or "canonical" where there is none, or "none" where nothing is decomposed."""
+def _decomposition(char: str) -> str:
+    """The tag in angle brackets ("font"); "canonical" where there is none, "none" where nothing is decomposed."""
     mapping = unicodedata.decomposition(char)
     tag = re.match(r"<(\w+)>", mapping)
-    return tag.group(1).lower() if tag else "canonical" if mapping else "none"
+    if tag is None:
+        return "canonical" if mapping else "none"
+    return TAGS.get(tag.group(1), tag.group(1))
 
 
 def _numeric(char: str) -> str | None:
@@ -116,7 +115,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[str], str | None]]] = {
 
 def _character_items(label: Callable[[str], str | None]) -> list[Item]:
     labelled = ((char, label(char.char)) for char in characters())
-    return [Item(char.name, value, char.group) for char, value in labelled if value is not None]
+    return [Item(char.name, value, char.block) for char, value in labelled if value is not None]
 
 
 def _round_robin(items: list[Item], count: int, rng: Random) -> list[Item]:
@@ -145,9 +144,7 @@ def _task(name: str, question: str, items: list[Item], train: int, test: int, sp
     for item in items:
         sides[held_out(item.group if split == "block" else item.text)].append(item)
     seen = {side: Counter(item.label for item in sides[side]) for side in sides}
-    labels = sorted(
-        label for label, n in seen[False].items() if n >= MIN_TRAIN and seen[True][label] >= MIN_TEST
-    )
+    labels = sorted(label for label, n in seen[False].items() if n >= MIN_TRAIN and seen[True][label] >= MIN_TEST)
     if len(labels) < 4:
         raise RuntimeError(
             f"task {name!r} needs 4 labels on both sides of the {split} split, found {labels} in {len(items)} texts"

@@ -1,8 +1,8 @@
 """The texts that ship with Python, and which of them are held out for tests.
 
-characters()   every named character of `unicodedata`, with its group of Unicode blocks
-docstrings()   every docstring of the standard library's sources, with what it documents and its module
-held_out(key)  whether a group or a text belongs to the test side
+characters()   every named character of `unicodedata`, with its Unicode block
+docstrings()   every docstring of the standard library's sources, with what it documents and its file
+held_out(key)  whether a block, a file or a text belongs to the test side
 """
 
 import ast
@@ -12,14 +12,13 @@ import re
 import sys
 import sysconfig
 import unicodedata
-from collections import Counter, defaultdict
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-SALT = (
-    90  # of 0 to 299 the one that leaves every task the most labels on both sides; no accuracy was looked at
-)
+# Of 0 to 299 the salt that leaves the tasks the most labels on both sides; no accuracy was looked at.
+SALT = 132
 TEST_SHARE = 5  # one key in five is held out
 
 KINDS = {
@@ -55,23 +54,23 @@ FE00 FE10 FE20 FE30 FE50 FE70 FF00 FFF0 10000 10080 10100 10140 10190 101D0 1028
 
 
 class Character(NamedTuple):
-    """A named character and its group of blocks: the word that most of a block's names start with."""
+    """A named character and the Unicode block it is in, given by the block's first code point ("0370")."""
 
     char: str
     name: str
-    group: str
+    block: str
 
 
 class Docstring(NamedTuple):
-    """A standard-library docstring, what it documents and its top-level module or package."""
+    """A standard-library docstring, what it documents and the source file it stands in ("json/decoder.py")."""
 
     text: str
     kind: str
-    module: str
+    file: str
 
 
 def held_out(key: str) -> bool:
-    """Whether a group or a text is on the test side. `hash()` would change from process to process."""
+    """Whether a block, a file or a text is on the test side. `hash()` would change from process to process."""
     return int.from_bytes(hashlib.sha256(f"{SALT}/{key}".encode()).digest()[:8], "big") % TEST_SHARE == 0
 
 
@@ -79,14 +78,12 @@ def held_out(key: str) -> bool:
 def characters() -> list[Character]:
     """All characters with a telling name, by code point."""
     starts = [int(start, 16) for start in BLOCK_STARTS.split()]
-    names = ((code, unicodedata.name(chr(code), "")) for code in range(sys.maxunicode + 1))
-    named = [(bisect.bisect(starts, code), code, name) for code, name in names if name]
-    named = [entry for entry in named if not NUMBERED_NAME.search(entry[2])]
-    first_words = defaultdict(Counter)
-    for block, _, name in named:
-        first_words[block][name.split()[0]] += 1
-    group = {block: words.most_common(1)[0][0] for block, words in first_words.items()}
-    return [Character(chr(code), name, group[block]) for block, code, name in named]
+    found = []
+    for code in range(sys.maxunicode + 1):
+        name = unicodedata.name(chr(code), "")
+        if name and not NUMBERED_NAME.search(name):
+            found.append(Character(chr(code), name, f"{starts[bisect.bisect(starts, code) - 1]:04X}"))
+    return found
 
 
 @cache
@@ -95,25 +92,28 @@ def docstrings() -> list[Docstring]:
     library = Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if not SKIPPED_FOLDERS.intersection(parts):
-            found += [Docstring(text, kind, parts[0].removesuffix(".py")) for text, kind in _parse(path)]
+        file = path.relative_to(library)
+        if not SKIPPED_FOLDERS.intersection(file.parts):
+            found += [Docstring(text, kind, file.as_posix()) for text, kind in _parse(path)]
     return found
 
 
 def _parse(path: Path) -> list[tuple[str, str]]:
     """The docstrings of one source file, each with its kind; none where the file cannot be read."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Warning)  # about the library's own code
+            tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
         return []
-    found, waiting = [], [(tree, "module")]
+    found: list[tuple[str, str]] = []
+    waiting: list[tuple[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]] = [(tree, "module")]
     while waiting:
         node, kind = waiting.pop()
         if text := ast.get_docstring(node):
             found.append((text, kind))
         for child in reversed(node.body):
-            if type(child) in KINDS:
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 method = kind == "class" and not isinstance(child, ast.ClassDef)
                 waiting.append((child, "method" if method else KINDS[type(child)]))
     return found
