@@ -3,6 +3,7 @@
 Two noisy cores drift by tens of percent within a minute; interleaving gives every candidate the same share of it.
 """
 
+import os
 import platform
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "not set"),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "peft", "transformers", "mosld")},
         "commit": _commit(),

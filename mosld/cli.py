@@ -4,9 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from .run_folder import RunFolderError
-from .tasks.examples import TaskFileError
+from . import commands
 
 TRAIN_EXAMPLES = """examples:
   mosld train                         six small tasks and a tiny language model made on the spot, no download
@@ -29,14 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
-    _add_train(commands)
-    _add_eval(commands)
+    parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
+    _add_train(verbs)
+    _add_eval(verbs)
     return parser
 
 
-def _add_train(commands) -> None:
-    train = commands.add_parser(
+def _add_train(verbs) -> None:
+    train = verbs.add_parser(
         "train", help="train adapters on several tasks and compare them", epilog=TRAIN_EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -63,8 +64,8 @@ def _add_train(commands) -> None:
     )
 
 
-def _add_eval(commands) -> None:
-    evaluate = commands.add_parser(
+def _add_eval(verbs) -> None:
+    evaluate = verbs.add_parser(
         "eval", help="score a model, with or without an adapter", epilog=EVAL_EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -94,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.command == "eval" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from . import commands  # transformers takes seconds to import, --help should not
-
     try:
-        if options.command == "eval":
-            print(json.dumps(commands.evaluate(options), indent=2))
+        try:
+            work = commands.prepare(options, rest) if options.command == "train" else commands.evaluate(options)
+        except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
+            print(f"mosld {options.command}: {error}", file=sys.stderr)
+            return 2
+        if isinstance(work, commands.Run):
+            commands.train(work)
         else:
-            commands.train(options, rest)
-    except (TaskFileError, RunFolderError, commands.ModelError, ValueError) as error:
-        print(f"mosld {options.command}: {error}", file=sys.stderr)
-        return 2
+            print(json.dumps(work, indent=2))
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
         return 130

@@ -1,10 +1,10 @@
-"""What the command line does: `train` a run into a folder, `evaluate` a model."""
+"""What the command line does: `prepare` and `train` a run into a folder, `evaluate` a model."""
 
 import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .layer import check_hyperparameters
 from .results import display_name, draw_charts, gather, table, versions
-from .run_folder import claim, file_digest, free_folder
+from .run_folder import check_free, claim, file_digest, free_folder
 from .tasks.base_model import load_base
 from .tasks.embedded import embedded_tasks
 from .tasks.encode import Encoder
@@ -25,6 +25,7 @@ from .training import (
     AdapterSettings,
     Recipe,
     Stage,
+    check_targets,
     finish,
     finished,
     plan,
@@ -50,49 +51,67 @@ class ModelError(ValueError):
     """A model, tokenizer or adapter that cannot be loaded."""
 
 
-def train(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
-    """`mosld train`: check everything, then train, score, save and show.
+@dataclass(frozen=True)
+class Run:
+    """A run whose every setting has been checked, with its folder claimed and its model loaded."""
 
-    raises TaskFileError, RunFolderError, ModelError or ValueError before anything is trained.
+    options: argparse.Namespace
+    folder: Path
+    settings: dict[str, object]
+    recipe: Recipe
+    tasks: list[Task]
+    stages: list[Stage]
+    base: PreTrainedModel
+    encoder: Encoder
+
+
+def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
+    """Everything of `mosld train` that can fail for a reason of the user's, in the order of what it costs.
+
+    raises ValueError (TaskFileError, RunFolderError and ModelError among them); nothing is trained or written then.
     """
-    start = time.perf_counter()
     _check(options)
-    recipe = _recipe(options, trainer_words)
     tasks = _tasks(options)
     empty = [task.name for task in tasks if not task.train]
     if empty:
         raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
     names = [task.name for task in tasks]
-    recipe = Recipe(**{**vars(recipe), "proportions": parse_proportions(options.proportions, names)})
+    recipe = _recipe(options, trainer_words, parse_proportions(options.proportions, names))
     stages = plan(
         options.method, compare_lora=not options.no_lora, single=options.single, seeds=options.seeds, task_names=names
     )
     settings = _settings(options, recipe)
-    run_dir = Path(options.output) if options.output else free_folder(_run_name(options), settings)
-    state = PartialState()
-    if state.is_main_process and claim(run_dir, settings, options.overwrite):
-        print(f"going on with the unfinished run in {run_dir}")
-    state.wait_for_everyone()
+    folder = Path(options.output) if options.output else free_folder(_run_name(options), settings)
+    check_free(folder, settings, options.overwrite)
     base, tokenizer = _load_model(options)
     encoder = Encoder(tokenizer, _max_length(options, base))
     _check_fit(encoder, tasks)
+    for method in {stage.method for stage in stages}:
+        check_targets(base, method, recipe.adapter)
+    if PartialState().is_main_process and claim(folder, settings, options.overwrite):
+        print(f"going on with the unfinished run in {folder}")
+    PartialState().wait_for_everyone()
+    return Run(options, folder, settings, recipe, tasks, stages, base, encoder)
 
-    base_result = finished(run_dir, "base") or score_base(base, encoder, tasks, recipe)
-    if state.is_main_process:
-        finish(run_dir, "base", base_result)
+
+def train(run: Run) -> None:
+    """`mosld train`: score the base, train and score every stage that is not finished yet, show and save the results."""
+    start = time.perf_counter()
+    writes = PartialState().is_main_process
+    base_result = finished(run.folder, "base") or score_base(run.base, run.encoder, run.tasks, run.recipe)
+    if writes:
+        finish(run.folder, "base", base_result)
     results = []
-    for stage in stages:
-        result = finished(run_dir, stage.name)
+    for stage in run.stages:
+        result = finished(run.folder, stage.name)
         if result is None:
-            result = run_stage(
-                base, encoder, tasks, stage, recipe, run_dir, adapter_dir(run_dir, stage, options.method)
-            )
-            if state.is_main_process:
-                finish(run_dir, stage.name, result)
+            folder = adapter_dir(run.folder, stage, run.options.method)
+            result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, folder)
+            if writes:
+                finish(run.folder, stage.name, result)
         results.append(result)
-    if state.is_main_process:
-        methods = gather(base_result, stages, results)
-        _report(methods, options, settings, run_dir, time.perf_counter() - start)
+    if writes:
+        _report(gather(base_result, run.stages, results), run, time.perf_counter() - start)
 
 
 def adapter_dir(run_dir: Path, stage: Stage, method: str) -> Path:
@@ -130,7 +149,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
 
 
-def _recipe(options: argparse.Namespace, trainer_words: Sequence[str]) -> Recipe:
+def _recipe(options: argparse.Namespace, trainer_words: Sequence[str], proportions: dict[str, float] | str) -> Recipe:
+    for word, instead in (("--seed", "--seeds N"), ("--output_dir", "--output DIR")):
+        if word in (given.partition("=")[0] for given in trainer_words):
+            raise ValueError(f"{word} is set by mosld train: use {instead}")
     targets = options.target_modules
     adapter = AdapterSettings(
         r=options.r,
@@ -150,7 +172,7 @@ def _recipe(options: argparse.Namespace, trainer_words: Sequence[str]) -> Recipe
             words += EMBEDDED_TRAINER[method] + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
         trainer[method] = [*words, *trainer_words]
         training_arguments(trainer[method], Path("unused"))  # a bad word is reported before anything is trained
-    return Recipe(adapter=adapter, trainer=trainer, eval_batch_size=options.eval_batch_size)
+    return Recipe(adapter, trainer, proportions, options.eval_batch_size)
 
 
 def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
@@ -188,7 +210,9 @@ def _run_name(options: argparse.Namespace) -> str:
 def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not options.model:
         with PartialState().main_process_first():  # it is trained once, the others find it in the cache
-            return load_base(quick=options.quick)
+            model, tokenizer = load_base(quick=options.quick)
+        torch.nn.Module.to(model, PartialState().device)
+        return model, tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
@@ -233,14 +257,13 @@ def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
                     raise TaskFileError(f"task {task.name}: {error}") from None
 
 
-def _report(
-    methods: dict[str, dict], options: argparse.Namespace, settings: dict, run_dir: Path, seconds: float
-) -> None:
+def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
+    options, run_dir = run.options, run.folder
     charts = draw_charts(methods, options.method, run_dir)
     results = {
         "tasks": methods[options.method]["tasks"],
         "methods": methods,
-        "settings": settings,
+        "settings": run.settings,
         "seeds": list(range(options.seeds)),
         "versions": versions(),
         "seconds": seconds,

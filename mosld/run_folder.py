@@ -28,17 +28,18 @@ class RunFolderError(ValueError):
     """The output folder cannot take this run; the message says what to do."""
 
 
-def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> bool:
-    """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
+def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> str:
+    """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
     raises RunFolderError for a folder that holds another run, a finished one, or something else.
     """
-    settings = json.loads(json.dumps(settings))  # as it will be read back
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
-    if overwrite:
-        _clear(folder)
-    state, changed = _state(folder, settings)
+    state, changed = _state(folder, json.loads(json.dumps(settings)))  # as it is read back
+    if state == "foreign":
+        raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
+    if overwrite and state != "new":
+        return "run"
     if state == "finished":
         raise RunFolderError(f"{folder} holds a finished run: choose another --output, or --overwrite to replace it")
     if state == "other":
@@ -46,8 +47,17 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False)
             f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --output, or --overwrite "
             "to replace it"
         )
-    if state == "foreign":
-        raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
+    return state
+
+
+def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> bool:
+    """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
+
+    raises RunFolderError as `check_free`.
+    """
+    state = check_free(folder, settings, overwrite)
+    if state == "run":
+        _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
     return state == "unfinished"
@@ -82,10 +92,9 @@ def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]
 
 def _clear(folder: Path) -> None:
     """Remove a run and nothing else."""
-    if (folder / "run.json").is_file():
-        for name in OWN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in OWN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -106,6 +106,17 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
     )
 
 
+def check_targets(base: PreTrainedModel, method: str, settings: AdapterSettings) -> None:
+    """raises ValueError, naming the targets, when none of them is in the model or one cannot be adapted."""
+    _restore(base, get_peft_model(base, adapter_config(method, settings)))
+
+
+def _restore(base: PreTrainedModel, model: PeftModel) -> None:
+    """Take the adapter out of `base` again."""
+    model.unload()
+    vars(base).pop("peft_config", None)  # PEFT leaves it there and would warn of a second adapter
+
+
 def score_base(base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], recipe: Recipe) -> dict:
     start = time.perf_counter()
     scores = score_tasks(base, encoder, tasks, recipe.eval_batch_size, label="score the frozen base")
@@ -145,8 +156,7 @@ def run_stage(
             "experts": use.shares(),
         }
     finally:
-        model.unload()
-        vars(base).pop("peft_config", None)  # PEFT leaves it there and would warn of a second adapter
+        _restore(base, model)
     shutil.rmtree(run_dir / "checkpoints" / stage.name, ignore_errors=True)
     return result
 

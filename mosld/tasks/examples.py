@@ -9,6 +9,7 @@ Every line of every file is checked before anything is trained, and all bad line
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def parse_task(spec: str) -> tuple[str, Path, Path | None]:
     train, colon, test = files.partition(":")
     if not (equals and name and train) or (colon and not test):
         raise TaskFileError(f"a task is name=train.jsonl or name=train.jsonl:test.jsonl, got {spec!r}")
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise TaskFileError(f"a task's name has letters, digits, '.', '_' and '-' alone, got {name!r}")
     return name, Path(train), Path(test) if test else None
 
 

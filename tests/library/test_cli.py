@@ -130,6 +130,8 @@ def test_overwriting_replaces_a_run(data, tmp_path):
         (["--max-length", "3"], "does not fit max_length=3"),
         (["--proportions", "even=1"], "proportions must name every task once (even, vowel), got even"),
         (["--lerning_rate", "1"], "--lerning_rate"),
+        (["--seed", "3"], "--seed is set by mosld train: use --seeds N"),
+        (["--output_dir=x"], "--output_dir is set by mosld train: use --output DIR"),
         (["--learning_rate", "fast"], "not an argument of mosld train"),
         (["--model", "/no/such/model"], "the model '/no/such/model' cannot be loaded: give a folder"),
         (["--quick"], "--quick is for the embedded tasks"),

@@ -35,6 +35,12 @@ def test_a_bad_task_specification_says_what_one_looks_like(spec):
         parse_task(spec)
 
 
+@pytest.mark.parametrize("name", ["a/b", "../a", "a b", ".hidden"])
+def test_a_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(TaskFileError, match="a task's name has letters"):
+        parse_task(f"{name}=file")
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

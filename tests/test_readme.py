@@ -1,0 +1,75 @@
+"""The README tells nothing that is not so: its tables are those of the committed files, its code runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import layer
+from benchmarks.shapes import LayerShape
+from mosld.cli import build_parser
+from mosld.results import table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SELF_CONTAINED = [block for block in BLOCKS if block.startswith("import torch\n")]
+
+
+def test_the_result_table_is_that_of_the_committed_run():
+    assert table(json.loads((ROOT / "docs/demo/block.json").read_text())["methods"]) in README
+
+
+@pytest.mark.parametrize("name", ["layer.json", "layer_avx512.json"])
+def test_the_speed_tables_are_those_of_the_committed_runs(name):
+    entries = json.loads((ROOT / "benchmarks/results" / name).read_text())["layers"]
+    for entry in entries:
+        shape = LayerShape(**entry["shape"])
+        assert f"{shape}, {entry['dtype']}\n{layer.table(entry['rows'])}" in README
+
+
+def test_every_file_it_points_to_exists():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("block", SELF_CONTAINED, ids=lambda block: block.split("\n")[2][:30])
+def test_its_self_contained_code_runs(block):
+    names: dict = {}
+    exec(block, names)
+    assert names["y"].isfinite().all()
+
+
+def test_the_code_for_ones_own_model_runs_on_one():
+    from tests.models import tiny_llama, token_ids
+
+    names: dict = {"model": tiny_llama()}
+    through_peft, own_loop = (block for block in BLOCKS if block not in SELF_CONTAINED)
+    exec(through_peft, names)
+    ids = token_ids()
+    names |= {"out": names["model"](ids, labels=ids), "attention_mask": ids > 0}
+    exec(own_loop, names)
+    names["loss"].backward()
+    assert len(SELF_CONTAINED) == 2
+
+
+def test_its_commands_are_understood():
+    lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert not build_parser().parse_known_args(line.split())[1]
+    for flag in re.findall(r"`(--[a-z-]+)", README):
+        if "_" not in flag:
+            assert any(flag in text for text in (_help("train"), _help("eval"), "--learning_rate")), flag
+
+
+def _help(command: str) -> str:
+    subparsers = build_parser()._subparsers._group_actions[0]
+    return subparsers.choices[command].format_help()
+
+
+def test_its_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)|`make (\w+)`", README, flags=re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
