@@ -110,5 +110,8 @@ class MoSLDFunction(torch.autograd.Function):
     def backward(ctx, dout, dlogits):
         hidden, gates, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
-        grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # routing stays in float32 inside the user's autocast, too
+            grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
         return *grads, None, None, None, None

@@ -40,8 +40,9 @@ def up(mixed: Tensor, expert_b: Tensor, x: Tensor, weight: Tensor | None, bias: 
 def mix_backward(dmixed: Tensor, hidden: Tensor, gates: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """dmixed [T, E * R], hidden [T, R], gates [T, E] -> dhidden [T, R], dlogits [T, E]"""
     dmixed = dmixed.to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
-    dgates = scale * (dmixed * hidden.unsqueeze(1)).sum(2)
-    dhidden = ((scale * gates).unsqueeze(2) * dmixed).sum(1)
+    # Batched products rather than sums of products: nothing more of size [T, E * R] is written and read.
+    dgates = scale * torch.bmm(dmixed, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
+    dhidden = torch.bmm((scale * gates).unsqueeze(1), dmixed).squeeze(1)
     # Zero where the gate is zero, so the experts not chosen need no index.
     dlogits = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
     return dhidden, dlogits

@@ -21,6 +21,12 @@ def test_the_result_table_is_that_of_the_committed_run():
     assert table(json.loads((ROOT / "docs/demo/block.json").read_text())["methods"]) in README
 
 
+def test_the_averages_of_the_easier_split_are_those_of_the_committed_run():
+    methods = json.loads((ROOT / "docs/demo/name.json").read_text())["methods"]
+    shares = {name: f"{100 * methods[name]['average']:.1f} %" for name in ("base", "lora", "mosld")}
+    assert f"{shares['base']} frozen, {shares['lora']} LoRA, {shares['mosld']} MoSLD" in README
+
+
 @pytest.mark.parametrize("name", ["layer.json", "layer_avx512.json"])
 def test_the_speed_tables_are_those_of_the_committed_runs(name):
     entries = json.loads((ROOT / "benchmarks/results" / name).read_text())["layers"]
