@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out benchmarks/results/layer.json
+	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out runs/layer.json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

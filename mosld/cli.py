@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from . import commands
+from .run_folder import release
 
 TRAIN_EXAMPLES = """examples:
   mosld train                         six small tasks and a tiny language model made on the spot, no download
@@ -108,4 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
         return 130
+    finally:
+        release()
     return 0

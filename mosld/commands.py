@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .layer import check_hyperparameters
 from .results import display_name, draw_charts, gather, table, versions
-from .run_folder import check_free, claim, file_digest, free_folder
-from .tasks.base_model import load_base
+from .run_folder import check_free, claim, file_digest, free_folder, model_state
+from .tasks.base_model import load_base, train_base_apart
 from .tasks.embedded import embedded_tasks
 from .tasks.encode import Encoder
 from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
 from .tasks.mixing import parse_proportions
-from .tasks.scoring import score_tasks
+from .tasks.scoring import candidates, score_tasks
 from .training import (
     AdapterSettings,
     Recipe,
@@ -123,6 +123,11 @@ def adapter_dir(run_dir: Path, stage: Stage, method: str) -> Path:
 
 def evaluate(options: argparse.Namespace) -> dict:
     """`mosld eval`: task name -> score, of a model with or without an adapter."""
+    if options.eval_batch_size < 1:
+        raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
+    output = Path(options.output) if options.output else None
+    if output and (output.exists() or not output.parent.is_dir()):
+        raise ValueError(f"{output} {'exists' if output.exists() else 'is in no folder'}: choose another --output")
     tasks = _tasks(options, only_test=True)
     model, tokenizer = _load_model(options)
     encoder = Encoder(tokenizer, _max_length(options, model))
@@ -130,8 +135,8 @@ def evaluate(options: argparse.Namespace) -> dict:
     if options.adapter:
         model = _load_adapter(model, options.adapter)
     scores = {name: asdict(s) for name, s in score_tasks(model, encoder, tasks, options.eval_batch_size).items()}
-    if options.output:
-        Path(options.output).write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+    if output:
+        output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
 
 
@@ -151,7 +156,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace, trainer_words: Sequence[str], proportions: dict[str, float] | str) -> Recipe:
     for word, instead in (("--seed", "--seeds N"), ("--output_dir", "--output DIR")):
-        if word in (given.partition("=")[0] for given in trainer_words):
+        if word in (given.partition("=")[0].replace("-", "_").replace("__", "--", 1) for given in trainer_words):
             raise ValueError(f"{word} is set by mosld train: use {instead}")
     targets = options.target_modules
     adapter = AdapterSettings(
@@ -198,6 +203,8 @@ def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
         "seeds": options.seeds,
         "quick": options.quick,
         "split": options.split,
+        "model_files": model_state(options.model) if options.model else {},
+        "versions": versions(),
         "max_length": options.max_length,
         **asdict(recipe),
     }
@@ -209,8 +216,9 @@ def _run_name(options: argparse.Namespace) -> str:
 
 def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not options.model:
-        with PartialState().main_process_first():  # it is trained once, the others find it in the cache
-            model, tokenizer = load_base(quick=options.quick)
+        with PartialState().main_process_first():
+            train_base_apart(quick=options.quick)
+        model, tokenizer = load_base(quick=options.quick)
         torch.nn.Module.to(model, PartialState().device)
         return model, tokenizer
     try:
@@ -249,12 +257,14 @@ def _max_length(options: argparse.Namespace, model: PreTrainedModel) -> int:
 def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
     """Every answer fits, before hours of training end at one that does not."""
     for task in tasks:
-        for example in (*task.train, *task.test):
-            for text in example.choices or (example.completion,):
-                try:
-                    encoder.pair("", text, reserved=1)
-                except TaskFileError as error:
-                    raise TaskFileError(f"task {task.name}: {error}") from None
+        try:
+            for example in task.train:
+                encoder.training_row(example)
+            for example in task.test:
+                for text in candidates(example):
+                    encoder.pair(example.prompt, text)
+        except TaskFileError as error:
+            raise TaskFileError(f"task {task.name}: {error}") from None
 
 
 def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:

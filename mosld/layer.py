@@ -28,7 +28,7 @@ def check_hyperparameters(*, r: int, alpha: float, num_experts: int, top_k: int,
 
 
 class AdapterWeight(nn.Module):
-    """One weight as a leaf module: what FSDP wraps, ZeRO gathers and PEFT saves as `<name>.weight`.
+    """One weight as a leaf module, saved by PEFT as `<name>.weight`.
 
     Not an nn.Linear, so that `target_modules="all-linear"` and quantisers pass it by.
     """
@@ -105,6 +105,15 @@ class MoSLDAdapter(nn.Module):
         return {**self.__dict__, "router_logits": None}
 
 
+def call_me(module: nn.Module) -> None:
+    """Make torch's fused encoder layers call `module` instead of reading its `weight`: they do so where hooks are."""
+    module.register_forward_hook(_no_hook)
+
+
+def _no_hook(module, args, output) -> None:
+    """Changes nothing; see `call_me`."""
+
+
 class MoSLDLinear(nn.Linear):
     """A drop-in for nn.Linear: its `weight` and `bias` are frozen, a mixture of LoRA experts beside them is trained.
 
@@ -149,6 +158,7 @@ class MoSLDLinear(nn.Linear):
             dtype=dtype,
         )
         self._freeze()
+        call_me(self)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **hyperparameters) -> "MoSLDLinear":

@@ -25,26 +25,26 @@ def running_adapters(model: nn.Module) -> Iterator[tuple[str, MoSLDAdapter]]:
 def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
     """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
 
-    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token.
-    raises ValueError when the model has no mixture or the mask does not fit, RuntimeError before the first forward.
+    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. Layers that saw something else
+        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) keep all of theirs.
+    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
     """
     adapters = list(running_adapters(model))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
-    if all(adapter.router_logits is None for _, adapter in adapters):
+    ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
+    if not ran:
         raise RuntimeError("no MoSLD layer has run yet: call the model before asking for its routing")
-    for name, adapter in adapters:
-        if adapter.router_logits is None:
-            continue
-        logits = adapter.router_logits.flatten(0, -2)
-        if attention_mask is not None:
-            if attention_mask.numel() != len(logits):
-                raise ValueError(
-                    f"attention_mask must have one entry per token: {name} saw {len(logits)} tokens, the mask has "
-                    f"{list(attention_mask.shape)}"
-                )
-            logits = logits[attention_mask.flatten().to(logits.device).bool()]
-        yield name, adapter, logits
+    if attention_mask is not None and all(logits.shape[:-1] != attention_mask.shape for _, _, logits in ran):
+        raise ValueError(
+            f"attention_mask must have one entry per token: {ran[0][0]} saw {list(ran[0][2].shape[:-1])} tokens, the mask "
+            f"has {list(attention_mask.shape)}"
+        )
+    for name, adapter, logits in ran:
+        if attention_mask is not None and logits.shape[:-1] == attention_mask.shape:
+            yield name, adapter, logits[attention_mask.to(logits.device).bool()]
+        else:
+            yield name, adapter, logits.flatten(0, -2)
 
 
 @dataclass(frozen=True)

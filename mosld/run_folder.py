@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, whether it is finished, and what may be written into it.
 
 run.json       the settings that decide the results; written first
+lock           held by the process that trains here
 stages/        one file per finished stage          checkpoints/   of the stage being trained
 results.json   written last: a folder that has it holds a finished run
 """
@@ -10,7 +11,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+PROGRAM = "mosld train"
+LOCK = "lock"
+_locks: list[TextIO] = []  # that this process holds
 OWN = (
     "run.json",
     "results.json",
@@ -56,11 +66,31 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False)
     raises RunFolderError as `check_free`.
     """
     state = check_free(folder, settings, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     if state == "run":
         _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "run.json").write_text(json.dumps({"program": PROGRAM, **settings}, indent=2) + "\n")
     return state == "unfinished"
+
+
+def release() -> None:
+    """Give back every folder that this process has claimed."""
+    while _locks:
+        _locks.pop().close()
+
+
+def _lock(folder: Path) -> None:
+    """Keep `folder` for this process as long as it lives: two runs in one folder would remove each other's files."""
+    if fcntl is None:
+        return
+    handle = open(folder / LOCK, "w")  # noqa: SIM115  held until `release`
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise RunFolderError(f"another process is training in {folder}: wait or choose another --output") from None
+    _locks.append(handle)
 
 
 def free_folder(name: str, settings: Mapping[str, object]) -> Path:
@@ -76,14 +106,17 @@ def free_folder(name: str, settings: Mapping[str, object]) -> Path:
 
 def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
         return "new", []
     if not (folder / "run.json").is_file():
         return "foreign", []
     try:
         before = json.loads((folder / "run.json").read_text())
     except json.JSONDecodeError:
-        return "other", ["run.json is damaged"]
+        return "foreign", []
+    if not isinstance(before, dict) or before.get("program") != PROGRAM:  # another tool's, however it is called
+        return "foreign", []
+    before.pop("program")
     changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
     if changed:
         return "other", changed
@@ -95,6 +128,12 @@ def _clear(folder: Path) -> None:
     for name in OWN:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def model_state(name: str) -> dict[str, list[int]]:
+    """Sizes and times of a local model's files, so that a run does not go on with other weights; {} for a hub name."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def file_digest(path: Path) -> str:

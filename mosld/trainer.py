@@ -8,13 +8,15 @@ from transformers import Trainer
 
 from .balance import balance_loss
 
+BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 _Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
 
 
 class MoSLDTrainerMixin(_Base):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
-    balance_coef: the weight; None takes it from the active adapter's MoSLDConfig. 0 leaves the loss alone.
+    balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by
+        hand. 0 leaves the loss alone.
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either.
@@ -22,6 +24,11 @@ class MoSLDTrainerMixin(_Base):
 
     def __init__(self, *args, balance_coef: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
+                "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
         self.balance_coef = (
             _configured_balance_coef(cast(nn.Module, self.model)) if balance_coef is None else balance_coef
         )
@@ -52,10 +59,12 @@ class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
 
 
 def _configured_balance_coef(model: nn.Module) -> float:
-    configs = getattr(model, "peft_config", {})
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return BY_HAND_COEF
     active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
     names = list(cast(Any, active() if callable(active) else active or configs))
     coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
     if len(coefs) > 1:
         raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")
-    return coefs.pop() if coefs else 0.0
+    return coefs.pop() if coefs else 0.0  # no adapter is active

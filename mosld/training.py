@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
@@ -25,7 +26,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .config import MoSLDConfig
 from .progress import show_progress
@@ -143,7 +143,7 @@ def run_stage(
         start = time.perf_counter()
         loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
         train_seconds = time.perf_counter() - start
-        model.save_pretrained(str(adapter_dir))
+        model.save_pretrained(str(adapter_dir), is_main_process=PartialState().is_main_process)
         start, use = time.perf_counter(), RouterUse()
         on_batch = (lambda task, mask: use.update(task.name, model, mask)) if stage.method == "mosld" else None
         scores = score_tasks(model, encoder, chosen, recipe.eval_batch_size, on_batch, label=f"score {stage.name}")
@@ -157,7 +157,6 @@ def run_stage(
         }
     finally:
         _restore(base, model)
-    shutil.rmtree(run_dir / "checkpoints" / stage.name, ignore_errors=True)
     return result
 
 
@@ -175,10 +174,17 @@ def _train(
         data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
     )
     show_progress(trainer, f"train {stage.name}")
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_whole_checkpoint(checkpoints)
     with _stop_on_interrupt(trainer):
         trainer.train(resume_from_checkpoint=last)
     return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
 
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
@@ -188,6 +194,11 @@ def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingAr
     (parsed,) = parser.parse_args_into_dataclasses(
         ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
     )
+    if parsed.eval_strategy != "no" or parsed.load_best_model_at_end:
+        raise ValueError(
+            "mosld train scores the test files when the training has ended: --eval_strategy and --load_best_model_at_end "
+            "cannot be given"
+        )
     return parsed
 
 
@@ -231,9 +242,10 @@ def finished(run_dir: Path, name: str) -> dict | None:
 
 
 def finish(run_dir: Path, name: str, result: dict) -> None:
-    """Keep a stage's result; written aside and renamed, so that an interruption leaves all of it or none."""
+    """Keep a stage's result, then drop its checkpoints; an interruption anywhere leaves the one or the other."""
     path = run_dir / "stages" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(result))
     aside.replace(path)
+    shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)

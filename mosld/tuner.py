@@ -5,7 +5,6 @@ PEFT does the rest: matching names, freezing, saving, loading, several adapters,
 
 from typing import Any
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import (
@@ -17,7 +16,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .layer import MoSLDAdapter
+from mosld_kernels.dispatch import autocasts
+
+from .layer import MoSLDAdapter, call_me
 
 NAME = "mosld"
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
@@ -63,6 +64,7 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         self.mosld_shared_a, self.mosld_expert_b, self.mosld_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.mixtures = {}
         self.merged_adapters = []
+        call_me(self)
 
     def update_layer(self, adapter_name: str, inference_mode: bool, **hyperparameters) -> None:
         """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
@@ -103,7 +105,7 @@ def _is_plain_linear(base_layer: nn.Module, x: Tensor) -> bool:
         and type(base_layer.weight) is nn.Parameter
         and "forward" not in base_layer.__dict__
         and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks)
-        and (base_layer.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+        and (base_layer.weight.dtype == x.dtype or autocasts(x))
     )
 
 
@@ -119,7 +121,7 @@ class MoSLDModel(BaseTuner):
         num_experts = pattern.get(get_pattern_key(pattern.keys(), current_key), peft_config.num_experts)
         is_new = not isinstance(target, MoSLDPeftLinear)
         if is_new:
-            self._check_supported(target, current_key)
+            self._check_supported(target, parent, current_key)
         layer = MoSLDPeftLinear(target) if is_new else target
         layer.update_layer(
             adapter_name,
@@ -136,7 +138,9 @@ class MoSLDModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     @staticmethod
-    def _check_supported(target: nn.Module, name: str) -> None:
+    def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it")
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")

@@ -7,6 +7,7 @@ anything of size [T, D_out] or [T, E, D_out].
     dx = dy W0 + dz A~ + dl Wr
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,12 @@ def backward(
     return grads
 
 
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device):  # the meta device, for one
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 class MoSLDFunction(torch.autograd.Function):
     """Eager mode's way in: no dispatcher between the caller and the products."""
 
@@ -110,8 +117,6 @@ class MoSLDFunction(torch.autograd.Function):
     def backward(ctx, dout, dlogits):
         hidden, gates, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # routing stays in float32 inside the user's autocast, too
+        with _no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
         return *grads, None, None, None, None

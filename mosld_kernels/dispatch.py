@@ -91,16 +91,21 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
 
 def _autocast(inputs: Inputs) -> Inputs:
     """Under autocast the base layer runs in the autocast dtype, as torch.nn.functional.linear does; float64 is left."""
-    device = inputs.x.device.type
-    if not torch.is_autocast_enabled(device) or inputs.x.dtype == torch.float64:
+    if not autocasts(inputs.x) or inputs.x.dtype == torch.float64:
         return inputs
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(inputs.x.device.type)
     cast = {
         name: tensor.to(dtype)
         for name, tensor in (("x", inputs.x), ("weight", inputs.weight), ("bias", inputs.bias))
         if tensor is not None
     }
     return inputs._replace(**cast)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; devices without it, such as meta, have none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_settings(settings: Settings, backend: str) -> None:

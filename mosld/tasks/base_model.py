@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -32,6 +33,8 @@ from mosld.tasks import pretraining, python_text
 from mosld.tasks.pretraining import pretraining_text
 
 END, PAD = "<|end|>", "<|pad|>"
+# What torchrun and accelerate tell a process about the others.
+DISTRIBUTED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,18 @@ def load_base(
         assert loaded is not None, f"{folder} was written a moment ago"
     model, tokenizer = loaded
     return model.eval().requires_grad_(False), tokenizer
+
+
+def train_base_apart(quick: bool = False) -> None:
+    """Fill the cache, where it is empty, in a process of its own.
+
+    Its Trainer must not see this process's place among others (torchrun), nor decide this process's device.
+    """
+    if (_default_cache() / f"base-{_fingerprint(QUICK if quick else FULL)}").exists():
+        return
+    alone = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
+    program = f"from mosld.tasks.base_model import load_base; load_base(quick={quick})"
+    subprocess.run([sys.executable, "-c", program], env=alone, check=True)
 
 
 def _default_cache() -> Path:

@@ -43,7 +43,7 @@ class Encoder:
         prompt_ids = self._ids(kept)
         answer_ids = self._ids(kept + between + answer)[len(prompt_ids) :]
         room = self.max_length - reserved - len(answer_ids) - len(self.prefix)
-        if room < 0 or not answer_ids:
+        if room < (0 if self.prefix else 1) or not answer_ids:  # something must precede the answer
             raise TaskFileError(
                 f"the answer {answer!r:.40} has {len(answer_ids)} tokens, which does not fit max_length={self.max_length}"
             )

@@ -22,7 +22,8 @@ from .examples import Example, Task
 class Score:
     """accuracy, accuracy_norm in [0, 1] over n examples; chance and majority: what guessing would reach.
 
-    majority picks, of the offered choices, the one that most often was the right answer in training.
+    majority picks, of the offered choices, the one that most often was the right answer in training; None without
+    training examples.
     For free text accuracy is the share of answers that greedy decoding reproduces; the other fields are None.
     """
 
@@ -71,6 +72,8 @@ def log_likelihoods(
 
     Rows are padded on the right and masked, so that a pair's result does not depend on its batch.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     was_training = model.training
     model.eval()
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].prompt) - len(pairs[i].answer))
@@ -117,7 +120,7 @@ def _logits(model: nn.Module, input_ids: Tensor, mask: Tensor, first: int) -> Te
 def _score(task: Task, results: list[tuple[float, bool]]) -> Score:
     """results: one entry per candidate of every test example, in order."""
     entries = iter(results)
-    seen = Counter(example.completion for example in task.train or task.test)
+    seen = Counter(example.completion for example in task.train)
     right = right_norm = guessed = chance = 0.0
     for example in task.test:
         own = [next(entries) for _ in candidates(example)]
@@ -134,4 +137,4 @@ def _score(task: Task, results: list[tuple[float, bool]]) -> Score:
     n = len(task.test)
     if all(example.answer is None for example in task.test):
         return Score(right / n, None, n, None, None)
-    return Score(right / n, right_norm / n, n, chance / n, guessed / n)
+    return Score(right / n, right_norm / n, n, chance / n, guessed / n if task.train else None)

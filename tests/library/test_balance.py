@@ -60,6 +60,16 @@ def test_padding_is_left_out():
     torch.testing.assert_close(router_stats(model)["0"].load, stats.load)
 
 
+def test_a_layer_that_saw_other_tokens_keeps_all_of_its_own():
+    """A pooler sees one token a row, a decoder other tokens than the encoder's mask tells of."""
+    model = layers((4, 2), (4, 2))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    model[1](model[0](x)[:, 0])
+    assert [stats.tokens for stats in router_stats(model, mask).values()] == [8, 2]
+    assert balance_loss(model, mask).isfinite()
+
+
 def test_gradients_reach_router_and_input_and_are_right():
     model = layers((5, 2))
     x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
@@ -117,7 +127,7 @@ def test_what_cannot_be_answered_is_refused():
         model(torch.randn(3, 6, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="kept no gradient for the router of 0"):
         balance_loss(model)
-    with pytest.raises(ValueError, match=r"0 saw 3 tokens, the mask has \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"0 saw \[3\] tokens, the mask has \[2, 2\]"):
         router_stats(model, torch.ones(2, 2))
     with torch.no_grad():
         assert balance_loss(model).isfinite()

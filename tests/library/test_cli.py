@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from mosld import MoSLDConfig
 from mosld.cli import main
+from mosld.run_folder import RunFolderError, claim, release
+from mosld.training import last_whole_checkpoint
 from tests.models import tiny_llama
 from tests.tasks.test_scoring import byte_tokenizer
 
@@ -113,6 +115,33 @@ def test_a_folder_that_is_no_run_is_left_alone(data, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_another_programs_run_json_protects_its_folder(data, tmp_path, capsys):
+    for content in ('{"tool": "other"}', "[1]", "{"):
+        (tmp_path / "run.json").write_text(content)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        assert main(words(data, tmp_path, "--overwrite", *FAST)) == 2
+        assert "holds no run" in capsys.readouterr().err and (tmp_path / "checkpoints").is_dir()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    claim(tmp_path / "o", {"a": 1})
+    with pytest.raises(RunFolderError, match="another process is training in"):
+        claim(tmp_path / "o", {"a": 1})
+    release()
+    assert claim(tmp_path / "o", {"a": 1}) is True
+    release()
+
+
+def test_a_checkpoint_cut_off_while_saving_is_passed_over(tmp_path):
+    for step, whole in ((10, True), (20, True), (30, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    assert last_whole_checkpoint(tmp_path / "none") is None
+
+
 def test_overwriting_replaces_a_run(data, tmp_path):
     assert main(words(data, tmp_path / "o", "--no-lora", "--r", "2", *FAST)) == 0
     assert main(words(data, tmp_path / "o", "--method", "lora", "--r", "2", "--overwrite", *FAST)) == 0
@@ -131,6 +160,8 @@ def test_overwriting_replaces_a_run(data, tmp_path):
         (["--proportions", "even=1"], "proportions must name every task once (even, vowel), got even"),
         (["--lerning_rate", "1"], "--lerning_rate"),
         (["--seed", "3"], "--seed is set by mosld train: use --seeds N"),
+        (["--output-dir", "x"], "--output_dir is set by mosld train: use --output DIR"),
+        (["--eval_strategy", "epoch"], "--eval_strategy and --load_best_model_at_end cannot be given"),
         (["--output_dir=x"], "--output_dir is set by mosld train: use --output DIR"),
         (["--learning_rate", "fast"], "not an argument of mosld train"),
         (["--model", "/no/such/model"], "the model '/no/such/model' cannot be loaded: give a folder"),
@@ -157,6 +188,15 @@ def test_bad_lines_are_all_reported(data, tmp_path, capsys):
 def test_eval_refuses_what_is_no_adapter(data, tmp_path, capsys):
     assert main(words(data, tmp_path / "s.json", "--adapter", str(tmp_path), command="eval")) == 2
     assert "adapter_config.json is missing" in capsys.readouterr().err
+
+
+def test_eval_refuses_a_bad_batch_size_and_a_file_that_exists(data, tmp_path, capsys):
+    assert main(words(data, tmp_path / "s.json", "--eval-batch-size", "-1", command="eval")) == 2
+    assert "eval-batch-size must be at least 1, got -1" in capsys.readouterr().err
+    (tmp_path / "s.json").write_text("precious")
+    assert main(words(data, tmp_path / "s.json", command="eval")) == 2
+    assert "exists: choose another --output" in capsys.readouterr().err
+    assert (tmp_path / "s.json").read_text() == "precious"
 
 
 def test_a_model_without_tasks_is_refused(data, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mosld import MoSLDLinear
+from mosld import MoSLDConfig, MoSLDLinear
 from mosld_kernels import mosld_linear, reference
 from tests.models import perturb
 
@@ -188,6 +188,29 @@ def test_mosld_is_what_the_reference_says_in_training_of_two_steps():
                     tensor -= 0.1 * grad
         ends.append([tensor.detach().clone() for tensor in tensors])
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("through_peft", [False, True])
+def test_torchs_fused_encoder_layer_does_not_pass_the_mixture_by(through_peft):
+    """In eval without gradients it would read `linear1.weight` and leave the mixture out."""
+    block = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.0, batch_first=True).eval()
+    if through_peft:
+        block = peft.get_peft_model(block, MoSLDConfig(target_modules=["linear1"])).eval()
+        perturb(block)
+    else:
+        block.linear1 = trained(8, 12).eval()
+    x = torch.randn(2, 3, 8)
+    with_gradients = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), with_gradients)
+
+
+def test_shapes_can_be_worked_out_on_the_meta_device():
+    layer = MoSLDLinear(6, 5, device="meta")
+    x = torch.empty(3, 6, device="meta", requires_grad=True)
+    y = layer.eval()(x)
+    y.sum().backward()
+    assert y.shape == (3, 5) and y.is_meta and x.grad.shape == (3, 6)
 
 
 def test_repr_names_the_mixture():

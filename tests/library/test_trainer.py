@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mosld import MoSLDConfig, MoSLDTrainer, MoSLDTrainerMixin, balance_loss
+from mosld import MoSLDConfig, MoSLDLinear, MoSLDTrainer, MoSLDTrainerMixin, balance_loss
 from tests.models import perturb, tiny_llama, token_ids
 
 COEF = 0.5
@@ -73,6 +73,20 @@ def test_the_evaluation_loss_is_the_tasks_own(tmp_path):
                                       dataloader_pin_memory=False)  # fmt: skip
         losses.append(trainer_class(model=adapted(), args=arguments, eval_dataset=ROWS).evaluate()["eval_loss"])
     assert losses[0] == losses[1]
+
+
+def test_layers_adapted_by_hand_get_the_default_weight(tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj = MoSLDLinear.from_linear(model.model.layers[0].mlp.up_proj, num_experts=4)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert MoSLDTrainer(model=model, args=arguments).balance_coef == 1e-3
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="does not run under nn.DataParallel.*torchrun"):
+        MoSLDTrainer(model=adapted(), args=arguments)
 
 
 def test_the_mixin_serves_any_trainer_and_a_loss_of_ones_own(tmp_path):

@@ -286,6 +286,7 @@ def test_loading_without_importing_mosld_fails_and_importing_it_is_enough(tmp_pa
         (dict(shared="up"), "shared must be 'down' in this version, got 'up'"),
         (dict(input_dropout=0.1), "input_dropout must be 0.0 in this version, got 0.1"),
         (dict(balance_coef=-1.0), "balance_coef must be at least 0, got -1.0"),
+        (dict(target_modules=r".*q_proj", layers_to_transform=[0]), "layers_to_transform chooses among listed"),
         (dict(layers_pattern="h"), "layers_pattern needs layers_to_transform"),
     ],
 )
@@ -297,6 +298,18 @@ def test_a_bad_configuration_is_refused_on_construction(changes, message):
 def test_a_layer_that_cannot_be_adapted_is_named():
     with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
         adapted(target_modules=["embed_tokens"])
+
+
+def test_attention_that_never_calls_its_output_layer_is_refused():
+    with pytest.raises(ValueError, match="out_proj cannot be adapted: nn.MultiheadAttention reads its weight"):
+        peft.get_peft_model(nn.TransformerEncoderLayer(8, 2), MoSLDConfig(target_modules=["out_proj"]))
+
+
+def test_low_memory_loading_goes_through_the_meta_device(tmp_path):
+    model = trained_adapter()
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path), low_cpu_mem_usage=True)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_batches_with_an_adapter_per_row_are_refused():

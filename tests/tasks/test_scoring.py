@@ -132,6 +132,25 @@ def test_free_text_is_scored_by_greedy_agreement(model):
     assert (score.accuracy, score.accuracy_norm, score.chance, score.majority) == (0.0, None, None, None)
 
 
+def test_majority_is_not_guessed_from_the_test_answers(model):
+    examples = [Example.multiple_choice("?", [f"a{i}", f"b{i}"], 0) for i in range(4)]
+    (score,) = score_tasks(model, Encoder(TOKENIZER, 64), [Task("t", [], examples)]).values()
+    assert score.majority is None and score.chance == 0.5
+
+
+def test_no_batch_is_no_score(model):
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            log_likelihoods(model, [Encoded([5], [6])], 1, size)
+
+
+def test_a_row_is_never_longer_than_the_greatest_length():
+    encoder = Encoder(TOKENIZER, 7)
+    assert len(encoder.training_row(Example("1?", "even"))["input_ids"]) == 7
+    with pytest.raises(TaskFileError, match="does not fit max_length=6"):
+        Encoder(TOKENIZER, 6).training_row(Example("1?", "even"))
+
+
 def test_scoring_leaves_the_mode_of_the_model(model):
     model.train()
     log_likelihoods(model, [Encoded([5], [6])], 1)
