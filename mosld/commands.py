@@ -285,7 +285,9 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     else:
         print("\nno task has a test file: nothing was scored")
-    if not options.model:
+    if options.quick:
+        print("\nA quick run shows that every step works; it is too short to learn the tasks.")
+    elif not options.task:
         print(
             "\nThis run shows that the library trains and learns on this machine. It does not rank methods: the tasks "
             "are small,\nthe model is tiny, and seeds differ by more than methods do."
