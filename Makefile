@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out runs/layer.json
 
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into .venv: a minute where packages are at hand, several where torch is downloaded"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@

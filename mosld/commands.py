@@ -283,8 +283,9 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
     aside.replace(run_dir / "results.json")
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
-    else:
-        print("\nno task has a test file: nothing was scored")
+    untested = [task.name for task in run.tasks if not task.test]
+    if untested:
+        print(f"\ntrained on but not scored, since they have no test file: {', '.join(untested)}")
     if options.quick:
         print("\nA quick run shows that every step works; it is too short to learn the tasks.")
     elif not options.task:

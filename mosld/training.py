@@ -191,9 +191,12 @@ def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingAr
     """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
     parser = HfArgumentParser(cast(Any, TrainingArguments), allow_abbrev=False)
     parser.error = _raise_value_error
-    (parsed,) = parser.parse_args_into_dataclasses(
-        ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
-    )
+    words = ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
+    parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        _raise_value_error(
+            f"{' '.join(unknown)} (mosld train --help lists the first, the transformers documentation the second)"
+        )
     if parsed.eval_strategy != "no" or parsed.load_best_model_at_end:
         raise ValueError(
             "mosld train scores the test files when the training has ended: --eval_strategy and --load_best_model_at_end "
