@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import eager
-from .dropout import draw_keep, drop_elements
-
 
 class Inputs(NamedTuple):
     """The tensors of one call, x flattened to [T, D_in]; the same order as the gradients that `backward` returns."""
@@ -34,15 +31,27 @@ class Settings(NamedTuple):
     top_k: int
     scale: float
     dropout_p: float
+    backend: str = "eager"  # or "triton": which set of steps; the closed form is the same
+
+
+def _steps(backend: str):
+    if backend == "triton":
+        from . import triton as steps  # here, because it imports Triton
+    else:
+        from . import eager as steps
+    return steps
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out [T, D_out], logits [T, E], hidden [T, R], gates [T, E]"""
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
-    keep = draw_keep(seed, shared_a.shape, settings.dropout_p)
-    down_weight = eager.stack_down(drop_elements(shared_a, keep, settings.dropout_p, x.dtype), router_weight)
-    hidden, logits, gates = eager.down(x, down_weight, shared_a.shape[0], settings.top_k)
-    out = eager.up(eager.mix(hidden, gates, settings.scale), expert_b, x, weight, bias)
+    steps, p = _steps(settings.backend), settings.dropout_p
+    down_weight, expert_b = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype)
+    hidden, logits, gates, mixed = steps.down(x, down_weight, shared_a.shape[0], settings.top_k, settings.scale)
+    out = torch.mm(mixed, expert_b.t()) if bias is None else torch.addmm(bias, mixed, expert_b.t())
+    if weight is not None:
+        # The base product accumulates onto the stored update: adding the update afterwards costs two more passes.
+        out.addmm_(x, weight.t())
     return out, logits, hidden, gates
 
 
@@ -61,34 +70,25 @@ def backward(
     """
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router = needs
+    steps, scale = _steps(settings.backend), settings.scale
     if dout is None:
         dout = x.new_zeros(x.shape[0], expert_b.shape[0])
     dout = dout.contiguous()
-    grads: list[Tensor | None] = [None] * 6
+    dx = dweight = dbias = dshared_a = dexpert_b = drouter = None
     if needs_weight and weight is not None:
-        grads[1] = torch.mm(dout.t(), x)
+        dweight = torch.mm(dout.t(), x)
     if needs_bias and bias is not None:
-        grads[2] = dout.sum(0)
+        dbias = dout.sum(0)
     if needs_b:
-        grads[4] = eager.grad_expert_b(dout, eager.mix(hidden, gates, settings.scale)).to(expert_b.dtype)
-    if not (needs_x or needs_a or needs_router):
-        return grads
-
-    dmixed = torch.mm(dout, expert_b.to(x.dtype))
-    dhidden, drouted = eager.mix_backward(dmixed, hidden, gates, settings.scale)
-    drouted = drouted if dlogits is None else drouted + dlogits
-    dprojected = eager.down_backward(dhidden, drouted, x.dtype)
-    keep = draw_keep(seed, shared_a.shape, settings.dropout_p)
-    if needs_x:
-        dropped_a = drop_elements(shared_a, keep, settings.dropout_p, x.dtype)
-        grads[0] = eager.grad_x(dprojected, eager.stack_down(dropped_a, router_weight), dout, weight)
-    if needs_a or needs_router:
-        ddown = torch.mm(dprojected.t(), x)  # [R + E, D_in]
-        rank = shared_a.shape[0]
-        # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
-        grads[3] = drop_elements(ddown[:rank].clone(), keep, settings.dropout_p, shared_a.dtype)
-        grads[5] = ddown[rank:].to(router_weight.dtype, copy=True)
-    return grads
+        dexpert_b = steps.grad_expert_b(dout, hidden, gates, scale, expert_b.dtype)
+    if needs_x or needs_a or needs_router:
+        dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, scale)
+        dx, dshared_a, drouter = steps.down_backward(
+            dprojected, x, shared_a, router_weight, seed, settings.dropout_p, needs_x, needs_a or needs_router
+        )
+        if dx is not None and weight is not None:
+            dx.addmm_(dout, weight)  # the same order as in forward
+    return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -101,11 +101,8 @@ class MoSLDFunction(torch.autograd.Function):
     """Eager mode's way in: no dispatcher between the caller and the products."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p):
-        inputs, settings = (
-            Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed),
-            Settings(top_k, scale, dropout_p),
-        )
+    def forward(ctx, x, weight, bias, shared_a, expert_b, router_weight, seed, *settings):
+        inputs, settings = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed), Settings(*settings)
         out, logits, hidden, gates = forward(inputs, settings)
         ctx.save_for_backward(hidden, gates, *inputs)
         ctx.settings = settings
@@ -119,4 +116,4 @@ class MoSLDFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         with _no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

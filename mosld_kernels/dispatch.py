@@ -5,7 +5,10 @@ Under torch.compile and torch.export the call is one opaque operator, `torch.ops
 `torch.ops.mosld.linear_backward`: no graph break, and the same bits as in eager mode.
 """
 
+import functools
+import importlib.util
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -17,6 +20,10 @@ from .reference import router_dtype
 
 BACKENDS = ("auto", "eager", "triton")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON_FLOATS = FLOATS[1:]
+LEAST_CAPABILITY = (8, 0)  # of the NVIDIA GPUs that the kernels are compiled and tuned for
+MOST_RANK = 128
+MOST_EXPERTS = 64
 
 
 def mosld_linear(
@@ -46,7 +53,10 @@ def mosld_linear(
     dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2), one mask for all tokens and experts.
     seed: int64 [1] on x's device, needed when dropout_p > 0: the mask is a pure function of it. Draw it with torch's
         generator, as in `torch.randint(2**62, (1,), device=x.device)`.
-    backend: "auto", "eager" (torch products, any device) or "triton" (not built yet: raises).
+    backend: "eager" (torch products, any device), "triton" (kernels for NVIDIA GPUs from compute capability 8.0; x and
+        adapters in float32, bfloat16 or float16, R up to 128, E up to 64; raises where it cannot run; on CPU tensors
+        it runs only under Triton's interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU, else
+        eager). float32 products follow torch's float32 matmul precision: TF32 only where it was asked for.
 
     returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and router_logits [..., E] in float32
         (float64 for float64 x); both carry gradients for x, the adapter tensors, and weight and bias where they
@@ -54,7 +64,8 @@ def mosld_linear(
     raises ValueError for shapes, dtypes, devices or values that do not fit, with the rule and the value, and
         RuntimeError for a backend that cannot run here.
     """
-    return _run(x, weight, bias, shared_a, expert_b, router_weight, seed, Settings(top_k, scale, dropout_p), backend)
+    settings = Settings(top_k, scale, dropout_p, backend)
+    return _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings)
 
 
 def mosld_delta(
@@ -73,13 +84,15 @@ def mosld_delta(
 
     Arguments, shapes, results and errors are those of `mosld_linear` without weight and bias.
     """
-    return _run(x, None, None, shared_a, expert_b, router_weight, seed, Settings(top_k, scale, dropout_p), backend)
+    settings = Settings(top_k, scale, dropout_p, backend)
+    return _run(x, None, None, shared_a, expert_b, router_weight, seed, settings)
 
 
-def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Settings, backend: str):
-    _check_settings(settings, backend)
+def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Settings):
+    _check_settings(settings)
     inputs = _autocast(Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed))
     _check_tensors(inputs, settings)
+    settings = settings._replace(backend=_choose_backend(inputs, settings.backend))
     leading = x.shape[:-1]
     inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))
     if torch.compiler.is_compiling():
@@ -87,6 +100,43 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     else:
         out, logits = MoSLDFunction.apply(*inputs, *settings)
     return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
+
+
+def _choose_backend(inputs: Inputs, asked: str) -> str:
+    """ "auto" takes Triton where it runs on a GPU; "triton" runs or raises with the reason."""
+    if asked == "eager" or (asked == "auto" and inputs.x.device.type != "cuda"):
+        return "eager"
+    obstacle = _triton_obstacle(inputs)
+    if obstacle and asked == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {obstacle}; backend='eager' can")
+    return "eager" if obstacle else "triton"
+
+
+def _triton_obstacle(inputs: Inputs) -> str | None:
+    """Why the kernels cannot take this call, or None."""
+    x, shared_a, experts = inputs.x, inputs.shared_a, inputs.router_weight.shape[0]
+    for name, tensor in (("x", x), ("shared_a, expert_b and router_weight", shared_a)):
+        if tensor.dtype not in TRITON_FLOATS:
+            return f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}"
+    if shared_a.shape[0] > MOST_RANK or experts > MOST_EXPERTS:
+        return f"R must be at most {MOST_RANK} and E at most {MOST_EXPERTS}, got R={shared_a.shape[0]}, E={experts}"
+    if not _triton_installed():
+        return "Triton is not installed"
+    if x.device.type == "cuda":
+        if torch.version.hip or torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
+            capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
+            return f"it needs an NVIDIA GPU of compute capability 8.0 or more, got {capability} on {x.device}"
+        return None
+    if x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"it needs an NVIDIA GPU, got x on {x.device} (on cpu it runs only with TRITON_INTERPRET=1, a slow check)"
+        )
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _autocast(inputs: Inputs) -> Inputs:
@@ -108,11 +158,9 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _check_settings(settings: Settings, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        raise RuntimeError("backend='triton' is not built yet; backend='auto' and backend='eager' run torch products")
+def _check_settings(settings: Settings) -> None:
+    if settings.backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {settings.backend!r}")
     if not 0 <= settings.dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {settings.dropout_p}")
     if not -math.inf < settings.scale < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
@@ -188,14 +236,15 @@ def _linear_op(
     top_k: int,
     scale: float,
     dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out [T, D_out], logits [T, E], and for backward hidden [T, R], gates [T, E]"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    return autograd.forward(inputs, Settings(top_k, scale, dropout_p))
+    return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend))
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p):
+def _(x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p, backend):
     tokens, num_experts = x.shape[0], router_weight.shape[0]
     routed = router_dtype(x.dtype)
     return (
@@ -222,35 +271,36 @@ def _linear_backward_op(
     top_k: int,
     scale: float,
     dropout_p: float,
+    backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    settings = Settings(top_k, scale, dropout_p)
+    settings = Settings(top_k, scale, dropout_p, backend)
     grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 
 
 @_linear_backward_op.register_fake
 def _(dout, dlogits, hidden, gates, x, weight, bias, shared_a, expert_b, router_weight, seed,
-      top_k, scale, dropout_p, needs):  # fmt: skip
+      top_k, scale, dropout_p, backend, needs):  # fmt: skip
     wanted = zip((x, weight, bias, shared_a, expert_b, router_weight), needs, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, need in wanted if need]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, top_k, scale, dropout_p = inputs
+    *tensors, top_k, scale, dropout_p, backend = inputs
     _, _, hidden, gates = output
     ctx.mark_non_differentiable(hidden, gates)
     ctx.save_for_backward(hidden, gates, *tensors)
-    ctx.settings = Settings(top_k, scale, dropout_p)
+    ctx.settings = Settings(top_k, scale, dropout_p, backend)
 
 
 def _backward(ctx, dout, dlogits, dhidden, dgates):
     hidden, gates, *tensors = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:6]]
     grads = iter(torch.ops.mosld.linear_backward(dout, dlogits, hidden, gates, *tensors, *ctx.settings, needs))
-    return *(next(grads) if need else None for need in needs), None, None, None, None
+    return *(next(grads) if need else None for need in needs), None, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,6 +7,8 @@ Integers only, so every backend draws the same bits whatever its tiles are, and 
 from the seed instead of storing it. (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.)
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,34 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
     if layer_id or stream_id:
         counter[2], counter[3] = layer_id, stream_id
     words = philox(seed, counter).t().reshape(-1)[: rows * cols]
-    return (words >= round(p * 2**32)).view(rows, cols)
+    return (words >= threshold(p)).view(rows, cols)
+
+
+def threshold(p: float) -> int:
+    """The least word that keeps its element. At p = 1 it is 2^32, which no word reaches."""
+    return round(p * 2**32)
+
+
+@functools.cache
+def triton_keep():
+    """The Triton twin of `keep_mask`, to be called inside kernels. Imports Triton.
+
+    keep(seed, n, limit): seed int64 scalar, n int64 (row * D_in + col) of any shape, limit = threshold(p)
+    -> bool of n's shape, bit for bit what `keep_mask` draws there, whatever the tile is.
+    """
+    global triton, tl  # Triton looks for a kernel's names among its file's globals, not in an enclosing function
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def keep(seed, n, limit):
+        zero = (n * 0).to(tl.uint32)  # counters of 32 bits: with wider ones tl.philox is another generator
+        a, b, c, d = tl.philox(seed, (n >> 2).to(tl.uint32), zero, zero, zero)
+        lane = n & 3
+        word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+        return word.to(tl.int64) >= limit
+
+    return keep
 
 
 def draw_keep(seed: Tensor | None, shape: tuple[int, ...], p: float) -> Tensor | None:

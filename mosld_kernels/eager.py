@@ -1,4 +1,4 @@
-"""The steps (down, mix, up and their gradients) as torch products: the CPU path.
+"""The steps (down, mix, up and their gradients) as torch products: the path for CPU and for whatever Triton cannot run.
 
 T tokens, D_in and D_out features, R rank, E experts, K chosen. `down_weight` is A with its dropout applied above the
 router's weight, [R + E, D_in], so that one pass over x gives both projections. Products run in x's dtype; routing
@@ -8,20 +8,30 @@ and everything of size [T, E] or [T, R] runs in float32 (float64 where x is floa
 import torch
 from torch import Tensor
 
+from .dropout import draw_keep, drop_elements
 from .reference import gates_from_logits, router_dtype
 
 
-def stack_down(dropped_a: Tensor, router_weight: Tensor) -> Tensor:
-    """dropped_a [R, D_in], router_weight [E, D_in] -> down_weight [R + E, D_in] in dropped_a's dtype"""
+def prepare(
+    shared_a: Tensor, router_weight: Tensor, expert_b: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
+    -> down_weight [R + E, D_in], expert_b [D_out, E * R], both in `dtype`"""
+    keep = draw_keep(seed, shared_a.shape, p)
+    return _stack_down(drop_elements(shared_a, keep, p, dtype), router_weight), expert_b.to(dtype)
+
+
+def _stack_down(dropped_a: Tensor, router_weight: Tensor) -> Tensor:
     return torch.cat((dropped_a, router_weight.to(dropped_a.dtype)))
 
 
-def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, D_in], down_weight [R + E, D_in] -> hidden [T, R], logits [T, E], gates [T, E]"""
+def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, D_in], down_weight [R + E, D_in] -> hidden [T, R], logits [T, E], gates [T, E], mixed [T, E * R]"""
     projected = torch.mm(x, down_weight.t())
     hidden = projected[:, :rank].contiguous()
     logits = projected[:, rank:].to(router_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
-    return hidden, logits, gates_from_logits(logits, top_k)
+    gates = gates_from_logits(logits, top_k)
+    return hidden, logits, gates, mix(hidden, gates, scale)
 
 
 def mix(hidden: Tensor, gates: Tensor, scale: float) -> Tensor:
@@ -29,37 +39,48 @@ def mix(hidden: Tensor, gates: Tensor, scale: float) -> Tensor:
     return ((scale * gates).unsqueeze(2) * hidden.unsqueeze(1)).flatten(1).to(hidden.dtype)
 
 
-def up(mixed: Tensor, expert_b: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """mixed [T, E * R], expert_b [D_out, E * R] -> out [T, D_out], with the base product where there is a weight"""
-    expert_b = expert_b.to(mixed.dtype)
-    out = torch.mm(mixed, expert_b.t()) if bias is None else torch.addmm(bias, mixed, expert_b.t())
-    # The base product accumulates onto the stored update: adding the update afterwards costs two more passes over out.
-    return out if weight is None else out.addmm_(x, weight.t())
-
-
-def mix_backward(dmixed: Tensor, hidden: Tensor, gates: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """dmixed [T, E * R], hidden [T, R], gates [T, E] -> dhidden [T, R], dlogits [T, E]"""
-    dmixed = dmixed.to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
+def up_backward(
+    dout: Tensor, expert_b: Tensor, hidden: Tensor, gates: Tensor, dlogits: Tensor | None, scale: float
+) -> Tensor:
+    """dout [T, D_out], expert_b [D_out, E * R], hidden [T, R], gates [T, E], dlogits [T, E] or None
+    -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype"""
+    u = torch.mm(dout, expert_b.to(dout.dtype)).to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
     # Batched products rather than sums of products: nothing more of size [T, E * R] is written and read.
-    dgates = scale * torch.bmm(dmixed, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
-    dhidden = torch.bmm((scale * gates).unsqueeze(1), dmixed).squeeze(1)
+    dgates = scale * torch.bmm(u, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
+    dhidden = torch.bmm((scale * gates).unsqueeze(1), u).squeeze(1)
     # Zero where the gate is zero, so the experts not chosen need no index.
-    dlogits = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
-    return dhidden, dlogits
+    drouted = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
+    if dlogits is not None:
+        drouted = drouted + dlogits
+    return torch.cat((dhidden, drouted), dim=1).to(dout.dtype)
 
 
-def grad_expert_b(dout: Tensor, mixed: Tensor) -> Tensor:
-    """dout [T, D_out], mixed [T, E * R] -> dexpert_b [D_out, E * R]"""
+def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
     # mixed^T dout walks dout in memory order; dout^T mixed takes twice as long in float32.
-    return torch.mm(mixed.t(), dout).t().contiguous()
+    return torch.mm(mix(hidden, gates, scale).t(), dout).t().contiguous().to(dtype)
 
 
-def down_backward(dhidden: Tensor, dlogits: Tensor, dtype: torch.dtype) -> Tensor:
-    """dhidden [T, R], dlogits [T, E] -> dprojected [T, R + E] in `dtype`"""
-    return torch.cat((dhidden, dlogits), dim=1).to(dtype)
-
-
-def grad_x(dprojected: Tensor, down_weight: Tensor, dout: Tensor, weight: Tensor | None) -> Tensor:
-    """dprojected [T, R + E], down_weight [R + E, D_in], dout [T, D_out], weight [D_out, D_in] -> dx [T, D_in]"""
-    dx = torch.mm(dprojected, down_weight)
-    return dx if weight is None else dx.addmm_(dout, weight)
+def down_backward(
+    dprojected: Tensor,
+    x: Tensor,
+    shared_a: Tensor,
+    router_weight: Tensor,
+    seed: Tensor | None,
+    p: float,
+    needs_x: bool,
+    needs_adapter: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dprojected [T, R + E], x [T, D_in], shared_a [R, D_in], router_weight [E, D_in], seed int64 [1]
+    -> the update's share of dx [T, D_in], dshared_a [R, D_in], drouter_weight [E, D_in]; None where not needed"""
+    dx = dshared_a = drouter = None
+    keep = draw_keep(seed, shared_a.shape, p)
+    if needs_x:
+        dx = torch.mm(dprojected, _stack_down(drop_elements(shared_a, keep, p, x.dtype), router_weight))
+    if needs_adapter:
+        ddown = torch.mm(dprojected.t(), x)  # [R + E, D_in]
+        rank = shared_a.shape[0]
+        # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
+        dshared_a = drop_elements(ddown[:rank].clone(), keep, p, shared_a.dtype)
+        drouter = ddown[rank:].to(router_weight.dtype, copy=True)
+    return dx, dshared_a, drouter

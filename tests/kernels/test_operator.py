@@ -256,7 +256,7 @@ def test_opcheck(p, base):
     inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
     if not base:
         inputs[1] = inputs[2] = None
-    torch.library.opcheck(torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, p))
+    torch.library.opcheck(torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, p, "eager"))
 
 
 @pytest.mark.slow

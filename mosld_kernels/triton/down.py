@@ -1,0 +1,129 @@
+"""One pass over x: z = x A~^T and l = x Wr^T together, then top-k, softmax and mix while both are in registers.
+
+    hidden [T, R]    logits [T, E]    gates [T, E]    mixed[t, e * R + r] = scale * gates[t, e] * hidden[t, r]
+
+With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program writes its
+partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on, padded, planes_for, precision, tile_for
+
+
+@triton.jit
+def _route(
+    hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale,
+    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
+):  # fmt: skip
+    """hidden [BLOCK_T, R_PAD], logits [BLOCK_T, E_PAD], t int64 [BLOCK_T] -> stores all four results"""
+    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    mask_t, mask_e = t[:, None] < T, (t[:, None] < T) & (e[None, :] < E)
+    tl.store(logits_ptr + t[:, None] * E + e[None, :], logits, mask=mask_e)
+
+    logits = tl.where(e[None, :] < E, logits, float("-inf"))
+    if TOP_K < E:
+        left = logits
+        for _ in range(TOP_K):
+            best = tl.argmax(left, axis=1, tie_break_left=True)  # equal logits go to the lower index
+            left = tl.where(e[None, :] == best[:, None], float("-inf"), left)
+        logits = tl.where(left == logits, float("-inf"), logits)  # what was not taken; NaN stays, as it should
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    gates = weights / tl.sum(weights, axis=1)[:, None]
+    tl.store(gates_ptr + t[:, None] * E + e[None, :], gates, mask=mask_e)
+
+    # From here on z is what is saved for backward, so that mixed can be made again bit for bit.
+    hidden = hidden.to(hidden_ptr.dtype.element_ty)
+    mask_r = mask_t & (r[None, :] < R)
+    tl.store(hidden_ptr + t[:, None] * R + r[None, :], hidden, mask=mask_r)
+    for expert in range(E):
+        gate = scale * tl.sum(tl.where(e[None, :] == expert, gates, 0.0), axis=1)
+        columns = expert * R + r[None, :]
+        tl.store(mixed_ptr + t[:, None] * (E * R) + columns, gate[:, None] * hidden.to(tl.float32), mask=mask_r)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr, down_weight_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, planes_ptr,
+    T, D_IN, stride_x_t, stride_x_d, scale, span, PLANES: tl.constexpr,
+    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, plane) projects BLOCK_T tokens over `span` input features."""
+    first_t, first_d = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.program_id(1) * span
+    dt, dd = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    # 64-bit up to the tile, 32-bit inside it: T * D_in may pass 2^31.
+    x_tile = x_ptr + first_t * stride_x_t + first_d.to(tl.int64) * stride_x_d
+    x_tile += dt[:, None] * stride_x_t + dd[None, :] * stride_x_d
+    a_tile = down_weight_ptr + first_d + r[None, :] * D_IN + dd[:, None]
+    router_tile = down_weight_ptr + R * D_IN + first_d + e[None, :] * D_IN + dd[:, None]
+    mask_t, mask_r, mask_e = first_t + dt[:, None] < T, r[None, :] < R, e[None, :] < E
+
+    hidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
+    for d in range(first_d, min(first_d + span, D_IN), BLOCK_D):
+        x = tl.load(x_tile, mask=mask_t & (d + dd[None, :] < D_IN), other=0.0)
+        a = tl.load(a_tile, mask=mask_r & (d + dd[:, None] < D_IN), other=0.0)
+        router = tl.load(router_tile, mask=mask_e & (d + dd[:, None] < D_IN), other=0.0)
+        hidden = tl.dot(x, a, hidden, input_precision=PRECISION)
+        logits = tl.dot(x, router, logits, input_precision=PRECISION)
+        x_tile += BLOCK_D * stride_x_d
+        a_tile += BLOCK_D
+        router_tile += BLOCK_D
+
+    t = first_t + dt
+    if PLANES == 1:
+        _route(
+            hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale,
+            R, E, TOP_K, R_PAD, E_PAD,
+        )  # fmt: skip
+    else:
+        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (R + E)
+        tl.store(row + r[None, :], hidden, mask=mask_t & mask_r)
+        tl.store(row + R + e[None, :], logits, mask=mask_t & mask_e)
+
+
+@triton.jit
+def _down_sum_kernel(
+    planes_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, T, scale, PLANES: tl.constexpr,
+    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Adds the planes in order, then routes."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    hidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
+    for plane in range(PLANES):
+        row = planes_ptr + (plane * T.to(tl.int64) + t[:, None]) * (R + E)
+        hidden += tl.load(row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
+        logits += tl.load(row + R + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
+    _route(hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale, R, E, TOP_K, R_PAD, E_PAD)
+
+
+def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, D_in], down_weight [R + E, D_in] -> hidden [T, R], logits [T, E], gates [T, E], mixed [T, E * R]"""
+    (tokens, d_in), experts = x.shape, len(down_weight) - rank
+    hidden, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, experts * rank)
+    logits, gates = (x.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
+    tile = tile_for("down", tokens, d_in, 0, rank + experts, x)
+    blocks, steps = triton.cdiv(tokens, tile.tokens), triton.cdiv(d_in, tile.features)
+    planes = planes_for(tile.blocks(tokens), steps, x)
+    partial = x.new_empty(planes, tokens, rank + experts, dtype=torch.float32) if planes > 1 else logits
+    results, sizes = (hidden, logits, gates, mixed), (rank, experts, top_k, padded(rank, 16), padded(experts, 16))
+    with on(x):
+        _down_kernel[(blocks, planes)](
+            x, down_weight, *results, partial, tokens, d_in, *x.stride(), scale,
+            triton.cdiv(steps, planes) * tile.features, planes, *sizes, tile.tokens, tile.features, precision(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if planes > 1:
+            block_t = 16
+            _down_sum_kernel[(triton.cdiv(tokens, block_t),)](
+                partial, *results, tokens, scale, planes, *sizes, block_t, num_warps=4
+            )
+    return results

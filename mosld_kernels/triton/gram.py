@@ -1,0 +1,177 @@
+"""Sums over tokens, left^T right, for the adapter's gradients; one kernel serves both.
+
+    dB            = dout^T mixed            [D_out, E * R]    mixed is made again from hidden and gates, in registers
+    [dA~ | dWr]^T = x^T dprojected          [D_in, R + E]     dA = keep * dA~ / (1 - p), drawn again from the seed
+
+The features of `left` are the rows of a program's tile, so that the tensor cores get a tall operand however small the
+rank is. When the features alone give too few programs, the tokens are split into planes: each program writes its
+partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import threshold, triton_keep
+from .launch import on, padded, planes_for, precision, tile_for
+from .prepare import prepare
+from .up import _expert_columns, expert_block
+
+keep_elements = triton_keep()
+
+
+@triton.jit
+def _store(
+    grad, f, columns, exists, F, C: tl.constexpr, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share,
+    R: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """grad [BLOCK_F, BLOCK_C], f [BLOCK_F] -> stores dB [F, C], or dA [R, F] with its dropout and drouter [C - R, F]"""
+    mask = (f[:, None] < F) & exists[None, :]
+    if EXPANDS:
+        tl.store(b_or_a_ptr + f[:, None].to(tl.int64) * C + columns[None, :], grad, mask=mask)
+    else:
+        n = columns[None, :].to(tl.int64) * F + f[:, None]
+        in_a = columns[None, :] < R
+        tl.store(router_ptr + n - R * F, grad, mask=mask & (columns[None, :] >= R))
+        if DROPS:
+            grad = tl.where(keep_elements(tl.load(seed_ptr), n, limit), tl.div_rn(grad, kept_share), 0.0)
+        tl.store(b_or_a_ptr + n, grad, mask=mask & in_a)
+
+
+@triton.jit
+def _gram_kernel(
+    left_ptr, right_ptr, gates_ptr, b_or_a_ptr, router_ptr, planes_ptr, seed_ptr,
+    T, F, stride_left_t, stride_left_f, scale, span, limit, kept_share, PLANES: tl.constexpr,
+    R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXPANDS: tl.constexpr, DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, plane) sums over `span` tokens for BLOCK_F features of left and BLOCK_C columns of right."""
+    C: tl.constexpr = E * R if EXPANDS else R + E
+    first_f, first_t = tl.program_id(0) * BLOCK_F, tl.program_id(2).to(tl.int64) * span
+    df, dt = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_T)
+    if EXPANDS:
+        first_expert = tl.program_id(1) * E_BLOCK
+        columns, exists = _expert_columns(first_expert, R, E, R_PAD, E_BLOCK)
+        e, r = first_expert + tl.arange(0, E_BLOCK), tl.arange(0, R_PAD)
+    else:
+        columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        exists = columns < C
+    left_tile = left_ptr + first_t * stride_left_t + first_f.to(tl.int64) * stride_left_f
+    left_tile += df[:, None] * stride_left_f + dt[None, :] * stride_left_t
+    mask_f = first_f + df[:, None] < F
+
+    grad = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
+    last_t = min(first_t + span, T.to(tl.int64))
+    for start in range(first_t, last_t, BLOCK_T):
+        t = start + dt
+        left = tl.load(left_tile, mask=mask_f & (t[None, :] < last_t), other=0.0)  # [BLOCK_F, BLOCK_T]
+        if EXPANDS:
+            mask_t = t[:, None] < last_t
+            hidden = tl.load(right_ptr + t[:, None] * R + r[None, :], mask=mask_t & (r[None, :] < R), other=0.0)
+            gates = tl.load(gates_ptr + t[:, None] * E + e[None, :], mask=mask_t & (e[None, :] < E), other=0.0)
+            mixed = (scale * gates)[:, :, None] * hidden.to(tl.float32)[:, None, :]
+            right = tl.reshape(mixed.to(left.dtype), (BLOCK_T, BLOCK_C))
+        else:
+            offsets = t[:, None] * C + columns[None, :]
+            right = tl.load(right_ptr + offsets, mask=(t[:, None] < last_t) & exists[None, :], other=0.0)
+        grad = tl.dot(left, right, grad, input_precision=PRECISION)
+        left_tile += BLOCK_T * stride_left_t
+
+    f = first_f + df
+    if PLANES == 1:
+        _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, R, EXPANDS, DROPS)
+    else:
+        row = (tl.program_id(2) * F + f[:, None]).to(tl.int64) * C
+        tl.store(planes_ptr + row + columns[None, :], grad, mask=mask_f & exists[None, :])
+
+
+@triton.jit
+def _gram_sum_kernel(
+    planes_ptr, b_or_a_ptr, router_ptr, seed_ptr, F, limit, kept_share, PLANES: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds the planes in order, then stores."""
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = columns < C
+    grad = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
+    for plane in range(PLANES):
+        row = (plane * F + f[:, None]).to(tl.int64) * C
+        grad += tl.load(planes_ptr + row + columns[None, :], mask=(f[:, None] < F) & exists[None, :], other=0.0)
+    _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, R, EXPANDS, DROPS)
+
+
+def _gram(
+    left: Tensor,
+    right: Tensor,
+    gates: Tensor | None,
+    grads: tuple[Tensor, Tensor],
+    rank: int,
+    experts: int,
+    *,
+    scale: float = 1.0,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> None:
+    """left [T, F]; right is hidden [T, R] beside gates [T, E], or dprojected [T, R + E]; fills `grads`."""
+    (tokens, features), expands = left.shape, gates is not None
+    columns = experts * rank if expands else rank + experts
+    tile = tile_for("gram", tokens, features, features, columns, left)
+    if expands:
+        rank_padded, e_block, column_blocks = expert_block(rank, experts, tile.columns)
+        block_c = rank_padded * e_block
+    else:
+        rank_padded, e_block, block_c = 1, 1, min(padded(columns, 16), tile.columns)
+        column_blocks = triton.cdiv(columns, block_c)
+    blocks, steps = triton.cdiv(features, tile.features), triton.cdiv(tokens, tile.tokens)
+    planes = planes_for(blocks * column_blocks, tile.blocks(tokens), left)
+    partial = left.new_empty(planes, features, columns, dtype=torch.float32) if planes > 1 else left
+    drop = (threshold(p), 1 - p if p < 1 else 1.0)
+    seed = seed if p and seed is not None else left
+    with on(left):
+        _gram_kernel[(blocks, column_blocks, planes)](
+            left, right, gates if expands else right, *grads, partial, seed,
+            tokens, features, *left.stride(), scale, triton.cdiv(steps, planes) * tile.tokens, *drop, planes,
+            rank, experts, rank_padded, e_block, block_c, expands, p > 0,
+            tile.tokens, tile.features, precision(), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if planes > 1:
+            block_f, block_c = 64, 16
+            _gram_sum_kernel[(triton.cdiv(features, block_f), triton.cdiv(columns, block_c))](
+                partial, *grads, seed, features, *drop, planes, columns, rank, expands, p > 0, block_f, block_c,
+                num_warps=4,
+            )  # fmt: skip
+
+
+def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
+    rank, experts = hidden.shape[1], gates.shape[1]
+    grad = dout.new_empty(dout.shape[1], experts * rank, dtype=dtype)
+    _gram(dout, hidden, gates, (grad, grad), rank, experts, scale=scale)
+    return grad
+
+
+def down_backward(
+    dprojected: Tensor,
+    x: Tensor,
+    shared_a: Tensor,
+    router_weight: Tensor,
+    seed: Tensor | None,
+    p: float,
+    needs_x: bool,
+    needs_adapter: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dprojected [T, R + E], x [T, D_in], shared_a [R, D_in], router_weight [E, D_in], seed int64 [1]
+    -> the update's share of dx [T, D_in], dshared_a [R, D_in], drouter_weight [E, D_in]; None where not needed"""
+    dx = dshared_a = drouter = None
+    if needs_x:
+        down_weight, _ = prepare(shared_a, router_weight, None, seed, p, x.dtype)
+        dx = torch.mm(dprojected, down_weight)
+    if needs_adapter:
+        dshared_a, drouter = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (shared_a, router_weight)
+        )
+        _gram(x, dprojected, None, (dshared_a, drouter), len(shared_a), len(router_weight), seed=seed, p=p)
+    return dx, dshared_a, drouter
