@@ -8,7 +8,7 @@ anything of size [T, D_out] or [T, E, D_out].
 """
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     backend: str = "eager"  # or "triton": which set of steps; the closed form is the same
 
 
-def _steps(backend: str):
+def _steps(backend: str) -> Any:  # either module: both have the same functions
     if backend == "triton":
         from . import triton as steps  # here, because it imports Triton
     else:
@@ -46,7 +46,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor,
     """-> out [T, D_out], logits [T, E], hidden [T, R], gates [T, E]"""
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     steps, p = _steps(settings.backend), settings.dropout_p
-    down_weight, expert_b = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype)
+    down_weight, expert_b, _ = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype)
     hidden, logits, gates, mixed = steps.down(x, down_weight, shared_a.shape[0], settings.top_k, settings.scale)
     out = torch.mm(mixed, expert_b.t()) if bias is None else torch.addmm(bias, mixed, expert_b.t())
     if weight is not None:
@@ -82,12 +82,15 @@ def backward(
     if needs_b:
         dexpert_b = steps.grad_expert_b(dout, hidden, gates, scale, expert_b.dtype)
     if needs_x or needs_a or needs_router:
+        p, dtype = settings.dropout_p, shared_a.dtype
+        down_weight, expert_b, keep = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype, needs_x)
         dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, scale)
-        dx, dshared_a, drouter = steps.down_backward(
-            dprojected, x, shared_a, router_weight, seed, settings.dropout_p, needs_x, needs_a or needs_router
-        )
-        if dx is not None and weight is not None:
-            dx.addmm_(dout, weight)  # the same order as in forward
+        if needs_a or needs_router:
+            dshared_a, drouter = steps.down_backward(dprojected, x, keep, p, shared_a.shape[0], dtype)
+        if down_weight is not None:
+            dx = torch.mm(dprojected, down_weight)
+            if weight is not None:
+                dx.addmm_(dout, weight)  # the same order as in forward
     return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
 
 

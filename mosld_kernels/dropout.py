@@ -91,7 +91,7 @@ def triton_keep():
     @triton.jit
     def keep(seed, n, limit):
         zero = (n * 0).to(tl.uint32)  # counters of 32 bits: with wider ones tl.philox is another generator
-        a, b, c, d = tl.philox(seed, (n >> 2).to(tl.uint32), zero, zero, zero)
+        a, b, c, d = tl.philox(seed, (n >> 2).to(tl.uint32), zero, zero, zero)  # pyright: ignore
         lane = n & 3
         word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
         return word.to(tl.int64) >= limit

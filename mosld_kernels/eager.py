@@ -13,16 +13,22 @@ from .reference import gates_from_logits, router_dtype
 
 
 def prepare(
-    shared_a: Tensor, router_weight: Tensor, expert_b: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    shared_a: Tensor,
+    router_weight: Tensor,
+    expert_b: Tensor,
+    seed: Tensor | None,
+    p: float,
+    dtype: torch.dtype,
+    needs_down: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
-    -> down_weight [R + E, D_in], expert_b [D_out, E * R], both in `dtype`"""
+    -> down_weight [R + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
+    and what `down_backward` wants to know of the kept elements of A: here the mask itself"""
     keep = draw_keep(seed, shared_a.shape, p)
-    return _stack_down(drop_elements(shared_a, keep, p, dtype), router_weight), expert_b.to(dtype)
-
-
-def _stack_down(dropped_a: Tensor, router_weight: Tensor) -> Tensor:
-    return torch.cat((dropped_a, router_weight.to(dropped_a.dtype)))
+    down_weight = None
+    if needs_down:
+        down_weight = torch.cat((drop_elements(shared_a, keep, p, dtype), router_weight.to(dtype)))
+    return down_weight, expert_b.to(dtype), keep
 
 
 def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +50,7 @@ def up_backward(
 ) -> Tensor:
     """dout [T, D_out], expert_b [D_out, E * R], hidden [T, R], gates [T, E], dlogits [T, E] or None
     -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype"""
-    u = torch.mm(dout, expert_b.to(dout.dtype)).to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
+    u = torch.mm(dout, expert_b).to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
     # Batched products rather than sums of products: nothing more of size [T, E * R] is written and read.
     dgates = scale * torch.bmm(u, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
     dhidden = torch.bmm((scale * gates).unsqueeze(1), u).squeeze(1)
@@ -62,25 +68,10 @@ def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dty
 
 
 def down_backward(
-    dprojected: Tensor,
-    x: Tensor,
-    shared_a: Tensor,
-    router_weight: Tensor,
-    seed: Tensor | None,
-    p: float,
-    needs_x: bool,
-    needs_adapter: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dprojected [T, R + E], x [T, D_in], shared_a [R, D_in], router_weight [E, D_in], seed int64 [1]
-    -> the update's share of dx [T, D_in], dshared_a [R, D_in], drouter_weight [E, D_in]; None where not needed"""
-    dx = dshared_a = drouter = None
-    keep = draw_keep(seed, shared_a.shape, p)
-    if needs_x:
-        dx = torch.mm(dprojected, _stack_down(drop_elements(shared_a, keep, p, x.dtype), router_weight))
-    if needs_adapter:
-        ddown = torch.mm(dprojected.t(), x)  # [R + E, D_in]
-        rank = shared_a.shape[0]
-        # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
-        dshared_a = drop_elements(ddown[:rank].clone(), keep, p, shared_a.dtype)
-        drouter = ddown[rank:].to(router_weight.dtype, copy=True)
-    return dx, dshared_a, drouter
+    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dprojected [T, R + E], x [T, D_in], keep as `prepare` returned it
+    -> dshared_a [R, D_in], drouter_weight [E, D_in], both in `dtype`"""
+    ddown = torch.mm(dprojected.t(), x)  # [R + E, D_in]
+    # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
+    return drop_elements(ddown[:rank].clone(), keep, p, dtype), ddown[rank:].to(dtype, copy=True)

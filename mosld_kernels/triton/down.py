@@ -6,12 +6,15 @@ With few tokens there are too few programs to fill the chip: then D_in is split 
 partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on, padded, planes_for, precision, tile_for
+from .launch import cdiv, on, padded, planes_for, precision, tile_for
 
 
 @triton.jit
@@ -111,19 +114,19 @@ def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) ->
     hidden, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, experts * rank)
     logits, gates = (x.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
     tile = tile_for("down", tokens, d_in, 0, rank + experts, x)
-    blocks, steps = triton.cdiv(tokens, tile.tokens), triton.cdiv(d_in, tile.features)
+    blocks, steps = cdiv(tokens, tile.tokens), cdiv(d_in, tile.features)
     planes = planes_for(tile.blocks(tokens), steps, x)
     partial = x.new_empty(planes, tokens, rank + experts, dtype=torch.float32) if planes > 1 else logits
     results, sizes = (hidden, logits, gates, mixed), (rank, experts, top_k, padded(rank, 16), padded(experts, 16))
     with on(x):
         _down_kernel[(blocks, planes)](
             x, down_weight, *results, partial, tokens, d_in, *x.stride(), scale,
-            triton.cdiv(steps, planes) * tile.features, planes, *sizes, tile.tokens, tile.features, precision(),
+            cdiv(steps, planes) * tile.features, planes, *sizes, tile.tokens, tile.features, precision(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if planes > 1:
             block_t = 16
-            _down_sum_kernel[(triton.cdiv(tokens, block_t),)](
+            _down_sum_kernel[(cdiv(tokens, block_t),)](
                 partial, *results, tokens, scale, planes, *sizes, block_t, num_warps=4
             )
     return results

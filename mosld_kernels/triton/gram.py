@@ -8,14 +8,16 @@ rank is. When the features alone give too few programs, the tokens are split int
 partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold, triton_keep
-from .launch import on, padded, planes_for, precision, tile_for
-from .prepare import prepare
+from .launch import cdiv, on, padded, planes_for, precision, tile_for
 from .up import _expert_columns, expert_block
 
 keep_elements = triton_keep()
@@ -118,14 +120,15 @@ def _gram(
     """left [T, F]; right is hidden [T, R] beside gates [T, E], or dprojected [T, R + E]; fills `grads`."""
     (tokens, features), expands = left.shape, gates is not None
     columns = experts * rank if expands else rank + experts
-    tile = tile_for("gram", tokens, features, features, columns, left)
+    d_in, d_out = (0, features) if expands else (features, 0)
+    tile = tile_for("grad_expert_b" if expands else "grad_down", tokens, d_in, d_out, columns, left)
     if expands:
         rank_padded, e_block, column_blocks = expert_block(rank, experts, tile.columns)
         block_c = rank_padded * e_block
     else:
         rank_padded, e_block, block_c = 1, 1, min(padded(columns, 16), tile.columns)
-        column_blocks = triton.cdiv(columns, block_c)
-    blocks, steps = triton.cdiv(features, tile.features), triton.cdiv(tokens, tile.tokens)
+        column_blocks = cdiv(columns, block_c)
+    blocks, steps = cdiv(features, tile.features), cdiv(tokens, tile.tokens)
     planes = planes_for(blocks * column_blocks, tile.blocks(tokens), left)
     partial = left.new_empty(planes, features, columns, dtype=torch.float32) if planes > 1 else left
     drop = (threshold(p), 1 - p if p < 1 else 1.0)
@@ -133,13 +136,13 @@ def _gram(
     with on(left):
         _gram_kernel[(blocks, column_blocks, planes)](
             left, right, gates if expands else right, *grads, partial, seed,
-            tokens, features, *left.stride(), scale, triton.cdiv(steps, planes) * tile.tokens, *drop, planes,
+            tokens, features, *left.stride(), scale, cdiv(steps, planes) * tile.tokens, *drop, planes,
             rank, experts, rank_padded, e_block, block_c, expands, p > 0,
             tile.tokens, tile.features, precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if planes > 1:
             block_f, block_c = 64, 16
-            _gram_sum_kernel[(triton.cdiv(features, block_f), triton.cdiv(columns, block_c))](
+            _gram_sum_kernel[(cdiv(features, block_f), cdiv(columns, block_c))](
                 partial, *grads, seed, features, *drop, planes, columns, rank, expands, p > 0, block_f, block_c,
                 num_warps=4,
             )  # fmt: skip
@@ -154,24 +157,11 @@ def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dty
 
 
 def down_backward(
-    dprojected: Tensor,
-    x: Tensor,
-    shared_a: Tensor,
-    router_weight: Tensor,
-    seed: Tensor | None,
-    p: float,
-    needs_x: bool,
-    needs_adapter: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dprojected [T, R + E], x [T, D_in], shared_a [R, D_in], router_weight [E, D_in], seed int64 [1]
-    -> the update's share of dx [T, D_in], dshared_a [R, D_in], drouter_weight [E, D_in]; None where not needed"""
-    dx = dshared_a = drouter = None
-    if needs_x:
-        down_weight, _ = prepare(shared_a, router_weight, None, seed, p, x.dtype)
-        dx = torch.mm(dprojected, down_weight)
-    if needs_adapter:
-        dshared_a, drouter = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (shared_a, router_weight)
-        )
-        _gram(x, dprojected, None, (dshared_a, drouter), len(shared_a), len(router_weight), seed=seed, p=p)
-    return dx, dshared_a, drouter
+    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dprojected [T, R + E], x [T, D_in], keep as `prepare` returned it
+    -> dshared_a [R, D_in], drouter_weight [E, D_in], both in `dtype`"""
+    features, experts = x.shape[1], dprojected.shape[1] - rank
+    dshared_a, drouter = (x.new_empty(rows, features, dtype=dtype) for rows in (rank, experts))
+    _gram(x, dprojected, None, (dshared_a, drouter), rank, experts, seed=keep, p=p)
+    return dshared_a, drouter

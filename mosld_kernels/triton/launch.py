@@ -4,12 +4,10 @@ import contextlib
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tiles
 
-INTERPRETED = triton.knobs.runtime.interpret  # what @triton.jit itself looks at, when a kernel file is imported
 INTERPRETED_ARCH = 80
 INTERPRETED_PROCESSORS = 4
 
@@ -32,7 +30,7 @@ def properties(device: torch.device) -> tuple[int, int]:
 
 def tile_for(kernel: str, tokens: int, d_in: int, d_out: int, columns: int, tensor: Tensor) -> tiles.Tile:
     arch, _ = properties(tensor.device)
-    return tiles.pick(kernel, arch, tokens, d_in, d_out, columns, tensor.element_size())
+    return tiles.pick(kernel, arch, tokens, d_in, d_out, columns, tensor.element_size()).tile
 
 
 def planes_for(programs: int, steps: int, tensor: Tensor) -> int:
@@ -45,6 +43,10 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def padded(size: int, least: int = 1) -> int:
     """The power of two that holds `size`: Triton's tensors come in no other sizes."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())

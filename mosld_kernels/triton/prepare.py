@@ -7,13 +7,16 @@ One Philox call an element here costs less than one per program of the pass over
 as there are tiles of tokens; and the product that gives dx reads down_weight anyway.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold, triton_keep
-from .launch import on
+from .launch import cdiv, on
 
 keep_elements = triton_keep()
 BLOCK = 1024
@@ -40,18 +43,28 @@ def _prepare_kernel(
 
 
 def prepare(
-    shared_a: Tensor, router_weight: Tensor, expert_b: Tensor | None, seed: Tensor | None, p: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R] or None, seed int64 [1]
-    -> down_weight [R + E, D_in], expert_b [D_out, E * R], both in `dtype`"""
-    casts = expert_b is not None and expert_b.dtype != dtype
-    down_weight = shared_a.new_empty(len(shared_a) + len(router_weight), shared_a.shape[1], dtype=dtype)
-    cast_b = torch.empty_like(expert_b, dtype=dtype, memory_format=torch.contiguous_format) if casts else expert_b
-    sizes = shared_a.numel(), router_weight.numel(), expert_b.numel() if casts else 0
-    with on(shared_a):
-        _prepare_kernel[(triton.cdiv(sum(sizes), BLOCK),)](
-            shared_a.contiguous(), router_weight.contiguous(), expert_b.contiguous() if casts else shared_a,
-            seed if p else shared_a, down_weight, cast_b if casts else down_weight,
-            *sizes, threshold(p), 1 - p if p < 1 else 1.0, DROPS=p > 0, CASTS_B=casts, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-    return down_weight, cast_b
+    shared_a: Tensor,
+    router_weight: Tensor,
+    expert_b: Tensor,
+    seed: Tensor | None,
+    p: float,
+    dtype: torch.dtype,
+    needs_down: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
+    -> down_weight [R + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
+    and what `down_backward` wants to know of the kept elements of A: here the seed, to draw them again"""
+    shared_a, router_weight, expert_b = shared_a.contiguous(), router_weight.contiguous(), expert_b.contiguous()
+    casts = expert_b.dtype != dtype
+    rows, d_in = len(shared_a) + len(router_weight), shared_a.shape[1]
+    down_weight = shared_a.new_empty(rows, d_in, dtype=dtype) if needs_down else None
+    cast_b = torch.empty_like(expert_b, dtype=dtype) if casts else expert_b
+    sizes = [tensor.numel() for tensor in (shared_a, router_weight)] if needs_down else [0, 0]
+    sizes.append(expert_b.numel() if casts else 0)
+    if sum(sizes):
+        with on(shared_a):
+            _prepare_kernel[(cdiv(sum(sizes), BLOCK),)](
+                shared_a, router_weight, expert_b, seed if p else shared_a, cast_b if down_weight is None else down_weight,
+                cast_b, *sizes, threshold(p), 1 - p if p < 1 else 1.0, p > 0, casts, BLOCK, num_warps=4,
+            )  # fmt: skip
+    return down_weight, cast_b, seed

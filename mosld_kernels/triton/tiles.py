@@ -10,9 +10,9 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
-KERNELS = ("down", "up_backward", "gram")
+KERNELS = ("down", "up_backward", "grad_expert_b", "grad_down")
 
 
 class Tile(NamedTuple):
@@ -46,13 +46,33 @@ class Row(NamedTuple):
 
 
 ROWS: list[Row] = [
-    Row("down", Tile(tokens=64, features=128, columns=0, warps=4, stages=3), columns_to=64, bytes=2),
-    Row("down", Tile(tokens=64, features=64, columns=0, warps=4, stages=3), bytes=2),
-    Row("down", Tile(tokens=32, features=32, columns=0, warps=4, stages=2), bytes=4),
-    Row("up_backward", Tile(tokens=64, features=64, columns=128, warps=4, stages=3), bytes=2),
-    Row("up_backward", Tile(tokens=32, features=32, columns=64, warps=4, stages=2), bytes=4),
-    Row("gram", Tile(tokens=64, features=128, columns=128, warps=8, stages=3), bytes=2),
-    Row("gram", Tile(tokens=32, features=64, columns=64, warps=4, stages=2), bytes=4),
+    # From sm_90: more stages in flight, and at many tokens taller tiles for up_backward, which reads all of B once per
+    # tile of tokens.
+    *(
+        row._replace(arch=arch)
+        for arch in (90, 100)
+        for row in (
+            Row("down", Tile(64, 128, 0, 4, 4), 128, bytes=2, columns_to=64),
+            Row("up_backward", Tile(64, 64, 128, 4, 4), 128, bytes=2, columns_to=128, tokens_to=4096),
+            Row("up_backward", Tile(128, 64, 128, 8, 4), 128, bytes=2, columns_to=128),
+            Row("up_backward", Tile(64, 64, 128, 8, 4), 232, bytes=2),
+            Row("grad_expert_b", Tile(64, 128, 128, 8, 4), 128, bytes=2),
+            Row("grad_down", Tile(64, 128, 64, 4, 4), 128, bytes=2),
+        )
+    ),
+    # Any GPU from sm_80: within the 99 KB of shared memory that the smallest have. Exact float32 products run on the
+    # ordinary cores and want small tiles.
+    Row("down", Tile(64, 128, 0, 4, 3), 128, bytes=2, columns_to=64),
+    Row("down", Tile(64, 64, 0, 8, 3), 200, bytes=2),
+    Row("down", Tile(32, 32, 0, 4, 2), 128, bytes=4, columns_to=64),
+    Row("down", Tile(32, 16, 0, 8, 2), 128, bytes=4),
+    Row("up_backward", Tile(64, 64, 128, 4, 3), 192, bytes=2, columns_to=128),
+    Row("up_backward", Tile(64, 64, 128, 8, 3), 255, bytes=2),
+    Row("up_backward", Tile(32, 16, 64, 4, 2), 224, bytes=4),
+    Row("grad_expert_b", Tile(64, 128, 128, 8, 3), 255, bytes=2),
+    Row("grad_expert_b", Tile(16, 64, 64, 8, 2), 224, bytes=4),
+    Row("grad_down", Tile(64, 128, 64, 4, 3), 192, bytes=2),
+    Row("grad_down", Tile(32, 64, 64, 4, 2), 255, bytes=4),
 ]
 
 
@@ -63,21 +83,22 @@ def bucket(tokens: int) -> int:
 def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
     """Into how many planes a sum of `steps` steps is cut so that `programs` programs fill the chip's processors.
 
-    Powers of two, every plane with at least two steps: a plane costs a write and a read of its partial sums.
+    Powers of two, every plane with at least two steps. Nine tenths of the processors are enough: another doubling
+    would write and read every partial sum twice as often for the last tenth.
     """
     count = 1
-    while 2 * count <= most and programs * count < processors and 4 * count <= steps:
+    while 2 * count <= most and 10 * programs * count < 9 * processors and 4 * count <= steps:
         count *= 2
     return count
 
 
-def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int) -> Tile:
-    """The tile of the first row that fits. A size that a launch does not have is 0."""
+def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int) -> Row:
+    """The first row that fits. A size that a launch does not have is 0."""
     sizes = dict(d_in_to=d_in, d_out_to=d_out, columns_to=columns, tokens_to=bucket(tokens))
     for row in _candidates(arch, os.environ.get("MOSLD_TILES")):
         fits = all(getattr(row, bound) == 0 or size <= getattr(row, bound) for bound, size in sizes.items())
         if row.kernel == kernel and row.bytes in (0, element_bytes) and fits:
-            return row.tile
+            return row
     raise ValueError(f"no tile row fits {kernel} on sm_{arch} with {sizes} and {element_bytes}-byte elements")
 
 
@@ -103,7 +124,7 @@ def read_rows(path: str) -> list[Row]:
 
 def _row(entry: object, where: str) -> Row:
     try:
-        fields = dict(entry)  # type: ignore[call-overload]
+        fields: dict[str, Any] = dict(cast(Any, entry))
         row = Row(**{**fields, "tile": Tile(**fields["tile"])})
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(

@@ -7,11 +7,14 @@ Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over b
 and reads its rows of dout again for each: by then the arithmetic takes longer than the reading.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on, padded, precision, tile_for
+from .launch import cdiv, on, padded, precision, tile_for
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def _up_backward_kernel(
         for o in range(0, D_OUT, BLOCK_O):
             dout = tl.load(dout_tile, mask=mask_t & (o + do[None, :] < D_OUT), other=0.0)
             expert_b = tl.load(b_tile, mask=exists[None, :] & (o + do[:, None] < D_OUT), other=0.0)
-            u = tl.dot(dout, expert_b.to(dout.dtype), u, input_precision=PRECISION)
+            u = tl.dot(dout, expert_b, u, input_precision=PRECISION)
             dout_tile += BLOCK_O
             b_tile += BLOCK_O * (E * R)
         u = tl.reshape(u, (BLOCK_T, E_BLOCK, R_PAD))
@@ -77,7 +80,7 @@ def expert_block(rank: int, experts: int, columns: int) -> tuple[int, int, int]:
     """-> R_PAD, experts in one tile of `columns` columns, and how many such tiles cover all experts"""
     rank_padded = padded(rank, 16)
     block = min(padded(experts), max(1, columns // rank_padded))
-    return rank_padded, block, triton.cdiv(padded(experts), block)
+    return rank_padded, block, cdiv(padded(experts), block)
 
 
 def up_backward(
@@ -89,8 +92,8 @@ def up_backward(
     dprojected = dout.new_empty(tokens, rank + experts)
     tile = tile_for("up_backward", tokens, 0, d_out, experts * rank, dout)
     with on(dout):
-        _up_backward_kernel[(triton.cdiv(tokens, tile.tokens),)](
-            dout, expert_b.contiguous(), hidden, gates, gates if dlogits is None else dlogits.contiguous(), dprojected,
+        _up_backward_kernel[(cdiv(tokens, tile.tokens),)](
+            dout, expert_b, hidden, gates, gates if dlogits is None else dlogits.contiguous(), dprojected,
             tokens, d_out, scale, rank, experts, *expert_block(rank, experts, tile.columns), dlogits is not None,
             tile.tokens, tile.features, precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Every kernel compiled ahead of time, as the launches would launch it, and judged: no GPU is needed.
+
+Forward and backward run on tensors without data while the launches are recorded, not carried out; each recorded
+launch, with the tile row that its sizes select on the wanted architecture, is then compiled to machine code.
+"""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from tqdm.auto import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mosld_kernels import autograd
+from mosld_kernels.triton import launch as launches_of
+from mosld_kernels.triton import tiles
+
+from .shapes import LayerShape
+
+ARCHS = (80, 90, 100)
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+# Shared memory a program may use, in bytes. Rows for any architecture must fit the smallest GPUs from 8.0 on.
+SHARED = {0: 101376, 80: 166912, 90: 232448, 100: 232448}
+REGISTERS_PER_PROCESSOR, WARPS_PER_PROCESSOR = 65536, 64
+TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+
+
+class Problem(NamedTuple):
+    """One layer in one dtype, adapters in another, for one architecture. precision: "ieee", or "tf32" for float32."""
+
+    shape: LayerShape
+    dtype: str
+    adapter_dtype: str
+    arch: int
+    precision: str = "ieee"
+
+
+class Launch(NamedTuple):
+    """What the compiler gets: sizes that Triton specialises on are constants or divisible by 16 as they are in use."""
+
+    kernel: str  # module and function
+    arch: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    warps: int
+    stages: int
+    row: tiles.Row | None
+
+
+class Report(NamedTuple):
+    kernel: str
+    arch: int
+    dtype: str
+    sizes: str  # the constants that tell variants apart
+    warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    wide_loads: int  # of 16 bytes, from global memory
+    programs_per_processor: int
+    faults: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def recording(problem: Problem) -> Iterator[list[Launch]]:
+    """Launches inside are recorded, not carried out, as if on a GPU of `problem.arch`."""
+    recorded: list[Launch] = []
+    rows: list[tiles.Row] = []
+    pick = tiles.pick
+
+    def remember(*sizes):
+        rows.append(pick(*sizes))
+        return rows[-1]
+
+    def record(function: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, **constants):
+        row = rows.pop() if rows else None
+        recorded.append(_launch(function, args, constants, problem.arch, num_warps, num_stages, row))
+
+    with (
+        mock.patch.object(tiles, "pick", remember),
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launches_of, "properties", lambda device: (problem.arch, PROCESSORS[problem.arch])),
+    ):
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = problem.precision
+        try:
+            yield recorded
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _launch(function, args, constants, arch, warps, stages, row) -> Launch:
+    values = {**dict(zip(function.arg_names, args, strict=False)), **constants}
+    signature, constant, divisible = [], [], []
+    for i, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        kind = _kind(value)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            kind = "constexpr"
+            constant.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            divisible.append(i)
+        signature.append((parameter.name, kind))
+    name = f"{function.fn.__module__}:{function.fn.__name__}"
+    return Launch(name, arch, tuple(signature), tuple(constant), tuple(divisible), warps, stages, row)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{NAMES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
+
+
+def launches(problem: Problem) -> tuple[list[Launch], list[Launch]]:
+    """The launches of the library's own kernels in forward and in backward, with dropout, every gradient wanted."""
+    T, D_in, D_out, R, E, K = problem.shape
+    dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
+    empty = functools.partial(torch.empty, device="meta")
+    adapter = [empty(size, dtype=adapter_dtype) for size in ((R, D_in), (D_out, E * R), (E, D_in))]
+    x, weight, bias = empty(T, D_in, dtype=dtype), empty(D_out, D_in, dtype=dtype), empty(D_out, dtype=dtype)
+    inputs = autograd.Inputs(x, weight, bias, *adapter, empty(1, dtype=torch.int64))
+    settings = autograd.Settings(K, 2.0, 0.1, "triton")
+    with recording(problem) as forward:
+        out, logits, hidden, gates = autograd.forward(inputs, settings)
+    with recording(problem) as backward:
+        needs = (True, False, False, True, True, True)
+        autograd.backward(empty(out.shape, dtype=dtype), logits, hidden, gates, inputs, settings, needs)
+    return forward, backward
+
+
+def compile_launch(launch: Launch) -> Report:
+    module, _, name = launch.kernel.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    source = ASTSource(
+        function,
+        dict(launch.signature),
+        {(function.arg_names.index(name),): value for name, value in launch.constants},
+        {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    wide = r"cp\.async\.\w+\.shared\.global.*0x10|ld\.global[\w.:]*\.v(4\.b32|4\.f32|2\.b64)|ld\.global[\w.:]*\.v8\.b32"
+    by_shared = SHARED[launch.arch] // max(shared + 1024, 1)
+    by_registers = REGISTERS_PER_PROCESSOR // (registers * 32 * launch.warps)
+    report = Report(
+        kernel=name.strip("_").removesuffix("_kernel"),
+        arch=launch.arch,
+        dtype=next(kind for _, kind in launch.signature if kind.startswith("*")).strip("*"),
+        sizes=_sizes(launch),
+        warps=launch.warps,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=shared,
+        tensor_core_instructions=len(re.findall(TENSOR_CORES[launch.arch], ptx)),
+        wide_loads=len(re.findall(wide, ptx)),
+        programs_per_processor=min(by_shared, by_registers, WARPS_PER_PROCESSOR // launch.warps),
+        faults=(),
+    )
+    return report._replace(faults=tuple(_faults(report, launch, compiled.asm["ttgir"])))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """-> registers a thread, and bytes of stack a thread: where spilled registers go"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def _sizes(launch: Launch) -> str:
+    shown = ("R", "E", "C", "EXPANDS", "PLANES", "DROPS", "CASTS_B", "PRECISION")
+    return " ".join(f"{name}={value}" for name, value in launch.constants if name in shown)
+
+
+def _faults(report: Report, launch: Launch, ttgir: str) -> Iterator[str]:
+    row = launch.row
+    if report.stack_bytes:
+        yield f"{report.stack_bytes} bytes of registers spilled"
+    if report.shared_bytes > SHARED[row.arch if row else 0]:
+        yield f"{report.shared_bytes} bytes of shared memory, {SHARED[row.arch if row else 0]} at most"
+    if row is None:
+        return
+    if report.registers > row.registers:
+        yield f"{report.registers} registers, {row.registers} stated"
+    if report.dtype in ("bf16", "fp16"):
+        if not report.tensor_core_instructions:
+            yield "no tensor-core instruction"
+        if not _loads_large_operand_wide(row.tile, ttgir):
+            yield "x or dout is not loaded 16 bytes at a time"
+
+
+def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:
+    """Whether a load of a tokens x features tile gives each thread 8 neighbours of 2 bytes.
+
+    The small operand may have a tile of the same shape; its rows are unaligned in the grid's mixture of R = 5, E = 3,
+    so there it cannot stand in for the large one.
+    """
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir))
+    loads = "\n".join(line for line in ttgir.splitlines() if re.search(r"async_copy_global_to_local|tt\.load", line))
+    shapes = rf"{tile.tokens}x{tile.features}|{tile.features}x{tile.tokens}"
+    used = re.findall(rf"tensor<(?:{shapes})x!tt\.ptr<\w+>, (#\w+)>", loads)
+    return any(max(int(size) for size in layouts[layout].split(",")) >= 8 for layout in used)
+
+
+MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (16, 32), (8, 64), (128, 64))
+TOKENS = (8192, 256)  # a full chip, and one that needs planes
+
+
+def grid(archs: Sequence[int] = ARCHS) -> list[Problem]:
+    problems = []
+    for arch, (R, E), T in itertools.product(archs, MIXTURES, TOKENS):
+        shape = LayerShape(T, 4096, 4096, R, E, min(2, E))
+        problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
+    for arch in archs:
+        shape = LayerShape(8192, 4096, 14336, 16, 8, 2)
+        problems += [Problem(shape, dtype, dtype, arch) for dtype in DTYPES]
+        problems += [Problem(shape, "float16", "float32", arch), Problem(shape, "float32", "float32", arch, "tf32")]
+    return problems
+
+
+def run(archs: Sequence[int], out: Path | None) -> int:
+    """Compile the grid, print a table, write it to `out` as JSON; -> how many launches have a fault.
+
+    A tile row that no launch of the grid selects is a fault as well.
+    """
+    recorded = {launch for problem in grid(archs) for launch in itertools.chain(*launches(problem))}
+    wanted = [row for row in tiles.ROWS if row.arch in (0, *archs)]
+    unused = [row for row in wanted if row not in {launch.row for launch in recorded}]
+    order = sorted(
+        recorded, key=lambda launch: (launch.kernel, launch.arch, str(launch.signature), str(launch.constants))
+    )
+    with ProcessPoolExecutor() as pool:
+        reports = list(tqdm(pool.map(compile_launch, order, chunksize=4), total=len(order), unit="kernel", leave=False))
+    print(table(reports))
+    for row in unused:
+        print(f"no launch of the grid selects {row}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"triton": triton.__version__, "kernels": [report._asdict() for report in reports]}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    faults = sum(bool(report.faults) for report in reports) + len(unused)
+    print(f"{len(reports)} kernels compiled with Triton {triton.__version__}, {faults} at fault")
+    return faults
+
+
+def table(reports: Sequence[Report]) -> str:
+    heads = (
+        "kernel",
+        "sm",
+        "dtype",
+        "sizes",
+        "warps",
+        "regs",
+        "stack",
+        "shared",
+        "mma",
+        "16 B loads",
+        "per SM",
+        "faults",
+    )
+    lines = [heads] + [(*map(str, report[:-1]), "; ".join(report.faults)) for report in reports]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
