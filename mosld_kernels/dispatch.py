@@ -5,7 +5,6 @@ Under torch.compile and torch.export the call is one opaque operator, `torch.ops
 `torch.ops.mosld.linear_backward`: no graph break, and the same bits as in eager mode.
 """
 
-import functools
 import importlib.util
 import math
 import os
@@ -21,6 +20,10 @@ from .reference import router_dtype
 BACKENDS = ("auto", "eager", "triton")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_FLOATS = FLOATS[1:]
+try:
+    TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
+except ImportError:
+    TRITON_INSTALLED = False
 LEAST_CAPABILITY = (8, 0)  # of the NVIDIA GPUs that the kernels are compiled and tuned for
 MOST_RANK = 128
 MOST_EXPERTS = 64
@@ -120,7 +123,7 @@ def _triton_obstacle(inputs: Inputs) -> str | None:
             return f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}"
     if shared_a.shape[0] > MOST_RANK or experts > MOST_EXPERTS:
         return f"R must be at most {MOST_RANK} and E at most {MOST_EXPERTS}, got R={shared_a.shape[0]}, E={experts}"
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     if x.device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
@@ -132,11 +135,6 @@ def _triton_obstacle(inputs: Inputs) -> str | None:
             f"it needs an NVIDIA GPU, got x on {x.device} (on cpu it runs only with TRITON_INTERPRET=1, a slow check)"
         )
     return None
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _autocast(inputs: Inputs) -> Inputs:

@@ -59,9 +59,8 @@ def _down_kernel(
     first_t, first_d = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.program_id(1) * span
     dt, dd = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
-    # 64-bit up to the tile, 32-bit inside it: T * D_in may pass 2^31.
-    x_tile = x_ptr + first_t * stride_x_t + first_d.to(tl.int64) * stride_x_d
-    x_tile += dt[:, None] * stride_x_t + dd[None, :] * stride_x_d
+    # 64-bit offsets: T * D_in may pass 2^31, and so may one tile's share of a view whose rows lie far apart.
+    x_tile = x_ptr + (first_t + dt)[:, None] * stride_x_t + (first_d + dd)[None, :].to(tl.int64) * stride_x_d
     a_tile = down_weight_ptr + first_d + r[None, :] * D_IN + dd[:, None]
     router_tile = down_weight_ptr + R * D_IN + first_d + e[None, :] * D_IN + dd[:, None]
     mask_t, mask_r, mask_e = first_t + dt[:, None] < T, r[None, :] < R, e[None, :] < E

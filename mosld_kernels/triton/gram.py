@@ -59,8 +59,8 @@ def _gram_kernel(
     else:
         columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         exists = columns < C
-    left_tile = left_ptr + first_t * stride_left_t + first_f.to(tl.int64) * stride_left_f
-    left_tile += df[:, None] * stride_left_f + dt[None, :] * stride_left_t
+    left_tile = left_ptr + (first_f + df)[:, None].to(tl.int64) * stride_left_f  # 64-bit offsets, as in down
+    left_tile += (first_t + dt)[None, :] * stride_left_t
     mask_f = first_f + df[:, None] < F
 
     grad = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)

@@ -1,0 +1,397 @@
+"""The Triton kernels in Triton's interpreter: values and all gradients against float64, masks, bad input, what is run."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mosld_kernels
+from mosld_kernels import mosld_delta, mosld_linear, reference
+from tests.accuracy import assert_no_less_accurate
+from tests.inputs import SHAPES, Shape, make_case
+
+if torch.cuda.is_available():
+    pytest.skip("on a machine with a GPU the kernels are compiled: tests/gpu checks them", allow_module_level=True)
+
+from mosld_kernels.triton import down, down_backward, prepare, tiles  # noqa: E402
+from mosld_kernels.triton.launch import precision  # noqa: E402
+from tests.kernels import bf16_shim  # noqa: E402
+
+# The interpreter computes with numpy, which warns of what a GPU computes without a word.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEED = 20240731
+NAMES = ("x", "shared_a", "expert_b", "router_weight")
+PLACES = (0, 3, 4, 5)
+MORE_SHAPES = [
+    Shape(17, 20, 18, 40, 6, 3),  # u in several blocks of experts, rank not a power of two
+    Shape(20, 24, 40, 128, 3, 2),  # the largest rank
+    Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
+    Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
+    Shape(33, 16, 16, 1, 64, 64),  # the most experts, all chosen
+]
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """What a kernel leaves unwritten then shows: torch fills new tensors with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _exact_bfloat16():
+    with bf16_shim.exact_bfloat16():
+        yield
+
+
+def run(function, case, shape, p=0.2, bias=True, **options):
+    """-> y, logits, and the gradients of x, A, B and the router for incoming gradients at both outputs"""
+    inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+    if not bias:
+        inputs[2] = None
+    seed = torch.tensor([SEED])
+    y, logits = function(*inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, **options)
+    trained = [inputs[place] for place in PLACES]
+    grads = torch.autograd.grad((y, logits), trained, (case.dout.to(y.dtype), case.dlogits.to(logits.dtype)))
+    return dict(y=y, logits=logits, **{f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)})
+
+
+def mixed_case(shape, dtype, adapter_dtype, seed):
+    """x, weight and bias in `dtype`, the adapter in `adapter_dtype`; values that both hold exactly."""
+    coarse = torch.bfloat16 if torch.bfloat16 in (dtype, adapter_dtype) else torch.float16
+    exact = make_case(shape, coarse, seed)
+    return exact, exact._replace(
+        **{name: getattr(exact, name).to(dtype) for name in ("x", "weight", "bias")},
+        **{name: getattr(exact, name).to(adapter_dtype) for name in ("shared_a", "expert_b", "router_weight")},
+    )
+
+
+def assert_accurate(shape, dtype, adapter_dtype=None, p=0.2, draws=4, **options):
+    truth, eager, ours = [], [], []
+    for seed in range(draws):
+        if adapter_dtype is None:
+            exact = make_case(shape, dtype, seed)
+            case = exact.to(dtype)
+        else:
+            exact, case = mixed_case(shape, dtype, adapter_dtype, seed)
+        truth.append(run(reference.mosld_linear, exact, shape, p, **options))
+        eager.append(run(reference.mosld_linear, case, shape, p, **options))
+        ours.append(run(mosld_linear, case, shape, p, backend="triton", **options))
+    for name in truth[0]:
+        joined = (torch.cat([draw[name].flatten() for draw in draws]) for draws in (ours, eager, truth))
+        assert_no_less_accurate(*joined, f"{name} {dtype} {adapter_dtype}")
+
+
+def test_the_shim_makes_the_interpreter_compute_bfloat16():
+    bf16_shim.check()
+
+
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_less_accurate_than_eager(shape, dtype):
+    assert_accurate(shape, dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.999, 1.0])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_every_dropout_with_and_without_bias(p, bias):
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2), torch.float32, p=p, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_adapters_in_another_dtype(dtype, adapter_dtype):
+    assert_accurate(Shape(65, 33, 129, 16, 3, 3), dtype, adapter_dtype)
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2), dtype, adapter_dtype)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], MORE_SHAPES[0], MORE_SHAPES[2]], ids=str)
+def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatch):
+    # The smallest tiles: several in every direction, sums in planes, experts in several blocks.
+    tile = dict(tokens=16, features=16, columns=16, warps=4, stages=2)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps([dict(kernel=kernel, tile=tile) for kernel in tiles.KERNELS]))
+    case = make_case(shape, torch.float32).to(torch.float32)
+    before = run(mosld_linear, case, shape, backend="triton")
+    monkeypatch.setenv("MOSLD_TILES", str(path))
+    assert tiles.pick("down", 90, 8192, 4096, 0, 24, 2).tile == tiles.Tile(**tile)
+    after = run(mosld_linear, case, shape, backend="triton")
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_accurate(shape, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("{}", "must hold a list of rows, got dict"),
+        ("[3]", "row 0: must be an object with the fields kernel, tile"),
+        ('[{"kernel": "down", "tile": {"tokens": 16}}]', "row 0: must be an object with the fields kernel, tile"),
+        ('[{"kernel": "up", "tile": TILE}]', "row 0: kernel must be one of down, up_backward, .*, got 'up'"),
+        ('[{"kernel": "down", "tile": TILE, "arch": "90"}]', "row 0: arch must be an integer of at least 0, got '90'"),
+        (
+            '[{"kernel": "down", "tile": TILE}, {"kernel": "down", "tile": ODD}]',
+            "row 1: tile.tokens must be a power of",
+        ),
+    ],
+)
+def test_a_bad_tile_file_is_named_with_its_row(text, message, tmp_path, monkeypatch):
+    tile = '{"tokens": 16, "features": 16, "columns": 16, "warps": 4, "stages": 2}'
+    path = tmp_path / "tiles.json"
+    path.write_text(text.replace("TILE", tile).replace("ODD", tile.replace("16", "24", 1)))
+    monkeypatch.setenv("MOSLD_TILES", str(path))
+    with pytest.raises(ValueError, match=f"MOSLD_TILES={path}.*{message}"):
+        tiles.pick("down", 90, 8192, 4096, 0, 24, 2)
+
+
+def test_tiles_follow_the_bucket_of_t_and_never_t_itself():
+    for kernel in tiles.KERNELS:
+        for arch in (80, 86, 89, 90, 100, 120):
+            picked = {tiles.pick(kernel, arch, tokens, 4096, 4096, 128, 2) for tokens in range(4097, 8193, 7)}
+            assert len(picked) == 1
+    assert [tiles.bucket(tokens) for tokens in (0, 1, 2, 3, 4096, 4097)] == [1, 1, 2, 4, 4096, 8192]
+    assert tiles.planes(programs=128, steps=64, processors=132) == 1
+    assert tiles.planes(programs=32, steps=64, processors=132) == 4
+    assert tiles.planes(programs=1, steps=5, processors=132) == 2  # never fewer than two steps in a plane
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 5, 2**62, -3])
+@pytest.mark.parametrize(("rank", "d_in"), [(1, 1), (3, 5), (8, 500), (16, 333)])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999, 1.0])
+def test_the_mask_is_the_torch_twin_bit_for_bit(seed, rank, d_in, p):
+    seed = torch.tensor([seed])
+    keep = mosld_kernels.keep_mask(seed, (rank, d_in), p)
+    ones, router = torch.ones(rank, d_in), torch.zeros(1, d_in)
+    down_weight, _, again = prepare(ones, router, torch.ones(2, rank), seed, p, torch.float32)
+    assert torch.equal(down_weight[:rank] != 0, keep)
+    # The gradient's mask, drawn in another kernel and in other tiles: every sum over tokens is 1 before it.
+    dshared_a, _ = down_backward(torch.ones(1, rank + 1), torch.ones(1, d_in), again, p, rank, torch.float32)
+    assert torch.equal(dshared_a, down_weight[:rank])
+
+
+def test_equal_logits_go_to_the_lower_index():
+    x, router = torch.ones(5, 4), torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 3.0])[:, None].expand(6, 4)
+    for top_k in range(1, 7):
+        down_weight = torch.cat((torch.ones(2, 4), router))
+        _, logits, gates, _ = down(x, down_weight, 2, top_k, 1.0)
+        torch.testing.assert_close(gates, reference.gates_from_logits(logits, top_k))
+        assert torch.equal(gates > 0, reference.top_k_mask(logits, top_k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_token_stays_alone(bad, dtype):
+    # Even R + E: torch's bfloat16 product on CPU reads one element past a row of odd length, and NaN there is no zero.
+    shape = Shape(21, 40, 24, 4, 6, 2)
+    case = make_case(shape, dtype).to(dtype)
+    clean = run(mosld_linear, case, shape, backend="triton")
+    case.x[7, 3] = bad
+    soiled = run(mosld_linear, case, shape, backend="triton")
+    others = torch.arange(21) != 7
+    for name in ("y", "logits", "dx"):
+        assert torch.equal(soiled[name][others], clean[name][others]), name
+    assert not soiled["y"][7].isfinite().any()
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    torch.manual_seed(1)
+    x, down_weight = torch.randn(60, 70), torch.randn(12, 70)
+    whole = down(x, down_weight, 8, 2, 1.0)
+    for part, all_tokens in zip(down(x[17:50], down_weight, 8, 2, 1.0), whole, strict=True):
+        assert torch.equal(part, all_tokens[17:50])
+
+
+def test_non_contiguous_inputs_and_gradients():
+    shape = Shape(12, 10, 14, 3, 4, 2)
+    case = make_case(shape).to(torch.float32)
+    plain = [tensor.detach() for tensor in case[:6]]
+    strided = [t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in plain]
+    sliced = [torch.cat((plain[0], plain[0]), dim=1)[:, :10], *plain[1:]]
+    grads = []
+    for inputs in (plain, strided, sliced):
+        inputs = [tensor.detach().requires_grad_(i in PLACES) for i, tensor in enumerate(inputs)]
+        y, _ = mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.2, seed=torch.tensor([SEED]), backend="triton")
+        y.sum().backward()  # its incoming gradient has stride 0
+        grads.append([inputs[place].grad for place in PLACES])
+    for others in grads[1:]:
+        for ours, expected in zip(others, grads[0], strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+@contextlib.contextmanager
+def plain_memory():
+    """Without this, five GB of memory would be filled with NaN."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_rows_that_lie_more_than_2_31_elements_apart():
+    with plain_memory():
+        memory = torch.empty(2**31 + 2**30 + 64, dtype=torch.float16)  # only the pages that are touched take room
+    x = memory.as_strided((4, 16), (2**30 + 7, 1))
+    x.copy_(torch.randn(4, 16))
+    down_weight = torch.randn(6, 16).half()
+    for far, near in zip(down(x, down_weight, 4, 1, 1.0), down(x.contiguous(), down_weight, 4, 1, 1.0), strict=True):
+        assert torch.equal(far, near)
+    dprojected = torch.randn(4, 6).half()
+    far, near = (down_backward(dprojected, rows, None, 0.0, 4, torch.float32) for rows in (x, x.contiguous()))
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (5,), (3, 4, 5), (1,), (2,), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_only_the_wanted_gradients_come_and_they_are_right(wanted):
+    shape = Shape(9, 6, 7, 3, 4, 2)
+    case, grads = make_case(shape).to(torch.float32), []
+    for function, options in ((mosld_linear, dict(backend="triton")), (reference.mosld_linear, {})):
+        inputs = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(case[:6])]
+        seed = torch.tensor([SEED])
+        y, _ = function(*inputs, top_k=2, scale=2.0, dropout_p=0.3, seed=seed, **options)
+        y.backward(case.dout)
+        assert [tensor.grad is not None for tensor in inputs] == [i in wanted for i in range(6)]
+        grads.append([tensor.grad for tensor in inputs if tensor.grad is not None])
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_only_x_the_seed_hidden_and_gates_are_saved_beside_the_parameters():
+    shape = Shape(40, 24, 56, 4, 8, 2)
+    inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
+    seed, saved = torch.tensor([SEED]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.2, seed=seed, backend="triton")
+    given = {tensor.data_ptr() for tensor in (*inputs, seed)}
+    new = sorted(tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in given)
+    assert new == [(40, 4), (40, 8)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_redraws_the_same_mask(reentrant):
+    shape = Shape(12, 10, 14, 3, 4, 2)
+    case = make_case(shape).to(torch.float32)
+
+    def forward(*inputs):
+        seed = torch.randint(2**62, (1,))
+        return mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.4, seed=seed, backend="triton")[0]
+
+    grads = []
+    for wrapped in (forward, lambda *inputs: checkpoint(forward, *inputs, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
+        wrapped(*inputs).backward(case.dout)
+        grads.append([inputs[place].grad for place in PLACES])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_autocast_runs_the_products_in_its_dtype():
+    shape = Shape(12, 16, 14, 4, 4, 2)
+    inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, logits = mosld_linear(*inputs, top_k=2, scale=2.0, backend="triton")
+        truth, _ = mosld_linear(*inputs, top_k=2, scale=2.0, backend="eager")
+    assert y.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    torch.testing.assert_close(y, truth, rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert all(inputs[place].grad.dtype == torch.float32 for place in PLACES)
+
+
+def test_the_update_alone():
+    shape = Shape(33, 17, 31, 3, 5, 2)
+    case = make_case(shape).to(torch.float32)
+    adapter = (case.x, *case[3:6])
+    options = dict(top_k=2, scale=2.0, dropout_p=0.2, seed=torch.tensor([SEED]))
+    ours, truth = mosld_delta(*adapter, **options, backend="triton")[0], reference.mosld_delta(*adapter, **options)[0]
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["linear", "delta"])
+def test_opcheck(base):
+    inputs = [
+        tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(Shape(7, 6, 5, 3, 4, 2))[:6])
+    ]
+    if not base:
+        inputs[1] = inputs[2] = None
+    torch.library.opcheck(torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, 0.3, "triton"))
+
+
+@pytest.mark.slow
+def test_compiles_and_exports_without_a_graph_break_and_gives_the_same_bits():
+    shape = Shape(9, 6, 8, 3, 4, 2)
+    case = make_case(shape).to(torch.float32)
+    plain = run(mosld_linear, case, shape, backend="triton")
+    torch._dynamo.reset()
+    compiled = torch.compile(mosld_linear, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, case, shape, backend="triton")
+    for name, value in plain.items():
+        assert torch.equal(ours[name], value), name
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return mosld_linear(*inputs, top_k=2, scale=2.0, backend="triton")
+
+    exported = torch.export.export(Module(), tuple(case[:6])).module()
+    torch.testing.assert_close(exported(*case[:6])[0], Module()(*case[:6])[0], rtol=0, atol=0)
+
+
+def test_float32_products_are_exact_unless_tf32_is_asked_for():
+    assert precision() == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precision() == "ieee"
+
+
+def test_there_are_no_atomics_and_nothing_passes_between_programs():
+    for path in (Path(mosld_kernels.__file__).parent / "triton").glob("*.py"):
+        assert not re.search(r"tl\.atomic|debug_barrier|inline_asm|semaphore|\.item\(|synchronize", path.read_text()), (
+            path
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dtype=torch.float64), "x must be float32, bfloat16 or float16, got torch.float64"),
+        (
+            dict(adapter_dtype=torch.float64),
+            "shared_a, expert_b and router_weight must be float32, bfloat16 or float16",
+        ),
+        (dict(rank=129), "R must be at most 128 and E at most 64, got R=129, E=2"),
+        (dict(experts=65), "R must be at most 128 and E at most 64, got R=2, E=65"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_by_name_and_taken_by_eager(change, message):
+    options = dict(dtype=torch.float32, adapter_dtype=torch.float32, rank=2, experts=2) | change
+    rank, experts, adapter_dtype = options["rank"], options["experts"], options["adapter_dtype"]
+    sizes = ((rank, 4), (3, experts * rank), (experts, 4))
+    x, adapter = torch.ones(5, 4, dtype=options["dtype"]), [torch.ones(size, dtype=adapter_dtype) for size in sizes]
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run: {message}"):
+        mosld_delta(x, *adapter, top_k=1, scale=1.0, backend="triton")
+    assert mosld_delta(x, *adapter, top_k=1, scale=1.0)[0].shape == (5, 3)
+
+
+def test_on_cpu_only_the_interpreter_runs_the_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x, adapter = torch.ones(5, 4), (torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, got x on cpu .*TRITON_INTERPRET=1"):
+        mosld_delta(x, *adapter, top_k=1, scale=1.0, backend="triton")
