@@ -1,11 +1,22 @@
-"""python -m benchmarks layer [--shape NAME ...] [--dtype NAME ...] [--rounds N] [--out FILE]"""
+"""python -m benchmarks layer [--shape NAME ...] [--dtype NAME ...] [--rounds N] [--out FILE]
+python -m benchmarks compile [--arch N ...] [--quick] [--out FILE]
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from . import layer
 from .shapes import LAYERS
+
+
+def compile_kernels(options: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
+    from . import compiled  # here, because it imports Triton
+
+    return 1 if compiled.run(options.arch, options.quick, options.out) else 0
 
 
 def main() -> int:
@@ -16,8 +27,18 @@ def main() -> int:
     one.add_argument("--dtype", nargs="+", default=list(layer.DTYPES), help="of float32, bfloat16 (default: both)")
     one.add_argument("--rounds", type=int, default=60, help="runs of every candidate (default: 60)")
     one.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    machine_code = verbs.add_parser(
+        "compile", help="every Triton kernel to machine code, without a GPU, and its limits"
+    )
+    machine_code.add_argument(
+        "--arch", nargs="+", type=int, default=[80, 90, 100], help="of 80, 90, 100 (default: all)"
+    )
+    machine_code.add_argument("--quick", action="store_true", help="one layer a dtype instead of the whole grid")
+    machine_code.add_argument("--out", type=Path, help="also write the table to this JSON file")
     options = parser.parse_args()
     try:
+        if options.verb == "compile":
+            return compile_kernels(options)
         if options.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {options.rounds}")
         layer.run(options.shape, options.dtype, options.rounds, options.out)

@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ import torch
 import triton
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
+from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from mosld_kernels import autograd
@@ -62,6 +63,7 @@ class Launch(NamedTuple):
     divisible: tuple[int, ...]
     warps: int
     stages: int
+    most_registers: int | None
     row: tiles.Row | None
 
 
@@ -71,13 +73,13 @@ class Report(NamedTuple):
     dtype: str
     sizes: str  # the constants that tell variants apart
     warps: int
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    tensor_core_instructions: int
-    wide_loads: int  # of 16 bytes, from global memory
-    programs_per_processor: int
-    faults: tuple[str, ...]
+    registers: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_core_instructions: int = 0
+    wide_loads: int = 0  # of 16 bytes, from global memory
+    programs_per_processor: int = 0
+    faults: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -91,9 +93,9 @@ def recording(problem: Problem) -> Iterator[list[Launch]]:
         rows.append(pick(*sizes))
         return rows[-1]
 
-    def record(function: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, **constants):
+    def record(function: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
         row = rows.pop() if rows else None
-        recorded.append(_launch(function, args, constants, problem.arch, num_warps, num_stages, row))
+        recorded.append(_launch(function, args, constants, problem.arch, (num_warps, num_stages, maxnreg), row))
 
     with (
         mock.patch.object(tiles, "pick", remember),
@@ -108,7 +110,7 @@ def recording(problem: Problem) -> Iterator[list[Launch]]:
             torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _launch(function, args, constants, arch, warps, stages, row) -> Launch:
+def _launch(function, args, constants, arch, options, row) -> Launch:
     values = {**dict(zip(function.arg_names, args, strict=False)), **constants}
     signature, constant, divisible = [], [], []
     for i, parameter in enumerate(function.params):
@@ -121,7 +123,7 @@ def _launch(function, args, constants, arch, warps, stages, row) -> Launch:
             divisible.append(i)
         signature.append((parameter.name, kind))
     name = f"{function.fn.__module__}:{function.fn.__name__}"
-    return Launch(name, arch, tuple(signature), tuple(constant), tuple(divisible), warps, stages, row)
+    return Launch(name, arch, tuple(signature), tuple(constant), tuple(divisible), *options, row)
 
 
 def _kind(value: object) -> str:
@@ -158,28 +160,35 @@ def compile_launch(launch: Launch) -> Report:
         constexprs={(function.arg_names.index(name),): value for name, value in launch.constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
-    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    wide = r"cp\.async\.\w+\.shared\.global.*0x10|ld\.global[\w.:]*\.v(4\.b32|4\.f32|2\.b64)|ld\.global[\w.:]*\.v8\.b32"
-    by_shared = SHARED[launch.arch] // max(shared + 1024, 1)
-    by_registers = REGISTERS_PER_PROCESSOR // (registers * 32 * launch.warps)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.most_registers)
     report = Report(
         kernel=name.strip("_").removesuffix("_kernel"),
         arch=launch.arch,
         dtype=next(kind for _, kind in launch.signature if kind.startswith("*")).strip("*"),
         sizes=_sizes(launch),
         warps=launch.warps,
+    )
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
+    except (PTXASError, CompilationError) as error:
+        return report._replace(faults=(f"does not compile: {' '.join(str(error).split())}",))
+    return _judge(report, launch, compiled.asm, compiled.metadata.shared)
+
+
+def _judge(report: Report, launch: Launch, code: Mapping[str, Any], shared: int) -> Report:
+    registers, stack = _resources(code["cubin"])
+    wide = r"cp\.async\.\w+\.shared\.global.*0x10|ld\.global[\w.:]*\.v(4\.b32|4\.f32|2\.b64)|ld\.global[\w.:]*\.v8\.b32"
+    by_shared = SHARED[launch.arch] // max(shared + 1024, 1)
+    by_registers = REGISTERS_PER_PROCESSOR // (registers * 32 * launch.warps)
+    report = report._replace(
         registers=registers,
         stack_bytes=stack,
         shared_bytes=shared,
-        tensor_core_instructions=len(re.findall(TENSOR_CORES[launch.arch], ptx)),
-        wide_loads=len(re.findall(wide, ptx)),
+        tensor_core_instructions=len(re.findall(TENSOR_CORES[launch.arch], code["ptx"])),
+        wide_loads=len(re.findall(wide, code["ptx"])),
         programs_per_processor=min(by_shared, by_registers, WARPS_PER_PROCESSOR // launch.warps),
-        faults=(),
     )
-    return report._replace(faults=tuple(_faults(report, launch, compiled.asm["ttgir"])))
+    return report._replace(faults=tuple(_faults(report, launch, code["ttgir"])))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -206,8 +215,8 @@ def _faults(report: Report, launch: Launch, ttgir: str) -> Iterator[str]:
         yield f"{report.shared_bytes} bytes of shared memory, {SHARED[row.arch if row else 0]} at most"
     if row is None:
         return
-    if report.registers > row.registers:
-        yield f"{report.registers} registers, {row.registers} stated"
+    if report.registers > row.tile.registers:
+        yield f"{report.registers} registers, {row.tile.registers} stated"
     if report.dtype in ("bf16", "fp16"):
         if not report.tensor_core_instructions:
             yield "no tensor-core instruction"
@@ -232,9 +241,9 @@ MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (16, 32), (8, 64), (128, 6
 TOKENS = (8192, 256)  # a full chip, and one that needs planes
 
 
-def grid(archs: Sequence[int] = ARCHS) -> list[Problem]:
+def grid(archs: Sequence[int] = ARCHS, quick: bool = False) -> list[Problem]:
     problems = []
-    for arch, (R, E), T in itertools.product(archs, MIXTURES, TOKENS):
+    for arch, (R, E), T in itertools.product(archs, () if quick else MIXTURES, TOKENS):
         shape = LayerShape(T, 4096, 4096, R, E, min(2, E))
         problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
     for arch in archs:
@@ -244,17 +253,19 @@ def grid(archs: Sequence[int] = ARCHS) -> list[Problem]:
     return problems
 
 
-def run(archs: Sequence[int], out: Path | None) -> int:
-    """Compile the grid, print a table, write it to `out` as JSON; -> how many launches have a fault.
+def run(archs: Sequence[int], quick: bool, out: Path | None) -> int:
+    """Compile the grid, print a table, write it to `out` as JSON; -> how many faults there are.
 
-    A tile row that no launch of the grid selects is a fault as well.
+    A tile row that no launch of the whole grid selects is a fault as well.
+    raises ValueError for an architecture that is not one of ARCHS.
     """
-    recorded = {launch for problem in grid(archs) for launch in itertools.chain(*launches(problem))}
-    wanted = [row for row in tiles.ROWS if row.arch in archs or (row.arch == 0 and 80 in archs)]
+    unknown = [str(arch) for arch in archs if arch not in ARCHS]
+    if unknown:
+        raise ValueError(f"there is no {', '.join(unknown)}; there are: {', '.join(map(str, ARCHS))}")
+    recorded = {launch for problem in grid(archs, quick) for launch in itertools.chain(*launches(problem))}
+    wanted = [] if quick else [row for row in tiles.ROWS if row.arch in archs or (row.arch == 0 and 80 in archs)]
     unused = [row for row in wanted if row not in {launch.row for launch in recorded}]
-    order = sorted(
-        recorded, key=lambda launch: (launch.kernel, launch.arch, str(launch.signature), str(launch.constants))
-    )
+    order = sorted(recorded, key=lambda launch: (launch.kernel, launch.arch, launch.signature, str(launch.constants)))
     with ProcessPoolExecutor() as pool:
         reports = list(tqdm(pool.map(compile_launch, order, chunksize=4), total=len(order), unit="kernel", leave=False))
     print(table(reports))

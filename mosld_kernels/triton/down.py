@@ -6,7 +6,7 @@ With few tokens there are too few programs to fill the chip: then D_in is split 
 partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
 
 import torch
@@ -121,7 +121,7 @@ def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) ->
         _down_kernel[(blocks, planes)](
             x, down_weight, *results, partial, tokens, d_in, *x.stride(), scale,
             cdiv(steps, planes) * tile.features, planes, *sizes, tile.tokens, tile.features, precision(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         if planes > 1:
             block_t = 16

@@ -8,7 +8,7 @@ rank is. When the features alone give too few programs, the tokens are split int
 partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
 
 import torch
@@ -138,7 +138,7 @@ def _gram(
             left, right, gates if expands else right, *grads, partial, seed,
             tokens, features, *left.stride(), scale, cdiv(steps, planes) * tile.tokens, *drop, planes,
             rank, experts, rank_padded, e_block, block_c, expands, p > 0,
-            tile.tokens, tile.features, precision(), num_warps=tile.warps, num_stages=tile.stages,
+            tile.tokens, tile.features, precision(), **tile.options(),
         )  # fmt: skip
         if planes > 1:
             block_f, block_c = 64, 16

@@ -7,7 +7,7 @@ One Philox call an element here costs less than one per program of the pass over
 as there are tiles of tokens; and the product that gives dx reads down_weight anyway.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
 
 import torch

@@ -7,7 +7,7 @@ Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over b
 and reads its rows of dout again for each: by then the arithmetic takes longer than the reading.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (kernels and their launches are written in Triton's language, whose types a Python checker does not know)
 
 import triton
@@ -95,6 +95,6 @@ def up_backward(
         _up_backward_kernel[(cdiv(tokens, tile.tokens),)](
             dout, expert_b, hidden, gates, gates if dlogits is None else dlogits.contiguous(), dprojected,
             tokens, d_out, scale, rank, experts, *expert_block(rank, experts, tile.columns), dlogits is not None,
-            tile.tokens, tile.features, precision(), num_warps=tile.warps, num_stages=tile.stages,
+            tile.tokens, tile.features, precision(), **tile.options(),
         )  # fmt: skip
     return dprojected
