@@ -1,14 +1,26 @@
-"""python -m benchmarks layer [--shape NAME ...] [--dtype NAME ...] [--rounds N] [--out FILE]"""
+"""python -m benchmarks layer | roofline | gpu [options]; each with --help"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import layer
+from . import gpu, layer, roofline
 from .shapes import LAYERS
 
 
-def main() -> int:
+def _layer(options: argparse.Namespace) -> int:
+    if options.rounds < 2:
+        raise ValueError(f"rounds must be at least 2, got {options.rounds}")
+    layer.run(options.shape, options.dtype, options.rounds, options.out)
+    return 0
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    roofline.run(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios over the frozen linear layer.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("layer", help="one adapted layer, forward and backward, beside its rivals")
@@ -16,17 +28,25 @@ def main() -> int:
     one.add_argument("--dtype", nargs="+", default=list(layer.DTYPES), help="of float32, bfloat16 (default: both)")
     one.add_argument("--rounds", type=int, default=60, help="runs of every candidate (default: 60)")
     one.add_argument("--out", type=Path, help="also write the rows to this JSON file")
-    options = parser.parse_args()
+    one.set_defaults(run=_layer)
+    model = verbs.add_parser("roofline", help="a model of the cost on a GPU, by method and by kernel; needs no GPU")
+    roofline.add_arguments(model)
+    model.set_defaults(run=_roofline)
+    everything = verbs.add_parser("gpu", help="every check and measurement that needs an NVIDIA GPU, in eight minutes")
+    gpu.add_arguments(everything)
+    everything.set_defaults(run=gpu.main)
+    return parser
+
+
+def main() -> int:
+    options = _parser().parse_args()
     try:
-        if options.rounds < 2:
-            raise ValueError(f"rounds must be at least 2, got {options.rounds}")
-        layer.run(options.shape, options.dtype, options.rounds, options.out)
+        return options.run(options)
     except ValueError as error:
         print(f"python -m benchmarks {options.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
