@@ -1,17 +1,27 @@
-"""python -m benchmarks layer [--shape NAME ...] [--dtype NAME ...] [--rounds N] [--out FILE]
-python -m benchmarks compile [--arch N ...] [--quick] [--out FILE]
-"""
+"""python -m benchmarks layer | roofline | compile | gpu [options]; each with --help"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from . import layer
+from . import gpu, layer, roofline
 from .shapes import LAYERS
 
 
-def compile_kernels(options: argparse.Namespace) -> int:
+def _layer(options: argparse.Namespace) -> int:
+    if options.rounds < 2:
+        raise ValueError(f"rounds must be at least 2, got {options.rounds}")
+    layer.run(options.shape, options.dtype, options.rounds, options.out)
+    return 0
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    roofline.run(options)
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
     from . import compiled  # here, because it imports Triton
@@ -19,7 +29,7 @@ def compile_kernels(options: argparse.Namespace) -> int:
     return 1 if compiled.run(options.arch, options.quick, options.out) else 0
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios over the frozen linear layer.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("layer", help="one adapted layer, forward and backward, beside its rivals")
@@ -27,27 +37,30 @@ def main() -> int:
     one.add_argument("--dtype", nargs="+", default=list(layer.DTYPES), help="of float32, bfloat16 (default: both)")
     one.add_argument("--rounds", type=int, default=60, help="runs of every candidate (default: 60)")
     one.add_argument("--out", type=Path, help="also write the rows to this JSON file")
-    machine_code = verbs.add_parser(
-        "compile", help="every Triton kernel to machine code, without a GPU, and its limits"
-    )
-    machine_code.add_argument(
-        "--arch", nargs="+", type=int, default=[80, 90, 100], help="of 80, 90, 100 (default: all)"
-    )
-    machine_code.add_argument("--quick", action="store_true", help="one layer a dtype instead of the whole grid")
-    machine_code.add_argument("--out", type=Path, help="also write the table to this JSON file")
-    options = parser.parse_args()
+    one.set_defaults(run=_layer)
+    model = verbs.add_parser("roofline", help="a model of the cost on a GPU, by method and by kernel; needs no GPU")
+    roofline.add_arguments(model)
+    model.set_defaults(run=_roofline)
+    code = verbs.add_parser("compile", help="every Triton kernel to machine code, without a GPU, and its limits")
+    code.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100], help="of 80, 90, 100 (default: all)")
+    code.add_argument("--quick", action="store_true", help="one layer a dtype instead of the whole grid")
+    code.add_argument("--out", type=Path, help="also write the table to this JSON file")
+    code.set_defaults(run=_compile)
+    everything = verbs.add_parser("gpu", help="every check and measurement that needs an NVIDIA GPU, in eight minutes")
+    gpu.add_arguments(everything)
+    everything.set_defaults(run=gpu.main)
+    return parser
+
+
+def main() -> int:
+    options = _parser().parse_args()
     try:
-        if options.verb == "compile":
-            return compile_kernels(options)
-        if options.rounds < 2:
-            raise ValueError(f"rounds must be at least 2, got {options.rounds}")
-        layer.run(options.shape, options.dtype, options.rounds, options.out)
+        return options.run(options)
     except ValueError as error:
         print(f"python -m benchmarks {options.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

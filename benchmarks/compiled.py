@@ -110,7 +110,7 @@ def recording(problem: Problem) -> Iterator[list[Launch]]:
             torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _launch(function, args, constants, arch, options, row) -> Launch:
+def _launch(function, args, constants, arch, options: tuple[int, int, int | None], row) -> Launch:
     values = {**dict(zip(function.arg_names, args, strict=False)), **constants}
     signature, constant, divisible = [], [], []
     for i, parameter in enumerate(function.params):
