@@ -24,7 +24,7 @@ try:
     TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
 except ImportError:
     TRITON_INSTALLED = False
-LEAST_CAPABILITY = (8, 0)  # of the NVIDIA GPUs that the kernels are compiled and tuned for
+LEAST_CAPABILITY = 8  # major version, of the NVIDIA GPUs that the kernels are compiled for
 MOST_RANK = 128
 MOST_EXPERTS = 64
 
@@ -126,9 +126,10 @@ def _triton_obstacle(inputs: Inputs) -> str | None:
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if x.device.type == "cuda":
-        if torch.version.hip or torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
-            capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
-            return f"it needs an NVIDIA GPU of compute capability 8.0 or more, got {capability} on {x.device}"
+        properties = torch.cuda.get_device_properties(x.device)  # of all ways to ask, the one torch.compile folds
+        if torch.version.hip or properties.major < LEAST_CAPABILITY:
+            found = f"{properties.name} of {properties.major}.{properties.minor}"
+            return f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}.0 or more, got {found}"
         return None
     if x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return (
