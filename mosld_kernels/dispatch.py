@@ -24,6 +24,7 @@ try:
     TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
 except ImportError:
     TRITON_INSTALLED = False
+INTERPRETED_FLOATS = (torch.float32, torch.float16)  # Triton's interpreter computes bfloat16 wrongly, without a word
 LEAST_CAPABILITY = 8  # major version, of the NVIDIA GPUs that the kernels are compiled for
 MOST_RANK = 128
 MOST_EXPERTS = 64
@@ -132,9 +133,10 @@ def _triton_obstacle(inputs: Inputs) -> str | None:
             return f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}.0 or more, got {found}"
         return None
     if x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            f"it needs an NVIDIA GPU, got x on {x.device} (on cpu it runs only with TRITON_INTERPRET=1, a slow check)"
-        )
+        return f"it needs an NVIDIA GPU, got x on {x.device} (cpu only with TRITON_INTERPRET=1, which is slow)"
+    for tensor in (x, shared_a):
+        if tensor.dtype not in INTERPRETED_FLOATS:
+            return f"Triton's interpreter is wrong in {tensor.dtype}; float32 and float16 are right there"
     return None
 
 

@@ -36,6 +36,16 @@ SHAPES = [
     Shape(40, 24, 56, 24, 2, 2),  # full rank
 ]
 
+# Where kernels differ from products: tiles that do not divide anything, sums in planes, experts in several blocks.
+KERNEL_SHAPES = [
+    *SHAPES,
+    Shape(17, 20, 18, 40, 6, 3),  # u in several blocks of experts, rank not a power of two
+    Shape(20, 24, 40, 128, 3, 2),  # the largest rank
+    Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
+    Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
+    Shape(33, 16, 16, 1, 64, 64),  # the most experts, all chosen
+]
+
 
 class Case(NamedTuple):
     """Inputs of one call: the arguments of `mosld_linear` in order, then incoming gradients for y and the logits."""

@@ -69,6 +69,17 @@ def test_both_packages_import_and_run_without_triton():
     assert "False torch.Size([4, 64])" in result.stdout, result.stderr
 
 
+def test_the_triton_backend_says_that_triton_is_missing():
+    program = (
+        "import torch, mosld_kernels as k\n"
+        "x, a, b, w = torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 4), torch.ones(2, 3)\n"
+        "try: k.mosld_delta(x, a, b, w, top_k=1, scale=1.0, backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    result = run_without("triton", program=program)
+    assert "backend='triton' cannot run: Triton is not installed; backend='eager' can" in result.stdout, result.stderr
+
+
 def test_importing_registers_the_method_and_draws_no_random_numbers():
     program = (
         "import torch, peft\n"

@@ -9,25 +9,11 @@ import mosld_kernels
 from mosld_kernels import mosld_delta, mosld_linear, reference
 from tests.accuracy import assert_no_less_accurate
 from tests.inputs import SHAPES, Shape, make_case
-
-SEED = 20240731
-NAMES = ("x", "shared_a", "expert_b", "router_weight")
-PLACES = (0, 3, 4, 5)
+from tests.runs import NAMES, PLACES, SEED, assert_accurate, run
 
 
 def settings(shape, p=0.2):
     return dict(top_k=shape.K, scale=2.0, dropout_p=p, seed=torch.tensor([SEED]))
-
-
-def run(function, case, shape, p=0.2, bias=True):
-    """-> y, logits, and the gradients of x, A, B and the router for incoming gradients at both outputs"""
-    inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
-    if not bias:
-        inputs[2] = None
-    y, logits = function(*inputs, **settings(shape, p))
-    trained = [inputs[place] for place in PLACES]
-    grads = torch.autograd.grad((y, logits), trained, (case.dout.to(y.dtype), case.dlogits.to(logits.dtype)))
-    return dict(y=y, logits=logits, **{f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -44,16 +30,7 @@ def test_float64_equals_the_reference(shape, bias, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_no_less_accurate_than_eager(shape, dtype, p):
-    # Several draws together: in a shape of few elements one draw's error is luck.
-    truth, eager, ours = [], [], []
-    for seed in range(8):
-        case = make_case(shape, dtype, seed)
-        truth.append(run(reference.mosld_linear, case, shape, p))
-        eager.append(run(reference.mosld_linear, case.to(dtype), shape, p))
-        ours.append(run(mosld_linear, case.to(dtype), shape, p))
-    for name in truth[0]:
-        joined = (torch.cat([draw[name].flatten() for draw in draws]) for draws in (ours, eager, truth))
-        assert_no_less_accurate(*joined, f"{name} {dtype}")
+    assert_accurate(shape, dtype, p=p, draws=8)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
-from mosld_kernels import mosld_delta, mosld_linear, reference
-from tests.accuracy import assert_no_less_accurate
-from tests.inputs import SHAPES, Shape, make_case
+from mosld_kernels import dispatch, mosld_delta, mosld_linear, reference
+from tests.inputs import KERNEL_SHAPES, SHAPES, Shape, make_case
+from tests.runs import PLACES, SEED, assert_accurate, run
 
 if torch.cuda.is_available():
     pytest.skip("on a machine with a GPU the kernels are compiled: tests/gpu checks them", allow_module_level=True)
@@ -24,16 +24,6 @@ from tests.kernels import bf16_shim  # noqa: E402
 # The interpreter computes with numpy, which warns of what a GPU computes without a word.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SEED = 20240731
-NAMES = ("x", "shared_a", "expert_b", "router_weight")
-PLACES = (0, 3, 4, 5)
-MORE_SHAPES = [
-    Shape(17, 20, 18, 40, 6, 3),  # u in several blocks of experts, rank not a power of two
-    Shape(20, 24, 40, 128, 3, 2),  # the largest rank
-    Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
-    Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
-    Shape(33, 16, 16, 1, 64, 64),  # the most experts, all chosen
-]
 
 
 @pytest.fixture(autouse=True)
@@ -46,63 +36,26 @@ def _unwritten_memory_is_nan():
 
 
 @pytest.fixture(autouse=True)
-def _exact_bfloat16():
+def _exact_bfloat16(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED_FLOATS", dispatch.TRITON_FLOATS)
     with bf16_shim.exact_bfloat16():
         yield
-
-
-def run(function, case, shape, p=0.2, bias=True, **options):
-    """-> y, logits, and the gradients of x, A, B and the router for incoming gradients at both outputs"""
-    inputs = [tensor.clone().requires_grad_(i in PLACES) for i, tensor in enumerate(case[:6])]
-    if not bias:
-        inputs[2] = None
-    seed = torch.tensor([SEED])
-    y, logits = function(*inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, **options)
-    trained = [inputs[place] for place in PLACES]
-    grads = torch.autograd.grad((y, logits), trained, (case.dout.to(y.dtype), case.dlogits.to(logits.dtype)))
-    return dict(y=y, logits=logits, **{f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)})
-
-
-def mixed_case(shape, dtype, adapter_dtype, seed):
-    """x, weight and bias in `dtype`, the adapter in `adapter_dtype`; values that both hold exactly."""
-    coarse = torch.bfloat16 if torch.bfloat16 in (dtype, adapter_dtype) else torch.float16
-    exact = make_case(shape, coarse, seed)
-    return exact, exact._replace(
-        **{name: getattr(exact, name).to(dtype) for name in ("x", "weight", "bias")},
-        **{name: getattr(exact, name).to(adapter_dtype) for name in ("shared_a", "expert_b", "router_weight")},
-    )
-
-
-def assert_accurate(shape, dtype, adapter_dtype=None, p=0.2, draws=4, **options):
-    truth, eager, ours = [], [], []
-    for seed in range(draws):
-        if adapter_dtype is None:
-            exact = make_case(shape, dtype, seed)
-            case = exact.to(dtype)
-        else:
-            exact, case = mixed_case(shape, dtype, adapter_dtype, seed)
-        truth.append(run(reference.mosld_linear, exact, shape, p, **options))
-        eager.append(run(reference.mosld_linear, case, shape, p, **options))
-        ours.append(run(mosld_linear, case, shape, p, backend="triton", **options))
-    for name in truth[0]:
-        joined = (torch.cat([draw[name].flatten() for draw in draws]) for draws in (ours, eager, truth))
-        assert_no_less_accurate(*joined, f"{name} {dtype} {adapter_dtype}")
 
 
 def test_the_shim_makes_the_interpreter_compute_bfloat16():
     bf16_shim.check()
 
 
-@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_less_accurate_than_eager(shape, dtype):
-    assert_accurate(shape, dtype)
+    assert_accurate(shape, dtype, backend="triton")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.999, 1.0])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_every_dropout_with_and_without_bias(p, bias):
-    assert_accurate(Shape(33, 17, 31, 3, 5, 2), torch.float32, p=p, bias=bias)
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2), torch.float32, p=p, bias=bias, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -117,11 +70,11 @@ def test_every_dropout_with_and_without_bias(p, bias):
     ids=str,
 )
 def test_adapters_in_another_dtype(dtype, adapter_dtype):
-    assert_accurate(Shape(65, 33, 129, 16, 3, 3), dtype, adapter_dtype)
-    assert_accurate(Shape(33, 17, 31, 3, 5, 2), dtype, adapter_dtype)
+    assert_accurate(Shape(65, 33, 129, 16, 3, 3), dtype, adapter_dtype, backend="triton")
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2), dtype, adapter_dtype, backend="triton")
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], MORE_SHAPES[0], MORE_SHAPES[2]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], KERNEL_SHAPES[13], KERNEL_SHAPES[15]], ids=str)
 def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatch):
     # The smallest tiles: several in every direction, sums in planes, experts in several blocks.
     tile = dict(tokens=16, features=16, columns=16, warps=4, stages=2)
@@ -134,7 +87,7 @@ def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatc
     after = run(mosld_linear, case, shape, backend="triton")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert_accurate(shape, torch.float32)
+    assert_accurate(shape, torch.float32, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -395,3 +348,11 @@ def test_on_cpu_only_the_interpreter_runs_the_kernels(monkeypatch):
     x, adapter = torch.ones(5, 4), (torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, got x on cpu .*TRITON_INTERPRET=1"):
         mosld_delta(x, *adapter, top_k=1, scale=1.0, backend="triton")
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_bfloat16_is_refused_where_the_interpreter_is_wrong(dtype, adapter_dtype, monkeypatch):
+    monkeypatch.undo()  # as a user has it
+    adapter = [torch.ones(size, dtype=adapter_dtype) for size in ((2, 4), (3, 4), (2, 4))]
+    with pytest.raises(RuntimeError, match="Triton's interpreter is wrong in torch.bfloat16"):
+        mosld_delta(torch.ones(5, 4, dtype=dtype), *adapter, top_k=1, scale=1.0, backend="triton")
