@@ -1,11 +1,11 @@
-"""python -m benchmarks layer | roofline | compile | gpu [options]; each with --help"""
+"""python -m benchmarks layer | calls | roofline | compile | gpu [options]; each with --help"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from . import gpu, layer, roofline
+from . import calls, gpu, layer, roofline
 from .shapes import LAYERS
 
 
@@ -18,6 +18,13 @@ def _layer(options: argparse.Namespace) -> int:
 
 def _roofline(options: argparse.Namespace) -> int:
     roofline.run(options)
+    return 0
+
+
+def _calls(options: argparse.Namespace) -> int:
+    if options.rounds < 2:
+        raise ValueError(f"rounds must be at least 2, got {options.rounds}")
+    calls.run(options.rounds, options.out)
     return 0
 
 
@@ -41,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     model = verbs.add_parser("roofline", help="a model of the cost on a GPU, by method and by kernel; needs no GPU")
     roofline.add_arguments(model)
     model.set_defaults(run=_roofline)
+    cost = verbs.add_parser("calls", help="what a call costs beside its arithmetic, by the two ways into the operator")
+    cost.add_argument("--rounds", type=int, default=200, help="runs of every way (default: 200)")
+    cost.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    cost.set_defaults(run=_calls)
     code = verbs.add_parser("compile", help="every Triton kernel to machine code, without a GPU, and its limits")
     code.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100], help="of 80, 90, 100 (default: all)")
     code.add_argument("--quick", action="store_true", help="one layer a dtype instead of the whole grid")

@@ -1,11 +1,9 @@
 """Every kernel compiled ahead of time, as the launches would launch it, and judged: no GPU is needed.
 
-Forward and backward run on tensors without data while the launches are recorded, not carried out; each recorded
-launch, with the tile row that its sizes select on the wanted architecture, is then compiled to machine code.
+Each recorded launch, with the tile row that its sizes select on the wanted architecture, is compiled to machine code;
+what the machine code uses is held against the chip's limits.
 """
 
-import contextlib
-import functools
 import importlib
 import itertools
 import json
@@ -16,55 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
-import torch
 import triton
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 from triton.runtime.errors import PTXASError
-from triton.runtime.jit import JITFunction
 
-from mosld_kernels import autograd
-from mosld_kernels.triton import launch as launches_of
 from mosld_kernels.triton import tiles
 
+from .recorded import DTYPES, PROCESSORS, Launch, Problem, launches
 from .shapes import LayerShape
 
-ARCHS = (80, 90, 100)
-PROCESSORS = {80: 108, 90: 132, 100: 148}
+ARCHS = tuple(PROCESSORS)
 # Shared memory a program may use, in bytes. Rows for any architecture must fit the smallest GPUs from 8.0 on.
 SHARED = {0: 101376, 80: 166912, 90: 232448, 100: 232448}
 REGISTERS_PER_PROCESSOR, WARPS_PER_PROCESSOR = 65536, 64
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-
-
-class Problem(NamedTuple):
-    """One layer in one dtype, adapters in another, for one architecture. precision: "ieee", or "tf32" for float32."""
-
-    shape: LayerShape
-    dtype: str
-    adapter_dtype: str
-    arch: int
-    precision: str = "ieee"
-
-
-class Launch(NamedTuple):
-    """What the compiler gets: sizes that Triton specialises on are constants or divisible by 16 as they are in use."""
-
-    kernel: str  # module and function
-    arch: int
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    warps: int
-    stages: int
-    most_registers: int | None
-    row: tiles.Row | None
 
 
 class Report(NamedTuple):
@@ -80,75 +47,6 @@ class Report(NamedTuple):
     wide_loads: int = 0  # of 16 bytes, from global memory
     programs_per_processor: int = 0
     faults: tuple[str, ...] = ()
-
-
-@contextlib.contextmanager
-def recording(problem: Problem) -> Iterator[list[Launch]]:
-    """Launches inside are recorded, not carried out, as if on a GPU of `problem.arch`."""
-    recorded: list[Launch] = []
-    rows: list[tiles.Row] = []
-    pick = tiles.pick
-
-    def remember(*sizes):
-        rows.append(pick(*sizes))
-        return rows[-1]
-
-    def record(function: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
-        row = rows.pop() if rows else None
-        recorded.append(_launch(function, args, constants, problem.arch, (num_warps, num_stages, maxnreg), row))
-
-    with (
-        mock.patch.object(tiles, "pick", remember),
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(launches_of, "properties", lambda device: (problem.arch, PROCESSORS[problem.arch])),
-    ):
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = problem.precision
-        try:
-            yield recorded
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _launch(function, args, constants, arch, options: tuple[int, int, int | None], row) -> Launch:
-    values = {**dict(zip(function.arg_names, args, strict=False)), **constants}
-    signature, constant, divisible = [], [], []
-    for i, parameter in enumerate(function.params):
-        value = values[parameter.name]
-        kind = _kind(value)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            kind = "constexpr"
-            constant.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            divisible.append(i)
-        signature.append((parameter.name, kind))
-    name = f"{function.fn.__module__}:{function.fn.__name__}"
-    return Launch(name, arch, tuple(signature), tuple(constant), tuple(divisible), *options, row)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"*{NAMES[value.dtype]}"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
-
-
-def launches(problem: Problem) -> tuple[list[Launch], list[Launch]]:
-    """The launches of the library's own kernels in forward and in backward, with dropout, every gradient wanted."""
-    T, D_in, D_out, R, E, K = problem.shape
-    dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
-    empty = functools.partial(torch.empty, device="meta")
-    a, b, router = (empty(size, dtype=adapter_dtype) for size in ((R, D_in), (D_out, E * R), (E, D_in)))
-    x, weight, bias = empty(T, D_in, dtype=dtype), empty(D_out, D_in, dtype=dtype), empty(D_out, dtype=dtype)
-    inputs = autograd.Inputs(x, weight, bias, a, b, router, empty(1, dtype=torch.int64))
-    settings = autograd.Settings(K, 2.0, 0.1, "triton")
-    with recording(problem) as forward:
-        out, logits, hidden, gates = autograd.forward(inputs, settings)
-    with recording(problem) as backward:
-        needs = (True, False, False, True, True, True)
-        autograd.backward(empty(out.shape, dtype=dtype), logits, hidden, gates, inputs, settings, needs)
-    return forward, backward
 
 
 def compile_launch(launch: Launch) -> Report:
@@ -268,13 +166,13 @@ def run(archs: Sequence[int], quick: bool, out: Path | None) -> int:
     order = sorted(recorded, key=lambda launch: (launch.kernel, launch.arch, launch.signature, str(launch.constants)))
     with ProcessPoolExecutor() as pool:
         reports = list(tqdm(pool.map(compile_launch, order, chunksize=4), total=len(order), unit="kernel", leave=False))
-    print(table(reports))
+    print(table(reports), summary(reports), sep="\n\n")
     for row in unused:
         print(f"no launch of the grid selects {row}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"triton": triton.__version__, "kernels": [report._asdict() for report in reports]}
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        rows = ",\n".join(json.dumps(report._asdict()) for report in reports)
+        out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{rows}\n]}}\n')
     faults = sum(bool(report.faults) for report in reports) + len(unused)
     print(f"{len(reports)} kernels compiled with Triton {triton.__version__}, {faults} at fault")
     return faults
@@ -300,3 +198,36 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """One line a kernel, dtype and architecture: the most that any variant uses, and so how many programs fit at least."""
+    lines = [
+        f"{'kernel':14}{'dtype':>6}{'sm':>5}{'variants':>10}{'registers':>11}{'spilled':>9}{'shared':>9}{'per SM':>8}"
+    ]
+    for key, group in itertools.groupby(sorted(reports, key=_kind), key=_kind):
+        variants = list(group)
+        most = [max(getattr(v, name) for v in variants) for name in ("registers", "stack_bytes", "shared_bytes")]
+        fits = min(variant.programs_per_processor for variant in variants)
+        kernel, dtype, arch = key
+        lines.append(f"{kernel:14}{dtype:>6}{arch:>5}{len(variants):>10}{most[0]:>11}{most[1]:>9}{most[2]:>9}{fits:>8}")
+    return "\n".join(lines)
+
+
+def _kind(report: Report) -> tuple[str, str, int]:
+    return report.kernel, report.dtype, report.arch
+
+
+def tile_rows() -> str:
+    """The rows of tiles.py, one a line."""
+    heads = "tokens x features x columns"
+    lines = [
+        f"{'launch':14}{'sm':>5}{'bytes':>7}{'columns to':>12}{'tokens to':>11}{heads:>29}{'warps':>7}{'stages':>8}"
+    ]
+    lines[0] += f"{'registers':>11}"
+    for row in tiles.ROWS:
+        arch, columns, tokens = (value or "any" for value in (row.arch, row.columns_to, row.tokens_to))
+        tile = f"{row.tile.tokens} x {row.tile.features} x {row.tile.columns or 'all'}"
+        options = f"{row.tile.warps:>7}{row.tile.stages:>8}{row.tile.registers:>11}"
+        lines.append(f"{row.kernel:14}{arch:>5}{row.bytes:>7}{columns:>12}{tokens:>11}{tile:>29}{options}")
+    return "\n".join(lines)

@@ -14,18 +14,39 @@ PHILOX_OPS = 60  # 32-bit instructions of one call: ten rounds of two wide produ
 
 
 class Cuts(NamedTuple):
-    """How the kernels cut their sums; on a GPU their tile rows decide it.
+    """How the kernels cut their sums.
 
-    down_planes, gram_planes: parts that are summed in float32 planes, each written once and read once; 1 is not cut.
+    down_planes, b_planes, adapter_planes: parts in which `down`, `grad_expert_b` and `grad_down` are summed, in float32
+    planes, each written once and read once; 1 is not cut.
     columns: how many of the E * R columns one program holds; with more there, dout is read again for the next ones.
     """
 
     down_planes: int = 1
-    gram_planes: int = 1
+    b_planes: int = 1
+    adapter_planes: int = 1
     columns: int = 128
 
 
 UNCUT = Cuts()
+
+
+def cuts_of(p: Problem, arch: int, processors: int) -> Cuts:
+    """The cuts that the library's tile rows make in 16-bit elements on a GPU of this architecture (90 is sm_90) with so
+    many multiprocessors. Needs Triton to be installed."""
+    from mosld_kernels.triton import tiles
+
+    columns = p.E * p.R
+    down = tiles.pick("down", arch, p.T, p.D_in, 0, p.R + p.E, 2).tile
+    b = tiles.pick("grad_expert_b", arch, p.T, 0, p.D_out, columns, 2).tile
+    adapter = tiles.pick("grad_down", arch, p.T, p.D_in, 0, p.R + p.E, 2).tile
+    b_programs = -(-p.D_out // b.features) * -(-columns // b.columns)
+    adapter_programs = -(-p.D_in // adapter.features) * -(-(p.R + p.E) // adapter.columns)
+    return Cuts(
+        tiles.planes(down.blocks(p.T), -(-p.D_in // down.features), processors),
+        tiles.planes(b_programs, b.blocks(p.T), processors),
+        tiles.planes(adapter_programs, adapter.blocks(p.T), processors),
+        tiles.pick("up_backward", arch, p.T, 0, p.D_out, columns, 2).tile.columns,
+    )
 
 
 class KernelRow(NamedTuple):
@@ -59,8 +80,8 @@ def tensor_bytes(p: Problem, cuts: Cuts = UNCUT) -> dict[str, int]:
         2 * 4 * planes * elements if planes > 1 else 0
         for planes, elements in (
             (cuts.down_planes, p.T * (p.R + p.E)),
-            (cuts.gram_planes, p.D_out * p.E * p.R),
-            (cuts.gram_planes, p.D_in * (p.R + p.E)),
+            (cuts.b_planes, p.D_out * p.E * p.R),
+            (cuts.adapter_planes, p.D_in * (p.R + p.E)),
         )
     )
     return {

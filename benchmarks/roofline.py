@@ -18,18 +18,21 @@ US = 1e6
 
 
 class Device(NamedTuple):
-    """Rates per second: 16-bit matrix FLOP, bytes to and from memory, 32-bit integer instructions."""
+    """Rates per second: 16-bit matrix FLOP, bytes to and from memory, 32-bit integer instructions. Then what decides how
+    the kernels cut their sums: the architecture (90 is sm_90) and the number of multiprocessors."""
 
     flops: float
     bandwidth: float
     integer_ops: float
+    arch: int
+    processors: int
 
 
 # Matrix and copy rates: measured on an H200, assumed for the others. Integers: multiprocessors x 64 lanes x boost clock.
 DEVICES = {
-    "H200": Device(790e12, 4.3e12, 132 * 64 * 1.755e9),
-    "H100": Device(700e12, 3.0e12, 132 * 64 * 1.755e9),
-    "A100": Device(270e12, 1.75e12, 108 * 64 * 1.41e9),
+    "H200": Device(790e12, 4.3e12, 132 * 64 * 1.755e9, 90, 132),
+    "H100": Device(700e12, 3.0e12, 132 * 64 * 1.755e9, 90, 132),
+    "A100": Device(270e12, 1.75e12, 108 * 64 * 1.41e9, 80, 108),
 }
 
 
@@ -187,7 +190,7 @@ def problem(options: argparse.Namespace) -> Problem:
     flops = known.flops if options.flops is None else options.flops
     bandwidth = known.bandwidth if options.bandwidth is None else options.bandwidth
     p = Problem(
-        Device(flops, bandwidth, known.integer_ops), options.tokens, options.d_in, options.d_out,
+        known._replace(flops=flops, bandwidth=bandwidth), options.tokens, options.d_in, options.d_out,
         options.rank, options.experts, options.top_k, not options.no_dropout,
     )  # fmt: skip
     for name, value in {"flops": flops, "bandwidth": bandwidth, **p._asdict()}.items():
@@ -219,18 +222,20 @@ def run(options: argparse.Namespace) -> dict:
 
     raises ValueError for sizes and rates that are not positive.
     """
-    from .kernel_model import kernel_lines, kernel_table  # here, because it builds on this file
+    from .kernel_model import cuts_of, kernel_lines, kernel_table  # here, because it builds on this file
 
     p = problem(options)
     limits = {"dense_limit_columns": dense_limit(p.device), "gap_percent": extension_limit_percent(p.device, p.D_in)}
     own = {} if p.device == DEVICES[options.hardware] else {"given": p.device}
-    kernels = kernel_table(p, devices={**DEVICES, **own})
+    cuts = cuts_of(p, p.device.arch, p.device.processors)
+    kernels = kernel_table(p, cuts, devices={**DEVICES, **own})
     result = {
         "kind": "model, not a measurement",
         "hardware": options.hardware,
         "problem": {**p._asdict(), "device": p.device._asdict()},
         "base_us": p.base,
         "methods": method_table(p),
+        "cuts": cuts._asdict(),
         "kernels": [row._asdict() for row in kernels],
         **limits,
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer
+from benchmarks import calls, layer
 from benchmarks.rivals import candidates
 from mosld_kernels import reference
 
@@ -56,3 +56,9 @@ def test_a_step_gives_every_trainable_tensor_its_gradient():
         x = torch.randn(6, 12, requires_grad=True)
         layer.step(module, x, torch.randn(6, 10))()
         assert x.grad is not None and all(p.grad is not None for p in module.parameters() if p.requires_grad), name
+
+
+def test_the_two_ways_into_the_operator_are_timed(tmp_path):
+    result = calls.run(2, tmp_path / "calls.json")
+    assert json.loads((tmp_path / "calls.json").read_text()) == result
+    assert len(result["calls"]) == 6 and all(row["low_us"] > 0 for row in result["calls"])

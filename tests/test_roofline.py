@@ -49,7 +49,7 @@ def test_without_dropout_only_methods_with_dropout_on_x_get_cheaper():
 
 def test_a_row_counts_every_tensor_that_it_names():
     p = Problem(DEVICES["H200"], 8192, 4096, 14336, 16, 32, 2)
-    cuts = Cuts(down_planes=2, gram_planes=4, columns=128)
+    cuts = Cuts(down_planes=2, b_planes=4, adapter_planes=4, columns=128)
     sizes = tensor_bytes(p, cuts)
     assert sizes["x"] == 2 * 8192 * 4096 and sizes["gates"] == 4 * 8192 * 32 and sizes["mixed"] == 2 * 8192 * 512
     assert sizes["dout_again"] == 3 * 2 * 8192 * 14336  # 512 columns, 128 at a time

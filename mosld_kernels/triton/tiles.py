@@ -61,6 +61,7 @@ ROWS: list[Row] = [
             Row("up_backward", Tile(64, 64, 128, 4, 4, 128), bytes=2, columns_to=128, tokens_to=4096),
             Row("up_backward", Tile(128, 64, 128, 8, 4, 128), bytes=2, columns_to=128),
             Row("up_backward", Tile(64, 64, 128, 8, 4, 232), bytes=2),
+            Row("grad_expert_b", Tile(64, 128, 128, 8, 3, 128), bytes=2, columns_to=128),
             Row("grad_expert_b", Tile(64, 128, 128, 8, 4, 168), bytes=2),
             Row("grad_down", Tile(64, 128, 64, 4, 4, 168), bytes=2),
         )

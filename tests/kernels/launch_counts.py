@@ -9,7 +9,7 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.compiled import Problem, recording
+from benchmarks.recorded import Problem, recording
 from benchmarks.shapes import LayerShape
 from mosld_kernels import autograd
 
