@@ -1,5 +1,6 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
 # make test   every test that runs without a GPU
+# make test-gpu  the tests that need an NVIDIA GPU
 # make check  lint, format and types
 # make bench  one adapted layer beside PEFT's LoRA and the published loop, as ratios over the frozen layer
 # Each makes .venv first when it is missing.
@@ -8,13 +9,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench
+.PHONY: demo test test-gpu check bench
 
 demo: $(READY)
 	$(BIN)/mosld train
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

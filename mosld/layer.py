@@ -52,6 +52,9 @@ class MoSLDAdapter(nn.Module):
     raises ValueError for values that `check_hyperparameters` refuses.
     """
 
+    # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
+    backend = "auto"
+
     def __init__(
         self,
         in_features: int,
@@ -88,6 +91,7 @@ class MoSLDAdapter(nn.Module):
             dropout_p, seed = self.dropout, torch.randint(2**62, (1,), device=x.device)
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
         settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
+        settings["backend"] = self.backend
         if weight is None:
             out, self.router_logits = mosld_delta(x, *tensors, **settings)
         else:

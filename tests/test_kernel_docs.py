@@ -33,3 +33,22 @@ def test_the_model_is_that_of_the_code_and_of_the_committed_file():
     problem = Problem(DEVICES["H200"])
     assert Cuts(**written["cuts"]) == cuts_of(problem, 90, 132)
     assert [row._asdict() for row in kernel_table(problem, Cuts(**written["cuts"]))] == written["kernels"]
+
+
+def test_the_readme_gives_the_models_figures_as_a_model():
+    methods = {row["method"]: row["model_both_percent"] for row in results("kernel_model.json")["methods"]}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"costs {methods['ours']:.1f} % over the frozen one on an H200" in text
+    assert f"PEFT's LoRA with dropout {methods['PEFT LoRA, eager']:.0f} %" in text
+    assert "not a measurement" in text and "Not measured on a GPU." in text
+
+
+def test_the_cost_of_a_call_is_that_of_the_committed_run():
+    calls = {row["name"]: f"{row['median_us']:.0f}" for row in results("calls.json")["calls"]}
+    text = " ".join((ROOT / "docs/decisions.md").read_text().split())
+    ways = [
+        [calls[f"{way}, {step}"] for way in ("autograd function", "registered operator")]
+        for step in ("forward", "both")
+    ]
+    assert "{} us forward against {} us through the registered operator".format(*ways[0]) in text
+    assert "{} against {} us with backward".format(*ways[1]) in text

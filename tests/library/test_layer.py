@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mosld import MoSLDConfig, MoSLDLinear
+from mosld.layer import MoSLDAdapter
 from mosld_kernels import mosld_linear, reference
 from tests.models import perturb
 
@@ -235,3 +236,14 @@ def test_bad_values_name_the_rule_and_the_value(changes, message):
         MoSLDLinear(4, 4, **changes)
     with pytest.raises(ValueError, match=message):
         MoSLDLinear.from_linear(nn.Linear(4, 4), **changes)
+
+
+def test_the_backend_can_be_set_for_one_layer_or_all(monkeypatch):
+    layer = MoSLDLinear(6, 5, r=2, num_experts=3, top_k=2)
+    monkeypatch.setattr(layer.adapter, "backend", "cuda")
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, triton, got 'cuda'"):
+        layer(torch.ones(2, 6))
+    monkeypatch.undo()
+    monkeypatch.setattr(MoSLDAdapter, "backend", "cuda")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer(torch.ones(2, 6))
