@@ -37,7 +37,11 @@ def test_the_speed_tables_are_those_of_the_committed_runs(name):
 
 def test_every_file_it_points_to_exists():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), flags=re.MULTILINE)
+            assert anchor in {head.lower().replace(" ", "-") for head in heads}, target
 
 
 @pytest.mark.parametrize("block", SELF_CONTAINED, ids=lambda block: block.split("\n")[2][:30])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import re
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from tests.runs import PLACES, SEED, assert_accurate, run
 if torch.cuda.is_available():
     pytest.skip("on a machine with a GPU the kernels are compiled: tests/gpu checks them", allow_module_level=True)
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from mosld_kernels.dropout import threshold, triton_keep  # noqa: E402
 from mosld_kernels.triton import down, down_backward, prepare, tiles  # noqa: E402
 from mosld_kernels.triton.launch import precision  # noqa: E402
 from tests.kernels import bf16_shim  # noqa: E402
@@ -50,6 +55,16 @@ def test_the_shim_makes_the_interpreter_compute_bfloat16():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_less_accurate_than_eager(shape, dtype):
     assert_accurate(shape, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes(seed):
+    draw = random.Random(seed).randint
+    experts = draw(1, 64) if seed % 2 else draw(1, 9)
+    shape = Shape(
+        draw(1, 40), draw(1, 90), draw(1, 90), draw(1, 128) if seed % 3 else draw(1, 9), experts, draw(1, experts)
+    )
+    assert_accurate(shape, torch.float32, draws=2, backend="triton")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.999, 1.0])
@@ -137,6 +152,23 @@ def test_the_mask_is_the_torch_twin_bit_for_bit(seed, rank, d_in, p):
     # The gradient's mask, drawn in another kernel and in other tiles: every sum over tokens is 1 before it.
     dshared_a, _ = down_backward(torch.ones(1, rank + 1), torch.ones(1, d_in), again, p, rank, torch.float32)
     assert torch.equal(dshared_a, down_weight[:rank])
+
+
+keep_elements = triton_keep()
+
+
+@triton.jit
+def _mask_kernel(seed_ptr, out_ptr, N, limit, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + n, keep_elements(tl.load(seed_ptr), n, limit), mask=n < N)
+
+
+@pytest.mark.parametrize("block", [2, 16, 128, 4096])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_mask_does_not_depend_on_the_tile(block, p):
+    seed, mask = torch.tensor([2**50 + 3]), torch.zeros(7 * 123, dtype=torch.bool)
+    _mask_kernel[(-(-mask.numel() // block),)](seed, mask, mask.numel(), threshold(p), block)
+    assert torch.equal(mask.view(7, 123), mosld_kernels.keep_mask(seed, (7, 123), p))
 
 
 def test_equal_logits_go_to_the_lower_index():
