@@ -3,13 +3,14 @@
 # make test-gpu  the tests that need an NVIDIA GPU
 # make check  lint, format and types
 # make bench  one adapted layer beside PEFT's LoRA and the published loop, as ratios over the frozen layer
+# make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-gpu check bench
+.PHONY: demo test test-gpu check bench tune
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -27,6 +28,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out runs/layer.json
+
+tune: $(READY)
+	$(BIN)/python -m benchmarks tune --out runs/tiles.json
 
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv: a minute where packages are at hand, several where torch is downloaded"

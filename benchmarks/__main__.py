@@ -1,4 +1,4 @@
-"""python -m benchmarks layer | calls | roofline | compile | gpu [options]; each with --help"""
+"""python -m benchmarks layer | calls | roofline | compile | gpu | tune [options]; each with --help"""
 
 import argparse
 import os
@@ -36,6 +36,15 @@ def _compile(options: argparse.Namespace) -> int:
     return 1 if compiled.run(options.arch, options.quick, options.out) else 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    device = gpu.nvidia_gpu()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 interprets the kernels: unset it to measure them")
+    from . import tune  # here, because it imports Triton
+
+    return tune.main(options, device)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ratios over the frozen linear layer.")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -60,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     everything = verbs.add_parser("gpu", help="every check and measurement that needs an NVIDIA GPU, in eight minutes")
     gpu.add_arguments(everything)
     everything.set_defaults(run=gpu.main)
+    tiles = verbs.add_parser("tune", help="candidate tile sizes on the GPU at hand, and rows for the table of tiles")
+    kernels = "down, up_backward, grad_expert_b, grad_down"
+    layers = [name for name in LAYERS if name.startswith("gpu-")]
+    tiles.add_argument("--kernel", nargs="+", help=f"of {kernels} (default: all)")
+    tiles.add_argument("--shape", nargs="+", default=layers, help=f"of {', '.join(LAYERS)} (default: gpu-*)")
+    tiles.add_argument(
+        "--dtype", nargs="+", default=["bfloat16"], help="of float32, bfloat16, float16 (default: bfloat16)"
+    )
+    tiles.add_argument(
+        "--budget", type=float, default=450, help="seconds after which nothing is started (default: 450)"
+    )
+    tiles.add_argument("--out", type=Path, help="also write the rows to this JSON file, which MOSLD_TILES can name")
+    tiles.set_defaults(run=_tune)
     return parser
 
 

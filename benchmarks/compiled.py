@@ -31,6 +31,8 @@ ARCHS = tuple(PROCESSORS)
 SHARED = {0: 101376, 80: 166912, 90: 232448, 100: 232448}
 REGISTERS_PER_PROCESSOR, WARPS_PER_PROCESSOR = 65536, 64
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+NO_TENSOR_CORES = "no tensor-core instruction"  # of the chip's own kind; it may have those of older chips
+NARROW_LOADS = "x or dout is not loaded 16 bytes at a time"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -117,9 +119,9 @@ def _faults(report: Report, launch: Launch, ttgir: str) -> Iterator[str]:
         yield f"{report.registers} registers, {row.tile.registers} stated"
     if report.dtype in ("bf16", "fp16"):
         if not report.tensor_core_instructions:
-            yield "no tensor-core instruction"
+            yield NO_TENSOR_CORES
         if not _loads_large_operand_wide(row.tile, ttgir):
-            yield "x or dout is not loaded 16 bytes at a time"
+            yield NARROW_LOADS
 
 
 def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:

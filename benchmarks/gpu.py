@@ -108,22 +108,26 @@ def main(options: argparse.Namespace) -> int:
 
     raises ValueError, with nothing written, where there is no NVIDIA GPU, or for a part that does not exist.
     """
-    if not torch.cuda.is_available() or torch.version.hip:
-        raise ValueError(f"it needs an NVIDIA GPU that torch can use; torch {torch.__version__} finds none")
-    device = torch.device("cuda", torch.cuda.current_device())
-    scale = Scale()
+    device, scale = nvidia_gpu(), Scale()
     chosen = choose(parts(device, scale), options.parts)
     timers = {name: f"{t.func.__name__} {t.keywords}" for name, t in scale._asdict().items() if isinstance(t, partial)}
     settings = {"budget_s": options.budget, "dropout": DROPOUT, "timers": timers, "parts": [p.name for p in chosen]}
     result = {"machine": {**machine(), **gpu()}, "settings": settings, "parts": []}
     # One stream for everything, not the default one: captures need that, and autograd stays on the stream of forward.
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        run(chosen, result, options.out / "gpu.json", options.budget, lost=_context_is_lost)
+        run(chosen, result, options.out / "gpu.json", options.budget, lost=context_is_lost)
     result["pictures"] = _pictures(result, options.out)
     write(result, options.out / "gpu.json")
     states = [part["state"] for part in result["parts"]]
     print(f"{states.count('done')} of {len(states)} parts ran; see {options.out / 'gpu.json'}")
     return 0 if set(states) == {"done"} else 1
+
+
+def nvidia_gpu() -> torch.device:
+    """The current one; raises ValueError where there is none."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        raise ValueError(f"it needs an NVIDIA GPU that torch can use; torch {torch.__version__} finds none")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose(known: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
@@ -172,7 +176,8 @@ def run_part(part: Part, left_s: float, done: Mapping[str, Rows]) -> dict:
     return {"name": part.name, "seconds": round(time.monotonic() - start, 2), **entry}
 
 
-def _context_is_lost() -> bool:
+def context_is_lost() -> bool:
+    """Whether an error has left the GPU unusable for this process."""
     try:
         torch.cuda.synchronize()
         return False
@@ -180,7 +185,7 @@ def _context_is_lost() -> bool:
         return True
 
 
-def write(result: dict, path: Path) -> None:
+def write(result: dict | list, path: Path) -> None:
     """Replace the file in one step, so that an interruption leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
