@@ -48,6 +48,7 @@ class Report(NamedTuple):
     tensor_core_instructions: int = 0
     wide_loads: int = 0  # of 16 bytes, from global memory
     programs_per_processor: int = 0
+    rows_aligned: bool = True
     faults: tuple[str, ...] = ()
 
 
@@ -67,6 +68,7 @@ def compile_launch(launch: Launch) -> Report:
         dtype=next(kind for _, kind in launch.signature if kind.startswith("*")).strip("*"),
         sizes=_sizes(launch),
         warps=launch.warps,
+        rows_aligned=_rows_aligned(launch),
     )
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
@@ -88,7 +90,7 @@ def _judge(report: Report, launch: Launch, code: Mapping[str, Any], shared: int)
         wide_loads=len(re.findall(wide, code["ptx"])),
         programs_per_processor=min(by_shared, by_registers, WARPS_PER_PROCESSOR // launch.warps),
     )
-    return report._replace(faults=tuple(_faults(report, launch, code["ttgir"])))
+    return report._replace(faults=tuple(_faults(report, launch, code)))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -107,9 +109,9 @@ def _sizes(launch: Launch) -> str:
     return " ".join(f"{name}={value}" for name, value in launch.constants if name in shown)
 
 
-def _faults(report: Report, launch: Launch, ttgir: str) -> Iterator[str]:
+def _faults(report: Report, launch: Launch, code: Mapping[str, Any]) -> Iterator[str]:
     row = launch.row
-    if report.stack_bytes:
+    if report.stack_bytes and report.rows_aligned:  # elsewhere it has to run, not to be fast
         yield f"{report.stack_bytes} bytes of registers spilled"
     if report.shared_bytes > SHARED[row.arch if row else 0]:
         yield f"{report.shared_bytes} bytes of shared memory, {SHARED[row.arch if row else 0]} at most"
@@ -120,8 +122,27 @@ def _faults(report: Report, launch: Launch, ttgir: str) -> Iterator[str]:
     if report.dtype in ("bf16", "fp16"):
         if not report.tensor_core_instructions:
             yield NO_TENSOR_CORES
-        if not _loads_large_operand_wide(row.tile, ttgir):
+        if report.rows_aligned and not _loads_large_operand_wide(row.tile, code["ttgir"]):
             yield NARROW_LOADS
+    if launch.arch == 90 and report.tensor_core_instructions and (note := _serialised(code["ptx"])):
+        yield note
+
+
+def _serialised(ptx: str) -> str | None:
+    """What the assembler says where wgmma instructions wait for one another: they should run on while loads arrive."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [TOOLS / "ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"\(C75\d\d\).*", said)
+    return found[0] if found else None
+
+
+def _rows_aligned(launch: Launch) -> bool:
+    """Whether the rows of x or dout start at multiples of 16 bytes, as they do in real layers; true without a row."""
+    names = [name for name, _ in launch.signature]
+    return launch.row is None or any(names[i] in ("stride_x_t", "stride_left_t", "D_OUT") for i in launch.divisible)
 
 
 def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:
@@ -137,14 +158,23 @@ def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:
     return any(max(int(size) for size in layouts[layout].split(",")) >= 8 for layout in used)
 
 
-MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (16, 32), (8, 64), (128, 64))
+MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (64, 8), (48, 5), (24, 33), (16, 32), (8, 64), (128, 64))
 TOKENS = (8192, 256)  # a full chip, and one that needs planes
+AWKWARD = (  # sizes of one, which a compiler takes for constants, and rows that no vector of 16 bytes divides
+    LayerShape(1, 4096, 4096, 16, 8, 2),
+    LayerShape(8191, 4096, 4096, 16, 8, 2),
+    LayerShape(1, 1, 1, 1, 1, 1),
+    LayerShape(100, 1, 4095, 16, 8, 2),
+    LayerShape(4097, 4095, 1, 64, 8, 2),
+)
 
 
 def grid(archs: Sequence[int] = ARCHS, quick: bool = False) -> list[Problem]:
     problems = []
     for arch, (R, E), T in itertools.product(archs, () if quick else MIXTURES, TOKENS):
         shape = LayerShape(T, 4096, 4096, R, E, min(2, E))
+        problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
+    for arch, shape in itertools.product(archs, () if quick else AWKWARD):
         problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
     for arch in archs:
         shape = LayerShape(8192, 4096, 14336, 16, 8, 2)
@@ -193,6 +223,7 @@ def table(reports: Sequence[Report]) -> str:
         "mma",
         "16 B loads",
         "per SM",
+        "aligned",
         "faults",
     )
     lines = [heads] + [(*map(str, report[:-1]), "; ".join(report.faults)) for report in reports]
@@ -203,7 +234,8 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """One line a kernel, dtype and architecture: the most that any variant uses, and so how many programs fit at least."""
+    """One line a kernel, dtype and architecture: the most that any variant of aligned rows uses, and so how many programs
+    fit at least."""
     lines = [
         f"{'kernel':14}{'dtype':>6}{'sm':>5}{'variants':>10}{'registers':>11}{'spilled':>9}{'shared':>9}{'per SM':>8}"
     ]
@@ -212,7 +244,7 @@ def summary(reports: Sequence[Report]) -> str:
         most = [max(getattr(v, name) for v in variants) for name in ("registers", "stack_bytes", "shared_bytes")]
         fits = min(variant.programs_per_processor for variant in variants)
         kernel, dtype, arch = key
-        lines.append(f"{kernel:14}{dtype:>6}{arch:>5}{len(variants):>10}{most[0]:>11}{most[1]:>9}{most[2]:>9}{fits:>8}")
+        lines.append(f"{kernel:16}{dtype:>6}{arch:>5}{len(variants):>10}{most[0]:>11}{most[1]:>9}{most[2]:>9}{fits:>8}")
     return "\n".join(lines)
 
 

@@ -16,12 +16,13 @@ PHILOX_OPS = 60  # 32-bit instructions of one call: ten rounds of two wide produ
 class Cuts(NamedTuple):
     """How the kernels cut their sums.
 
-    down_planes, b_planes, adapter_planes: parts in which `down`, `grad_expert_b` and `grad_down` are summed, in float32
-    planes, each written once and read once; 1 is not cut.
+    down_planes, up_planes, b_planes, adapter_planes: parts in which `down`, `up_backward`, `grad_expert_b` and `grad_down`
+    are summed, in float32 planes, each written once and read once; 1 is not cut.
     columns: how many of the E * R columns one program holds; with more there, dout is read again for the next ones.
     """
 
     down_planes: int = 1
+    up_planes: int = 1
     b_planes: int = 1
     adapter_planes: int = 1
     columns: int = 128
@@ -35,17 +36,19 @@ def cuts_of(p: Problem, arch: int, processors: int) -> Cuts:
     many multiprocessors. Needs Triton to be installed."""
     from mosld_kernels.triton import tiles
 
-    columns = p.E * p.R
-    down = tiles.pick("down", arch, p.T, p.D_in, 0, p.R + p.E, 2).tile
+    columns, projected = p.E * p.R, p.R + p.E
+    down = tiles.pick("down", arch, p.T, p.D_in, 0, projected, 2).tile
+    up = tiles.pick("up_backward", arch, p.T, 0, p.D_out, columns, 2).tile
     b = tiles.pick("grad_expert_b", arch, p.T, 0, p.D_out, columns, 2).tile
-    adapter = tiles.pick("grad_down", arch, p.T, p.D_in, 0, p.R + p.E, 2).tile
+    adapter = tiles.pick("grad_down", arch, p.T, p.D_in, 0, projected, 2).tile
     b_programs = -(-p.D_out // b.features) * -(-columns // b.columns)
-    adapter_programs = -(-p.D_in // adapter.features) * -(-(p.R + p.E) // adapter.columns)
+    adapter_programs = -(-p.D_in // adapter.features) * -(-projected // adapter.columns)
     return Cuts(
         tiles.planes(down.blocks(p.T), -(-p.D_in // down.features), processors),
+        tiles.planes(up.blocks(p.T), -(-p.D_out // up.features), processors),
         tiles.planes(b_programs, b.blocks(p.T), processors),
         tiles.planes(adapter_programs, adapter.blocks(p.T), processors),
-        tiles.pick("up_backward", arch, p.T, 0, p.D_out, columns, 2).tile.columns,
+        up.columns,
     )
 
 
@@ -76,10 +79,11 @@ class _Step(NamedTuple):
 def tensor_bytes(p: Problem, cuts: Cuts = UNCUT) -> dict[str, int]:
     """-> the bytes of everything that a kernel may read or write, with 16-bit elements and float32 routing."""
     adapter, again = 2 * (p.R + p.E) * p.D_in, -(-p.E * p.R // cuts.columns) - 1
-    down_sums, b_sums, adapter_sums = (
+    down_sums, up_sums, b_sums, adapter_sums = (
         2 * 4 * planes * elements if planes > 1 else 0
         for planes, elements in (
             (cuts.down_planes, p.T * (p.R + p.E)),
+            (cuts.up_planes, p.T * (p.R + p.E)),
             (cuts.b_planes, p.D_out * p.E * p.R),
             (cuts.adapter_planes, p.D_in * (p.R + p.E)),
         )
@@ -96,6 +100,7 @@ def tensor_bytes(p: Problem, cuts: Cuts = UNCUT) -> dict[str, int]:
         "dprojected": 2 * p.T * (p.R + p.E),
         "dout_again": again * 2 * p.T * p.D_out,
         "down_planes": down_sums,
+        "up_planes": up_sums,
         "expert_b_planes": b_sums,
         "down_weight_planes": adapter_sums,
     }
@@ -130,7 +135,7 @@ STEPS = (
     _Step("mixed @ B^T", "forward", "mixed expert_b", "out", "expert_b", _expand_flops),
     _Step("base addmm_ onto out", "forward", "x weight out", "out", "x weight out", _base_flops),
     _Step(
-        "up_backward", "backward", "dout dout_again expert_b hidden gates", "dprojected", "dout expert_b hidden gates",
+        "up_backward", "backward", "dout dout_again expert_b hidden gates", "dprojected up_planes", "dout expert_b hidden gates",
         _expand_flops,
     ),
     _Step(

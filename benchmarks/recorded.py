@@ -81,10 +81,11 @@ def _launch(function, args, constants, arch, options: tuple[int, int, int | None
     for i, parameter in enumerate(function.params):
         value = values[parameter.name]
         kind = _kind(value)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):
             kind = "constexpr"
             constant.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             divisible.append(i)
         signature.append((parameter.name, kind))
     name = f"{function.fn.__module__}:{function.fn.__name__}"

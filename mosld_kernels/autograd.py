@@ -94,7 +94,8 @@ def backward(
     return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+def no_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Routing and the gradients of the adapter keep their dtypes inside the user's autocast, too."""
     if not torch.amp.is_autocast_available(device):  # the meta device, for one
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
@@ -117,6 +118,6 @@ class MoSLDFunction(torch.autograd.Function):
     def backward(ctx, dout, dlogits):
         hidden, gates, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
-        with _no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
+        with no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
         return *grads, None, None, None, None, None

@@ -6,7 +6,6 @@ Under torch.compile and torch.export the call is one opaque operator, `torch.ops
 """
 
 import importlib.util
-import math
 import os
 
 import torch
@@ -22,10 +21,11 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_FLOATS = FLOATS[1:]
 try:
     TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
-except ImportError:
+except (ImportError, ValueError):  # ValueError: a stand-in for the module, without a specification
     TRITON_INSTALLED = False
 INTERPRETED_FLOATS = (torch.float32, torch.float16)  # Triton's interpreter computes bfloat16 wrongly, without a word
 LEAST_CAPABILITY = 8  # major version, of the NVIDIA GPUs that the kernels are compiled for
+MOST_SCALE = torch.finfo(torch.float32).max
 MOST_RANK = 128
 MOST_EXPERTS = 64
 
@@ -93,64 +93,30 @@ def mosld_delta(
 
 
 def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Settings):
+    inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     _check_settings(settings)
-    inputs = _autocast(Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed))
     _check_tensors(inputs, settings)
-    settings = settings._replace(backend=_choose_backend(inputs, settings.backend))
+    dtype = _product_dtype(x)
+    _check_dtypes(inputs, dtype)
+    # float: an integer scale would compile kernels of its own.
+    settings = settings._replace(scale=float(settings.scale), backend=_choose_backend(inputs, dtype, settings.backend))
+    if dtype != x.dtype or autocasts(x):  # casts are the first thing that runs
+        cast = {name: getattr(inputs, name) for name in ("x", "weight", "bias")}
+        inputs = inputs._replace(**{name: t.to(dtype) for name, t in cast.items() if t is not None})
     leading = x.shape[:-1]
     inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))
-    if torch.compiler.is_compiling():
+    # Tensors without memory (fake ones) and other subclasses go the dispatcher's way, which knows what to do with them.
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
     else:
         out, logits = MoSLDFunction.apply(*inputs, *settings)
     return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
 
 
-def _choose_backend(inputs: Inputs, asked: str) -> str:
-    """ "auto" takes Triton where it runs on a GPU; "triton" runs or raises with the reason."""
-    if asked == "eager" or (asked == "auto" and inputs.x.device.type != "cuda"):
-        return "eager"
-    obstacle = _triton_obstacle(inputs)
-    if obstacle and asked == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {obstacle}; backend='eager' can")
-    return "eager" if obstacle else "triton"
-
-
-def _triton_obstacle(inputs: Inputs) -> str | None:
-    """Why the kernels cannot take this call, or None."""
-    x, shared_a, experts = inputs.x, inputs.shared_a, inputs.router_weight.shape[0]
-    for name, tensor in (("x", x), ("shared_a, expert_b and router_weight", shared_a)):
-        if tensor.dtype not in TRITON_FLOATS:
-            return f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}"
-    if shared_a.shape[0] > MOST_RANK or experts > MOST_EXPERTS:
-        return f"R must be at most {MOST_RANK} and E at most {MOST_EXPERTS}, got R={shared_a.shape[0]}, E={experts}"
-    if not TRITON_INSTALLED:
-        return "Triton is not installed"
-    if x.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(x.device)  # of all ways to ask, the one torch.compile folds
-        if torch.version.hip or properties.major < LEAST_CAPABILITY:
-            found = f"{properties.name} of {properties.major}.{properties.minor}"
-            return f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}.0 or more, got {found}"
-        return None
-    if x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs an NVIDIA GPU, got x on {x.device} (cpu only with TRITON_INTERPRET=1, which is slow)"
-    for tensor in (x, shared_a):
-        if tensor.dtype not in INTERPRETED_FLOATS:
-            return f"Triton's interpreter is wrong in {tensor.dtype}; float32 and float16 are right there"
-    return None
-
-
-def _autocast(inputs: Inputs) -> Inputs:
+def _product_dtype(x: Tensor) -> torch.dtype:
     """Under autocast the base layer runs in the autocast dtype, as torch.nn.functional.linear does; float64 is left."""
-    if not autocasts(inputs.x) or inputs.x.dtype == torch.float64:
-        return inputs
-    dtype = torch.get_autocast_dtype(inputs.x.device.type)
-    cast = {
-        name: tensor.to(dtype)
-        for name, tensor in (("x", inputs.x), ("weight", inputs.weight), ("bias", inputs.bias))
-        if tensor is not None
-    }
-    return inputs._replace(**cast)
+    autocast = autocasts(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def autocasts(x: Tensor) -> bool:
@@ -159,16 +125,60 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str) -> str:
+    """ "auto" takes Triton where it runs on a GPU; "triton" runs or raises with the reason."""
+    if asked == "eager" or (asked == "auto" and (inputs.x.device.type != "cuda" or _interprets())):
+        return "eager"
+    obstacle = _triton_obstacle(inputs, dtype)
+    if obstacle and asked == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {obstacle}; backend='eager' can")
+    return "eager" if obstacle else "triton"
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_obstacle(inputs: Inputs, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take this call with products in `dtype`, or None."""
+    device, shared_a, experts = inputs.x.device, inputs.shared_a, inputs.router_weight.shape[0]
+    for name, used in (("x", dtype), ("shared_a, expert_b and router_weight", shared_a.dtype)):
+        if used not in TRITON_FLOATS:
+            return f"{name} must be float32, bfloat16 or float16, got {used}"
+    if shared_a.shape[0] > MOST_RANK or experts > MOST_EXPERTS:
+        return f"R must be at most {MOST_RANK} and E at most {MOST_EXPERTS}, got R={shared_a.shape[0]}, E={experts}"
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not _interprets()):
+        return f"it needs an NVIDIA GPU, got x on {device} (cpu only with TRITON_INTERPRET=1, which is slow)"
+    if _interprets():
+        wrong = [used for used in (dtype, shared_a.dtype) if used not in INTERPRETED_FLOATS]
+        return f"Triton's interpreter is wrong in {wrong[0]}; float32 and float16 are right there" if wrong else None
+    properties = torch.cuda.get_device_properties(device)  # of all ways to ask, the one torch.compile folds
+    if torch.version.hip or properties.major < LEAST_CAPABILITY:
+        found = f"{properties.name} of {properties.major}.{properties.minor}"
+        return f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY}.0 or more, got {found}"
+    return None
+
+
 def _check_settings(settings: Settings) -> None:
     if settings.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {settings.backend!r}")
+    for name in ("dropout_p", "scale"):
+        if not isinstance(getattr(settings, name), (int, float)):
+            raise ValueError(f"{name} must be a number, got {getattr(settings, name)!r}")
+    if not isinstance(settings.top_k, int):
+        raise ValueError(f"top_k must be an integer, got {settings.top_k!r}")
     if not 0 <= settings.dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {settings.dropout_p}")
-    if not -math.inf < settings.scale < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
-        raise ValueError(f"scale must be finite, got {settings.scale}")
+    if not -MOST_SCALE < settings.scale < MOST_SCALE:  # torch.compile cannot trace math.isfinite of a symbolic number
+        raise ValueError(f"scale must be finite, in float32 too, got {settings.scale}")
 
 
 def _check_tensors(inputs: Inputs, settings: Settings) -> None:
+    for name, tensor in inputs._asdict().items():
+        if name not in ("weight", "bias", "seed") or tensor is not None:
+            _expect_dense(tensor, name)
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
         raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
@@ -190,7 +200,9 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
         _expect(bias, "bias", "[D_out]", (d_out,))
     if not 1 <= settings.top_k <= num_experts:
         raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {settings.top_k}")
-    _check_dtypes_and_devices(inputs)
+    for name, tensor in inputs._asdict().items():
+        if name != "seed" and tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
     if settings.dropout_p > 0:
         if seed is None:
             raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: an int64 tensor of shape [1]")
@@ -199,21 +211,26 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
             raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
 
 
-def _check_dtypes_and_devices(inputs: Inputs) -> None:
-    x, shared_a = inputs.x, inputs.shared_a
-    for name, tensor in zip(("weight", "bias"), (inputs.weight, inputs.bias), strict=True):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+def _check_dtypes(inputs: Inputs, dtype: torch.dtype) -> None:
+    """dtype: of the products. Autocast casts to it what is a float of at most 32 bits; nothing else is cast."""
+    castable = TRITON_FLOATS if dtype != torch.float64 and autocasts(inputs.x) else (inputs.x.dtype,)
+    for name in ("x", "weight", "bias"):
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.dtype not in castable:
+            raise ValueError(f"{name} must have x's dtype {inputs.x.dtype}, got {tensor.dtype}")
     for name in ("shared_a", "expert_b", "router_weight"):
-        dtype = getattr(inputs, name).dtype
-        if dtype not in FLOATS or dtype != shared_a.dtype:
+        own, shared = getattr(inputs, name).dtype, inputs.shared_a.dtype
+        if own not in FLOATS or own != shared:
             raise ValueError(
-                f"shared_a, expert_b and router_weight must share one floating-point dtype, got {dtype} "
-                f"for {name} beside {shared_a.dtype} for shared_a"
+                f"shared_a, expert_b and router_weight must share one floating-point dtype, got {own} "
+                f"for {name} beside {shared} for shared_a"
             )
-    for name, tensor in inputs._asdict().items():
-        if name != "seed" and tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def _expect_dense(tensor: object, name: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        got = type(tensor).__name__ if not isinstance(tensor, Tensor) else tensor.layout
+        raise ValueError(f"{name} must be a dense torch.Tensor, got {got}")
 
 
 def _expect(tensor: Tensor, name: str, rule: str, shape: tuple[int, ...]) -> None:
@@ -241,7 +258,8 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out [T, D_out], logits [T, E], and for backward hidden [T, R], gates [T, E]"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend))
+    with autograd.no_autocast(x.device.type):
+        return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend))
 
 
 @_linear_op.register_fake
@@ -278,7 +296,8 @@ def _linear_backward_op(
     """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     settings = Settings(top_k, scale, dropout_p, backend)
-    grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
+    with autograd.no_autocast(x.device.type):
+        grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 
 

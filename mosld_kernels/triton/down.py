@@ -48,7 +48,7 @@ def _route(
         tl.store(mixed_ptr + t[:, None] * (E * R) + columns, gate[:, None] * hidden.to(tl.float32), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _down_kernel(
     x_ptr, down_weight_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, planes_ptr,
     T, D_IN, stride_x_t, stride_x_d, scale, span, PLANES: tl.constexpr,
@@ -73,7 +73,7 @@ def _down_kernel(
         router = tl.load(router_tile, mask=mask_e & (d + dd[:, None] < D_IN), other=0.0)
         hidden = tl.dot(x, a, hidden, input_precision=PRECISION)
         logits = tl.dot(x, router, logits, input_precision=PRECISION)
-        x_tile += BLOCK_D * stride_x_d
+        x_tile += tl.cast(stride_x_d, tl.int64) * BLOCK_D
         a_tile += BLOCK_D
         router_tile += BLOCK_D
 
@@ -89,7 +89,7 @@ def _down_kernel(
         tl.store(row + R + e[None, :], logits, mask=mask_t & mask_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _down_sum_kernel(
     planes_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, T, scale, PLANES: tl.constexpr,
     R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
@@ -101,7 +101,7 @@ def _down_sum_kernel(
     hidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
     logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
     for plane in range(PLANES):
-        row = planes_ptr + (plane * T.to(tl.int64) + t[:, None]) * (R + E)
+        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (R + E)
         hidden += tl.load(row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
         logits += tl.load(row + R + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
     _route(hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale, R, E, TOP_K, R_PAD, E_PAD)

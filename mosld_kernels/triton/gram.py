@@ -41,30 +41,33 @@ def _store(
         tl.store(b_or_a_ptr + n, grad, mask=mask & in_a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span", "limit"])
 def _gram_kernel(
     left_ptr, right_ptr, gates_ptr, b_or_a_ptr, router_ptr, planes_ptr, seed_ptr,
     T, F, stride_left_t, stride_left_f, scale, span, limit, kept_share, PLANES: tl.constexpr,
     R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     EXPANDS: tl.constexpr, DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, plane) sums over `span` tokens for BLOCK_F features of left and BLOCK_C columns of right."""
+    """Program (j, i, plane) sums over `span` tokens for BLOCK_F features of left and BLOCK_C columns of right.
+
+    Columns come first: programs that read the same tiles of left run side by side and share them in the L2 cache.
+    """
     C: tl.constexpr = E * R if EXPANDS else R + E
-    first_f, first_t = tl.program_id(0) * BLOCK_F, tl.program_id(2).to(tl.int64) * span
+    first_f, first_t = tl.program_id(1) * BLOCK_F, tl.program_id(2).to(tl.int64) * span
     df, dt = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_T)
     if EXPANDS:
-        first_expert = tl.program_id(1) * E_BLOCK
+        first_expert = tl.program_id(0) * E_BLOCK
         columns, exists = _expert_columns(first_expert, R, E, R_PAD, E_BLOCK)
         e, r = first_expert + tl.arange(0, E_BLOCK), tl.arange(0, R_PAD)
     else:
-        columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         exists = columns < C
     left_tile = left_ptr + (first_f + df)[:, None].to(tl.int64) * stride_left_f  # 64-bit offsets, as in down
     left_tile += (first_t + dt)[None, :] * stride_left_t
     mask_f = first_f + df[:, None] < F
 
     grad = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
-    last_t = min(first_t + span, T.to(tl.int64))
+    last_t = min(first_t + span, T)
     for start in range(first_t, last_t, BLOCK_T):
         t = start + dt
         left = tl.load(left_tile, mask=mask_f & (t[None, :] < last_t), other=0.0)  # [BLOCK_F, BLOCK_T]
@@ -78,7 +81,7 @@ def _gram_kernel(
             offsets = t[:, None] * C + columns[None, :]
             right = tl.load(right_ptr + offsets, mask=(t[:, None] < last_t) & exists[None, :], other=0.0)
         grad = tl.dot(left, right, grad, input_precision=PRECISION)
-        left_tile += BLOCK_T * stride_left_t
+        left_tile += tl.cast(stride_left_t, tl.int64) * BLOCK_T
 
     f = first_f + df
     if PLANES == 1:
@@ -88,7 +91,7 @@ def _gram_kernel(
         tl.store(planes_ptr + row + columns[None, :], grad, mask=mask_f & exists[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _gram_sum_kernel(
     planes_ptr, b_or_a_ptr, router_ptr, seed_ptr, F, limit, kept_share, PLANES: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
@@ -134,7 +137,7 @@ def _gram(
     drop = (threshold(p), 1 - p if p < 1 else 1.0)
     seed = seed if p and seed is not None else left
     with on(left):
-        _gram_kernel[(blocks, column_blocks, planes)](
+        _gram_kernel[(column_blocks, blocks, planes)](
             left, right, gates if expands else right, *grads, partial, seed,
             tokens, features, *left.stride(), scale, cdiv(steps, planes) * tile.tokens, *drop, planes,
             rank, experts, rank_padded, e_block, block_c, expands, p > 0,

@@ -14,7 +14,10 @@ INTERPRETED_PROCESSORS = 4
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launches go to the current device: make it the tensor's."""
-    return contextlib.nullcontext() if tensor.device.type != "cuda" else torch.cuda.device(tensor.device)
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

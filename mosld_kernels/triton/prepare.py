@@ -22,17 +22,18 @@ keep_elements = triton_keep()
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _prepare_kernel(
     shared_a_ptr, router_ptr, expert_b_ptr, seed_ptr, down_weight_ptr, cast_b_ptr,
     A_SIZE, ROUTER_SIZE, B_SIZE, limit, kept_share, DROPS: tl.constexpr, CASTS_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # over A, then the router, then B
-    in_a = n < A_SIZE
-    a = tl.load(shared_a_ptr + n, mask=in_a, other=0.0).to(tl.float32)
-    if DROPS:
-        a = tl.where(keep_elements(tl.load(seed_ptr), n, limit), tl.div_rn(a, kept_share), 0.0)
-    tl.store(down_weight_ptr + n, a, mask=in_a)
+    if tl.program_id(0) * BLOCK < A_SIZE:  # no other program has elements of A, or draws
+        in_a = n < A_SIZE
+        a = tl.load(shared_a_ptr + n, mask=in_a, other=0.0).to(tl.float32)
+        if DROPS:
+            a = tl.where(keep_elements(tl.load(seed_ptr), n, limit), tl.div_rn(a, kept_share), 0.0)
+        tl.store(down_weight_ptr + n, a, mask=in_a)
     m = n - A_SIZE
     in_router = (m >= 0) & (m < ROUTER_SIZE)
     tl.store(down_weight_ptr + n, tl.load(router_ptr + m, mask=in_router, other=0.0).to(tl.float32), mask=in_router)

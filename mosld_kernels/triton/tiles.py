@@ -57,27 +57,28 @@ ROWS: list[Row] = [
         row._replace(arch=arch)
         for arch in (90, 100)
         for row in (
-            Row("down", Tile(64, 128, 0, 4, 4, 128), bytes=2, columns_to=64),
-            Row("up_backward", Tile(64, 64, 128, 4, 4, 128), bytes=2, columns_to=128, tokens_to=4096),
+            Row("down", Tile(64, 128, 0, 4, 4, 168), bytes=2, columns_to=48),
+            Row("down", Tile(128, 64, 0, 8, 3, 255), bytes=2),
+            Row("up_backward", Tile(64, 64, 128, 4, 4, 168), bytes=2, columns_to=128, tokens_to=4096),
             Row("up_backward", Tile(128, 64, 128, 8, 4, 128), bytes=2, columns_to=128),
-            Row("up_backward", Tile(64, 64, 128, 8, 4, 232), bytes=2),
+            Row("up_backward", Tile(64, 64, 128, 8, 4, 255), bytes=2),
             Row("grad_expert_b", Tile(64, 128, 128, 8, 3, 128), bytes=2, columns_to=128),
-            Row("grad_expert_b", Tile(64, 128, 128, 8, 4, 168), bytes=2),
-            Row("grad_down", Tile(64, 128, 64, 4, 4, 168), bytes=2),
+            Row("grad_expert_b", Tile(64, 128, 128, 8, 4, 255), bytes=2),
+            Row("grad_down", Tile(64, 128, 64, 4, 4, 255), bytes=2),
         )
     ),
     # Any GPU from sm_80: within the 99 KB of shared memory that the smallest have. Exact float32 products run on the
     # ordinary cores and want small tiles.
-    Row("down", Tile(64, 128, 0, 4, 3, 128), bytes=2, columns_to=64),
+    Row("down", Tile(64, 128, 0, 4, 3, 255), bytes=2, columns_to=48),
     Row("down", Tile(64, 64, 0, 8, 3, 248), bytes=2),
-    Row("down", Tile(32, 32, 0, 4, 2, 128), bytes=4, columns_to=64),
-    Row("down", Tile(32, 16, 0, 8, 2, 128), bytes=4),
-    Row("up_backward", Tile(64, 64, 128, 4, 3, 192), bytes=2, columns_to=128),
+    Row("down", Tile(32, 32, 0, 4, 2, 255), bytes=4, columns_to=64),
+    Row("down", Tile(32, 16, 0, 8, 2, 168), bytes=4),
+    Row("up_backward", Tile(64, 64, 128, 4, 3, 255), bytes=2, columns_to=128),
     Row("up_backward", Tile(64, 64, 128, 8, 3, 255), bytes=2),
-    Row("up_backward", Tile(32, 16, 64, 4, 2, 224), bytes=4),
+    Row("up_backward", Tile(32, 16, 64, 8, 2, 168), bytes=4),
     Row("grad_expert_b", Tile(64, 128, 128, 8, 3, 255), bytes=2),
     Row("grad_expert_b", Tile(16, 64, 64, 8, 2, 224), bytes=4),
-    Row("grad_down", Tile(64, 128, 64, 4, 3, 192), bytes=2),
+    Row("grad_down", Tile(64, 128, 64, 4, 3, 255), bytes=2),
     Row("grad_down", Tile(32, 64, 64, 4, 2, 255), bytes=4),
 ]
 

@@ -4,7 +4,8 @@
     dlogits  = gates * (dgates - sum_e gates_e dgates_e), plus what arrives for the logits
 
 Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over blocks of experts one after the other
-and reads its rows of dout again for each: by then the arithmetic takes longer than the reading.
+and reads its rows of dout again for each: by then the arithmetic takes longer than the reading. dhidden and dgates are
+linear in u, so that with few tokens D_out is split into planes of these two, added in order by a second kernel.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -12,9 +13,9 @@ and reads its rows of dout again for each: by then the arithmetic takes longer t
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float32
 
-from .launch import cdiv, on, padded, precision, tile_for
+from .launch import cdiv, on, padded, planes_for, precision, tile_for
 
 
 @triton.jit
@@ -32,27 +33,46 @@ def _expert_columns(first_expert, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.co
 
 
 @triton.jit
-def _up_backward_kernel(
-    dout_ptr, expert_b_ptr, hidden_ptr, gates_ptr, dlogits_ptr, dprojected_ptr,
-    T, D_OUT, scale, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, E_BLOCK: tl.constexpr,
-    E_BLOCKS: tl.constexpr, HAS_DLOGITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _finish(
+    dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr,
+    R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr,
 ):  # fmt: skip
-    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    """dhidden [BLOCK_T, R_PAD], dgates [BLOCK_T, I, J] for experts e [I, J], t int64 [BLOCK_T] -> stores dprojected"""
+    r = tl.arange(0, R_PAD)
+    mask_e = (t[:, None, None] < T) & (e < E)[None, :, :]
+    gates = tl.load(gates_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
+    mean = tl.sum(tl.sum(gates * dgates, axis=2), axis=1)
+    dlogits = gates * (dgates - mean[:, None, None])  # zero where the gate is zero: no index of the chosen is needed
+    if HAS_DLOGITS:
+        dlogits += tl.load(dlogits_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
+    row = dprojected_ptr + t[:, None] * (R + E)
+    tl.store(row + r[None, :], dhidden, mask=(t[:, None] < T) & (r[None, :] < R))
+    tl.store(row[:, :, None] + R + e[None, :, :], dlogits, mask=mask_e)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _up_backward_kernel(
+    dout_ptr, expert_b_ptr, hidden_ptr, gates_ptr, dlogits_ptr, dprojected_ptr, planes_ptr,
+    T, D_OUT, scale, span, PLANES: tl.constexpr, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr,
+    E_BLOCK: tl.constexpr, E_BLOCKS: tl.constexpr, E_BLOCKS_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, plane) sums over `span` output features for BLOCK_T tokens."""
+    first_t, first_o = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.program_id(1) * span
     dt, do, r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_O), tl.arange(0, R_PAD)
     t = first_t + dt
     mask_t, mask_r = t[:, None] < T, (t[:, None] < T) & (r[None, :] < R)
     hidden = tl.load(hidden_ptr + t[:, None] * R + r[None, :], mask=mask_r, other=0.0).to(tl.float32)
     dhidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
-    block, in_block = tl.arange(0, E_BLOCKS)[:, None], tl.arange(0, E_BLOCK)[None, :]
-    dgates = tl.zeros((BLOCK_T, E_BLOCKS, E_BLOCK), tl.float32)
+    block, in_block = tl.arange(0, E_BLOCKS_PAD)[:, None], tl.arange(0, E_BLOCK)[None, :]
+    dgates = tl.zeros((BLOCK_T, E_BLOCKS_PAD, E_BLOCK), tl.float32)
 
     for b in range(E_BLOCKS):
         columns, exists = _expert_columns(b * E_BLOCK, R, E, R_PAD, E_BLOCK)
-        dout_tile = dout_ptr + first_t * D_OUT + dt[:, None] * D_OUT + do[None, :]
-        b_tile = expert_b_ptr + do[:, None] * (E * R) + columns[None, :]
+        dout_tile = dout_ptr + first_t * D_OUT + first_o + dt[:, None] * D_OUT + do[None, :]
+        b_tile = expert_b_ptr + (first_o + do)[:, None] * (E * R) + columns[None, :]
         u = tl.zeros((BLOCK_T, E_BLOCK * R_PAD), tl.float32)
-        for o in range(0, D_OUT, BLOCK_O):
+        for o in range(first_o, min(first_o + span, D_OUT), BLOCK_O):
             dout = tl.load(dout_tile, mask=mask_t & (o + do[None, :] < D_OUT), other=0.0)
             expert_b = tl.load(b_tile, mask=exists[None, :] & (o + do[:, None] < D_OUT), other=0.0)
             u = tl.dot(dout, expert_b, u, input_precision=PRECISION)
@@ -65,22 +85,39 @@ def _up_backward_kernel(
         dgate = scale * tl.sum(u * hidden[:, None, :], axis=2)  # [BLOCK_T, E_BLOCK]
         dgates = tl.where((block == b)[None, :, :], dgate[:, None, :], dgates)
 
-    e = block * E_BLOCK + in_block  # [E_BLOCKS, E_BLOCK]
-    mask_e = (t[:, None, None] < T) & (e < E)[None, :, :]
-    gates = tl.load(gates_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
-    mean = tl.sum(tl.sum(gates * dgates, axis=2), axis=1)
-    dlogits = gates * (dgates - mean[:, None, None])  # zero where the gate is zero: no index of the chosen is needed
-    if HAS_DLOGITS:
-        dlogits += tl.load(dlogits_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
-    tl.store(dprojected_ptr + t[:, None] * (R + E) + r[None, :], dhidden, mask=mask_r)
-    tl.store(dprojected_ptr + t[:, None, None] * (R + E) + R + e[None, :, :], dlogits, mask=mask_e)
+    e = block * E_BLOCK + in_block  # [E_BLOCKS_PAD, E_BLOCK]
+    if PLANES == 1:
+        _finish(dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr, R, E, R_PAD, HAS_DLOGITS)
+    else:
+        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (R + E)
+        tl.store(row + r[None, :], dhidden, mask=mask_r)
+        tl.store(row[:, :, None] + R + e[None, :, :], dgates, mask=(t[:, None, None] < T) & (e < E)[None, :, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _up_backward_sum_kernel(
+    planes_ptr, gates_ptr, dlogits_ptr, dprojected_ptr, T, PLANES: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
+    R_PAD: tl.constexpr, E_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Adds the planes in order, then finishes."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    dhidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    dgates = tl.zeros((BLOCK_T, E_PAD), tl.float32)
+    for plane in range(PLANES):
+        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (R + E)
+        dhidden += tl.load(row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
+        dgates += tl.load(row + R + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
+    _finish(
+        dhidden, dgates[:, None, :], e[None, :], t, T, gates_ptr, dlogits_ptr, dprojected_ptr, R, E, R_PAD, HAS_DLOGITS
+    )
 
 
 def expert_block(rank: int, experts: int, columns: int) -> tuple[int, int, int]:
-    """-> R_PAD, experts in one tile of `columns` columns, and how many such tiles cover all experts"""
+    """-> R_PAD, experts in one tile of `columns` columns, and how many such tiles hold all experts"""
     rank_padded = padded(rank, 16)
     block = min(padded(experts), max(1, columns // rank_padded))
-    return rank_padded, block, cdiv(padded(experts), block)
+    return rank_padded, block, cdiv(experts, block)
 
 
 def up_backward(
@@ -91,10 +128,21 @@ def up_backward(
     (tokens, d_out), rank, experts = dout.shape, hidden.shape[1], gates.shape[1]
     dprojected = dout.new_empty(tokens, rank + experts)
     tile = tile_for("up_backward", tokens, 0, d_out, experts * rank, dout)
+    rank_padded, block, blocks = expert_block(rank, experts, tile.columns)
+    steps = cdiv(d_out, tile.features)
+    planes = planes_for(tile.blocks(tokens), steps, dout)
+    partial = dout.new_empty(planes, tokens, rank + experts, dtype=float32) if planes > 1 else gates
+    has_dlogits, dlogits = dlogits is not None, gates if dlogits is None else dlogits.contiguous()
     with on(dout):
-        _up_backward_kernel[(cdiv(tokens, tile.tokens),)](
-            dout, expert_b, hidden, gates, gates if dlogits is None else dlogits.contiguous(), dprojected,
-            tokens, d_out, scale, rank, experts, *expert_block(rank, experts, tile.columns), dlogits is not None,
-            tile.tokens, tile.features, precision(), **tile.options(),
+        _up_backward_kernel[(cdiv(tokens, tile.tokens), planes)](
+            dout, expert_b, hidden, gates, dlogits, dprojected, partial,
+            tokens, d_out, scale, cdiv(steps, planes) * tile.features, planes, rank, experts, rank_padded,
+            block, blocks, padded(blocks), has_dlogits, tile.tokens, tile.features, precision(), **tile.options(),
         )  # fmt: skip
+        if planes > 1:
+            block_t = 16
+            _up_backward_sum_kernel[(cdiv(tokens, block_t),)](
+                partial, gates, dlogits, dprojected, tokens, planes, rank, experts, rank_padded, padded(experts, 16),
+                has_dlogits, block_t, num_warps=4, maxnreg=128,
+            )  # fmt: skip
     return dprojected

@@ -24,10 +24,13 @@ def test_every_launch_of_every_tile_row_compiles_within_its_limits(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = json.loads((tmp_path / "compiled.json").read_text())["kernels"]
     seen = {(kernel["kernel"], kernel["arch"]) for kernel in kernels}
-    names = ("prepare", "down", "down_sum", "up_backward", "gram", "gram_sum")
+    names = ("prepare", "down", "down_sum", "up_backward", "up_backward_sum", "gram", "gram_sum")
     assert seen == {(name, arch) for name in names for arch in (80, 90, 100)}
     for kernel in kernels:
-        assert kernel["stack_bytes"] == 0 and not kernel["faults"], kernel
+        assert not kernel["faults"], kernel
+        if not kernel["rows_aligned"]:
+            continue
+        assert kernel["stack_bytes"] == 0, kernel
         if kernel["kernel"] in ("down", "up_backward", "gram") and kernel["dtype"] in ("bf16", "fp16"):
             assert kernel["tensor_core_instructions"] and kernel["wide_loads"], kernel
 
@@ -57,9 +60,9 @@ def test_one_call_launches_no_more_than_it_must():
     for case in ("wide float32", "wide bfloat16"):  # adapters of another dtype cost no launch more
         assert counts[case]["forward"] == ["prepare", "down", *products["forward"]]
         assert counts[case]["backward"] == ["gram", "prepare", "up_backward", "gram", *products["backward"]]
-    for case in ("usual float32", "usual bfloat16"):  # two sums in planes
+    for case in ("usual float32", "usual bfloat16"):  # three sums in planes
         assert counts[case]["backward"] == [
-            "gram", "gram_sum", "prepare", "up_backward", "gram", "gram_sum", *products["backward"]
+            "gram", "gram_sum", "prepare", "up_backward", "up_backward_sum", "gram", "gram_sum", *products["backward"]
         ]  # fmt: skip
     assert counts["delta"]["forward"] == ["prepare", "down", "mm"]
     assert counts["delta"]["backward"] == ["gram", "prepare", "up_backward", "gram", "mm"]

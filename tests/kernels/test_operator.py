@@ -279,7 +279,13 @@ def good(**changes):
         (dict(seed=None), r"dropout_p=0.1 needs a seed"),
         (dict(seed=torch.tensor([1], dtype=torch.int32)), r"seed must be an int64 tensor of shape \[1\]"),
         (dict(seed=torch.tensor([1], device="meta")), r"seed must be on x's device cpu, got meta"),
-        (dict(scale=float("inf")), r"scale must be finite, got inf"),
+        (dict(scale=float("inf")), r"scale must be finite, in float32 too, got inf"),
+        (dict(scale=1e300), r"scale must be finite, in float32 too, got 1e\+300"),
+        (dict(scale="1"), r"scale must be a number, got '1'"),
+        (dict(dropout_p=None), r"dropout_p must be a number, got None"),
+        (dict(top_k=2.0), r"top_k must be an integer, got 2.0"),
+        (dict(x=None), r"x must be a dense torch.Tensor, got NoneType"),
+        (dict(shared_a=torch.randn(2, 4).to_sparse()), r"shared_a must be a dense torch.Tensor, got torch.sparse_coo"),
         (dict(backend="cuda"), r"backend must be one of auto, eager, triton, got 'cuda'"),
         (dict(x=torch.randn(3, 6)), r"shared_a must be \[R, D_in\] = \[2, 6\], got \[2, 4\]"),
         (dict(x=torch.tensor(1.0)), r"x must be a floating-point \[..., D_in\]"),
@@ -301,3 +307,38 @@ def good(**changes):
 def test_bad_input_names_the_rule_and_the_value(changes, message):
     with pytest.raises(ValueError, match=message):
         mosld_linear(**good(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("x", torch.int32), ("weight", torch.int8), ("bias", torch.int32), ("weight", torch.float64)]
+)
+def test_autocast_casts_floats_alone(name, dtype):
+    arguments = good()
+    wrong = arguments | {name: arguments[name].to(dtype)}
+    rule = "x must be a floating-point" if name == "x" else f"{name} must have x's dtype torch.float32, got {dtype}"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=rule):
+        mosld_linear(**wrong)
+
+
+def test_compiled_inside_autocast_gives_the_same_bits():
+    shape = Shape(9, 6, 8, 3, 4, 2)
+    case = make_case(shape).to(torch.float32)
+    torch._dynamo.reset()
+    results = []
+    for function in (mosld_linear, torch.compile(mosld_linear, fullgraph=True, backend="eager")):
+        with torch.autocast("cpu", torch.bfloat16):  # backward inside, too
+            results.append(run(function, case, shape))
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+def test_tensors_without_memory_give_shapes_and_dtypes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(5, 8, dtype=torch.bfloat16)
+        adapter = [torch.empty(size, requires_grad=True) for size in ((2, 8), (5, 6), (3, 8))]
+        y, logits = mosld_linear(x, weight, None, *adapter, top_k=1, scale=1.0)
+        y.sum().backward()
+    assert y.shape == (2, 3, 5) and y.dtype == torch.bfloat16 and logits.shape == (2, 3, 3)
+    assert [tensor.grad.shape for tensor in adapter] == [(2, 8), (5, 6), (3, 8)]

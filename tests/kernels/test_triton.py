@@ -228,16 +228,17 @@ def plain_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def test_rows_that_lie_more_than_2_31_elements_apart():
+@pytest.mark.parametrize(("rows", "stride"), [(4, 2**30 + 7), (130, 2**25 + 16)])
+def test_rows_that_lie_more_than_2_31_elements_apart(rows, stride):
     with plain_memory():
-        memory = torch.empty(2**31 + 2**30 + 64, dtype=torch.float16)  # only the pages that are touched take room
-    x = memory.as_strided((4, 16), (2**30 + 7, 1))
-    x.copy_(torch.randn(4, 16))
+        memory = torch.empty(rows * stride, dtype=torch.float16)  # only the pages that are touched take room
+    x = memory.as_strided((rows, 16), (stride, 1))  # the second: one step over the tokens alone passes 2^31
+    x.copy_(torch.randn(rows, 16))
     down_weight = torch.randn(6, 16).half()
     for far, near in zip(down(x, down_weight, 4, 1, 1.0), down(x.contiguous(), down_weight, 4, 1, 1.0), strict=True):
         assert torch.equal(far, near)
-    dprojected = torch.randn(4, 6).half()
-    far, near = (down_backward(dprojected, rows, None, 0.0, 4, torch.float32) for rows in (x, x.contiguous()))
+    dprojected = torch.randn(rows, 6).half()
+    far, near = (down_backward(dprojected, left, None, 0.0, 4, torch.float32) for left in (x, x.contiguous()))
     assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
 
 
