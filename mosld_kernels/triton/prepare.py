@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold, triton_keep
+from . import tiles
 from .launch import cdiv, on
 
 keep_elements = triton_keep()
@@ -55,6 +56,7 @@ def prepare(
     """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
     -> down_weight [R + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
     and what `down_backward` wants to know of the kept elements of A: here the seed, to draw them again"""
+    tiles.check_file()  # here, because this is the first launch of a call
     shared_a, router_weight, expert_b = shared_a.contiguous(), router_weight.contiguous(), expert_b.contiguous()
     casts = expert_b.dtype != dtype
     rows, d_in = len(shared_a) + len(router_weight), shared_a.shape[1]

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+VARIABLE = "MOSLD_TILES"
 KERNELS = ("down", "up_backward", "grad_expert_b", "grad_down")
 
 
@@ -23,9 +24,8 @@ class Tile(NamedTuple):
     columns: int  # at most this many; the rest goes to further blocks. `down` always takes all.
     warps: int
     stages: int
-    registers: int = (
-        255  # of one thread at most, as the compiler is told: left alone, it spills to fit in more programs
-    )
+    # Of one thread at most, as the compiler is told: left alone, it spills to fit more programs on a multiprocessor.
+    registers: int = 255
 
     def options(self) -> dict[str, int]:
         """What a launch tells the compiler."""
@@ -102,16 +102,26 @@ def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
 def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int) -> Row:
     """The first row that fits. A size that a launch does not have is 0."""
     sizes = dict(d_in_to=d_in, d_out_to=d_out, columns_to=columns, tokens_to=bucket(tokens))
-    for row in _candidates(arch, os.environ.get("MOSLD_TILES")):
+    for row in _candidates(arch, os.environ.get(VARIABLE)):
         fits = all(getattr(row, bound) == 0 or size <= getattr(row, bound) for bound, size in sizes.items())
         if row.kernel == kernel and row.bytes in (0, element_bytes) and fits:
             return row
     raise ValueError(f"no tile row fits {kernel} on sm_{arch} with {sizes} and {element_bytes}-byte elements")
 
 
+def check_file() -> None:
+    """Raises what `read_rows` raises for the file that MOSLD_TILES names: once, before the first launch."""
+    _own_rows(os.environ.get(VARIABLE))
+
+
+@functools.cache
+def _own_rows(path: str | None) -> list[Row]:
+    return read_rows(path) if path else []
+
+
 @functools.cache
 def _candidates(arch: int, path: str | None) -> list[Row]:
-    own = [row for row in read_rows(path) if row.arch in (0, arch)] if path else []
+    own = [row for row in _own_rows(path) if row.arch in (0, arch)]
     return own + [row for row in ROWS if row.arch == arch] + [row for row in ROWS if row.arch == 0]
 
 

@@ -127,6 +127,8 @@ def test_a_bad_tile_file_is_named_with_its_row(text, message, tmp_path, monkeypa
     monkeypatch.setenv("MOSLD_TILES", str(path))
     with pytest.raises(ValueError, match=f"MOSLD_TILES={path}.*{message}"):
         tiles.pick("down", 90, 8192, 4096, 0, 24, 2)
+    with pytest.raises(ValueError, match=f"MOSLD_TILES={path}.*{message}"):  # before anything is launched
+        prepare(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3, 4), None, 0.0, torch.float32)
 
 
 def test_tiles_follow_the_bucket_of_t_and_never_t_itself():
