@@ -78,7 +78,7 @@ def compile_launch(launch: Launch) -> Report:
 
 
 def _judge(report: Report, launch: Launch, code: Mapping[str, Any], shared: int) -> Report:
-    registers, stack = _resources(code["cubin"])
+    registers, stack = resources(code["cubin"])
     wide = r"cp\.async\.\w+\.shared\.global.*0x10|ld\.global[\w.:]*\.v(4\.b32|4\.f32|2\.b64)|ld\.global[\w.:]*\.v8\.b32"
     by_shared = SHARED[launch.arch] // max(shared + 1024, 1)
     by_registers = REGISTERS_PER_PROCESSOR // (registers * 32 * launch.warps)
@@ -93,7 +93,7 @@ def _judge(report: Report, launch: Launch, code: Mapping[str, Any], shared: int)
     return report._replace(faults=tuple(_faults(report, launch, code)))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """-> registers a thread, and bytes of stack a thread: where spilled registers go"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

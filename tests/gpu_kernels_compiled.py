@@ -1,18 +1,14 @@
 """The measurements' Triton kernels compiled for sm_90, run as a program; prints one JSON line a kernel. No GPU needed."""
 
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import gpu_kernels
+from benchmarks.compiled import resources
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = ("D_IN", "D_OUT", "N", "T")
 
 
@@ -28,17 +24,8 @@ def compile_kernel(kernel, types: dict, constants: dict, **options) -> None:
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
     found = {"wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor")}
-    told = {"name": kernel.__name__, "shared": compiled.metadata.shared, "local": local_bytes(compiled.asm["cubin"])}
+    told = {"name": kernel.__name__, "shared": compiled.metadata.shared, "stack": resources(compiled.asm["cubin"])[1]}
     print(json.dumps({**told, **found}), flush=True)
-
-
-def local_bytes(cubin: bytes) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sum(int(number) for number in re.findall(r"LOCAL:(\d+)", usage))
 
 
 def main() -> None:

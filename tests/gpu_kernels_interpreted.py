@@ -11,13 +11,13 @@ from mosld_kernels import dropout
 
 def check_linear() -> None:
     for tile in gpu_kernels.LINEAR_TILES:
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
+        for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 1e-3)):  # one rounding to float16 is 5e-4
             for T, D_in, D_out in ((65, 72, 136), (300, 64, 40)):  # beyond whole tiles, and more than one group
                 x, weight = torch.randn(T, D_in).to(dtype), torch.randn(D_out, D_in).to(dtype)
                 out = torch.full((T, D_out), float("nan"), dtype=dtype)
                 gpu_kernels.linear(x, weight, out, tile._replace(tokens=32, outputs=32, features=32), 5)
                 wanted = x.float() @ weight.float().T
-                torch.testing.assert_close(out.float(), wanted, rtol=tolerance, atol=10 * tolerance)
+                torch.testing.assert_close(out.float(), wanted, rtol=rtol, atol=1e-4)
 
 
 def check_philox() -> None:

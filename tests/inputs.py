@@ -40,6 +40,7 @@ SHAPES = [
 KERNEL_SHAPES = [
     *SHAPES,
     Shape(17, 20, 18, 40, 6, 3),  # u in several blocks of experts, rank not a power of two
+    Shape(9, 20, 18, 40, 5, 2),  # the last block of experts not full
     Shape(20, 24, 40, 128, 3, 2),  # the largest rank
     Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
     Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes

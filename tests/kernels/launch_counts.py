@@ -9,7 +9,7 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.recorded import Problem, recording
+from benchmarks.recorded import Problem, launches, recording
 from benchmarks.shapes import LayerShape
 from mosld_kernels import autograd
 
@@ -75,7 +75,9 @@ def main():
     counts["x needs no gradient, same dtype"] = call(wide, adapter, torch.bfloat16)
     counts["only x"] = call(wide, ("x",))
     counts["only B"] = call(wide, ("expert_b",))
-    print(json.dumps(counts))
+    # What the compiler would get for other lengths of the same bucket, ragged ones too.
+    variants = [launches(Problem(usual._replace(T=T), "bfloat16", "float32", 90)) for T in (8192, 8191, 4097)]
+    print(json.dumps({**counts, "one variant a bucket": variants[0] == variants[1] == variants[2]}))
 
 
 if __name__ == "__main__":
