@@ -330,15 +330,3 @@ def test_compiled_inside_autocast_gives_the_same_bits():
             results.append(run(function, case, shape))
     for name, value in results[0].items():
         assert torch.equal(results[1][name], value), name
-
-
-def test_tensors_without_memory_give_shapes_and_dtypes():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        x, weight = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(5, 8, dtype=torch.bfloat16)
-        adapter = [torch.empty(size, requires_grad=True) for size in ((2, 8), (5, 6), (3, 8))]
-        y, logits = mosld_linear(x, weight, None, *adapter, top_k=1, scale=1.0)
-        y.sum().backward()
-    assert y.shape == (2, 3, 5) and y.dtype == torch.bfloat16 and logits.shape == (2, 3, 3)
-    assert [tensor.grad.shape for tensor in adapter] == [(2, 8), (5, 6), (3, 8)]

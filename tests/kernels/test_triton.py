@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
@@ -391,3 +392,14 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong(dtype, adapter_dtype
     adapter = [torch.ones(size, dtype=adapter_dtype) for size in ((2, 4), (3, 4), (2, 4))]
     with pytest.raises(RuntimeError, match="Triton's interpreter is wrong in torch.bfloat16"):
         mosld_delta(torch.ones(5, 4, dtype=dtype), *adapter, top_k=1, scale=1.0, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_tensors_without_memory_give_shapes_and_dtypes(backend):
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 8, dtype=torch.float16), torch.empty(5, 8, dtype=torch.float16)
+        adapter = [torch.empty(size, requires_grad=True) for size in ((2, 8), (5, 6), (3, 8))]
+        y, logits = mosld_linear(x, weight, None, *adapter, top_k=1, scale=1.0, backend=backend)
+        y.sum().backward()
+    assert y.shape == (2, 3, 5) and y.dtype == torch.float16 and logits.shape == (2, 3, 3)
+    assert [tensor.grad.shape for tensor in adapter] == [(2, 8), (5, 6), (3, 8)]
