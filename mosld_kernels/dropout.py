@@ -4,47 +4,16 @@
     keep = word >= round(p * 2^32)
 
 Integers only, so every backend draws the same bits whatever its tiles are, and the backward pass redraws the mask
-from the seed instead of storing it. (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.)
+from the seed instead of storing it.
 """
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # 32-bit words are held in int64
-ROUNDS = 10
-# Philox-4x32's two multipliers minus 2^32: with a 32-bit word the product then always fits a signed 64-bit integer.
-MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)
-KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-
-
-def philox(seed: Tensor, counter: Tensor) -> Tensor:
-    """The four words of Philox-4x32-10 for each counter, equal to `tl.philox` with 32-bit counters.
-
-    seed: int64 [1]; its low and high 32 bits are the key.
-    counter: int64 [4, N], each entry in [0, 2^32).
-    returns: int64 [4, N], each entry in [0, 2^32).
-    """
-    # Words 0 and 2 are multiplied, words 1 and 3 are mixed in: two tensors [2, N] halve the number of operations,
-    # and for a mask of a few thousand words the number of operations is the whole cost.
-    multiplied, mixed_in = counter[0::2], counter[1::2]
-    multipliers = _pair(MULTIPLIERS, seed.device).view(2, 1)
-    key = torch.cat((seed, seed >> 32)) & WORD  # [2]
-    rounds = torch.arange(ROUNDS, device=seed.device).view(ROUNDS, 1)
-    keys = (key + _pair(KEY_STEPS, seed.device) * rounds) & WORD  # [ROUNDS, 2]
-    for round_key in keys.view(ROUNDS, 2, 1).unbind():
-        product = multiplied * multipliers
-        high = ((product >> 32) + multiplied) & WORD  # adds back the 2^32 * word that MULTIPLIERS leave out
-        multiplied = high.flip(0) ^ mixed_in ^ round_key
-        mixed_in = (product & WORD).flip(0)
-    return torch.stack((multiplied, mixed_in), dim=1).flatten(0, 1)
-
-
-def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
-    """Two constants as an int64 tensor made on the device: a copy from the host would break CUDA-graph capture."""
-    first, second = values
-    return first + (second - first) * torch.arange(2, device=device)
+from .philox import philox, philox_numpy
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
@@ -64,12 +33,23 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
         raise ValueError(f"p must be in [0, 1], got {p}")
     rows, cols = shape
     blocks = -(-rows * cols // 4)  # one Philox call decides four neighbours
+    # Exactly Tensor: a fake one has no value to read, and torch.compile knows no 32-bit words of NumPy.
+    if type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        bits = _packed_keep(seed.item(), blocks, threshold(p), layer_id, stream_id)
+        return torch.from_numpy(np.unpackbits(bits, count=rows * cols).view(np.bool_).reshape(rows, cols))
     counter = torch.zeros(4, blocks, dtype=torch.int64, device=seed.device)
     torch.arange(blocks, out=counter[0])
     if layer_id or stream_id:
         counter[2], counter[3] = layer_id, stream_id
     words = philox(seed, counter).t().reshape(-1)[: rows * cols]
     return (words >= threshold(p)).view(rows, cols)
+
+
+@functools.lru_cache(maxsize=512)  # layers between a forward and its backward; R * D_in / 8 bytes each
+def _packed_keep(seed: int, blocks: int, limit: int, layer_id: int, stream_id: int) -> np.ndarray:
+    """The mask as bits, eight to a byte. It is remembered, because with few tokens drawing it is the longest step."""
+    words = philox_numpy(seed, blocks, 0, layer_id, stream_id)
+    return np.packbits(np.stack(words, axis=1) >= limit)
 
 
 def threshold(p: float) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 from .dropout import draw_keep, drop_elements
 from .reference import gates_from_logits, router_dtype
 
+FEW_TOKENS = 512  # up to so many, turning dB around takes longer than the product
+
 
 def prepare(
     shared_a: Tensor,
@@ -63,8 +65,11 @@ def up_backward(
 
 def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
+    mixed = mix(hidden, gates, scale)
+    if dout.shape[0] <= FEW_TOKENS:
+        return torch.mm(dout.t(), mixed).to(dtype)
     # mixed^T dout walks dout in memory order; dout^T mixed takes twice as long in float32.
-    return torch.mm(mix(hidden, gates, scale).t(), dout).t().contiguous().to(dtype)
+    return torch.mm(mixed.t(), dout).t().contiguous().to(dtype)
 
 
 def down_backward(

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from .dropout import draw_keep, drop_elements
 
+MOST_MAXIMA = 4  # K up to which K maxima beat a sort
+
 
 def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
     """logits [..., E] -> bool [..., E], True at the K largest of each token; equal logits go to the lower index."""
@@ -27,10 +29,31 @@ def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
 
 def gates_from_logits(logits: Tensor, top_k: int) -> Tensor:
     """logits [..., E] -> gates [..., E]: the softmax over the K largest, exact zeros elsewhere."""
-    if top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~top_k_mask(logits, top_k), float("-inf"))
-    # Over the first dimension a softmax runs along the tokens: on CPU ten times faster than along a handful of experts.
-    return logits.movedim(-1, 0).softmax(dim=0).movedim(0, -1).contiguous()
+    if top_k == logits.shape[-1]:
+        return _softmax(logits).contiguous()
+    values, chosen = largest(logits, top_k)
+    # Added, not stored: a token with K - 1 finite logits may have an index twice, the second time with gate zero.
+    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add(-1, chosen, _softmax(values))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, run along the tokens: on CPU ten times faster than along a handful of experts."""
+    return logits.movedim(-1, 0).softmax(dim=0).movedim(0, -1)
+
+
+def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """logits [..., E] -> the K largest [..., K] and their indices; equal logits go to the lower index."""
+    if top_k > MOST_MAXIMA:
+        values, chosen = logits.sort(dim=-1, descending=True, stable=True)
+        return values[..., :top_k], chosen[..., :top_k]
+    # torch.max promises the first of equal values. K maxima take a third of a sort's time at E = 8, a sixth at 64.
+    left, values, chosen = logits, [], []
+    for _ in range(top_k):
+        value, index = left.max(dim=-1, keepdim=True)
+        values.append(value)
+        chosen.append(index)
+        left = left.scatter(-1, index, float("-inf"))
+    return torch.cat(values, dim=-1), torch.cat(chosen, dim=-1)
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:

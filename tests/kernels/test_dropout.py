@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mosld_kernels import keep_mask
-from mosld_kernels.dropout import draw_keep, drop_elements, philox
+from mosld_kernels.dropout import draw_keep, drop_elements
+from mosld_kernels.philox import philox, philox_numpy
 
 MASK32 = 0xFFFFFFFF
 
@@ -44,6 +45,23 @@ def test_words_equal_python_integers_for_every_seed_and_counter(seed):
     counters = [(0, 0, 0, 0), (1, 0, 0, 0), (MASK32, 0, 7, MASK32), (123456789, 1, 2, 3)]
     words = philox(seed_tensor(seed), torch.tensor(counters).t())
     assert [tuple(column) for column in words.t().tolist()] == [philox_by_hand(seed, c) for c in counters]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 5, 2**62 - 1, -1, -(2**63)])
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_numpy_draws_the_words_of_torch(seed, count):
+    salts = (0, 7, MASK32)
+    counter = torch.stack((torch.arange(count), *(torch.full((count,), word) for word in salts)))
+    words = [torch.from_numpy(word.astype("int64")) for word in philox_numpy(seed, count, *salts)]
+    assert torch.equal(torch.stack(words), philox(seed_tensor(seed), counter))
+
+
+def test_masks_share_no_memory():
+    """The host remembers masks: a caller who writes into one must not change the next."""
+    first = keep_mask(seed_tensor(3), (4, 6), 0.5)
+    kept = first.clone()
+    first.fill_(False)
+    assert torch.equal(keep_mask(seed_tensor(3), (4, 6), 0.5), kept) and kept.any()
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (3, 5), (1, 1), (7, 33), (0, 4)])

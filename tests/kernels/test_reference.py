@@ -64,3 +64,19 @@ def test_gates_are_softmax_then_top_k_then_renormalised():
 def test_gates_survive_logits_far_apart():
     gates = reference.gates_from_logits(torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]]), 2)
     assert torch.equal(gates, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5, 9])
+def test_gates_are_the_softmax_over_the_chosen(experts):
+    """Against the definition, for every K: ties (integers), infinities that leave fewer than K finite logits."""
+    torch.manual_seed(experts)
+    tied = torch.randint(-2, 3, (200, experts)).double()
+    scarce = torch.randn(200, experts).double()
+    scarce[:, 1:][torch.rand(200, experts - 1) < 0.6] = float("-inf")
+    for logits in (tied, scarce):
+        for top_k in range(1, experts + 1):
+            chosen = reference.top_k_mask(logits, top_k)
+            wanted = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+            gates = reference.gates_from_logits(logits, top_k)
+            torch.testing.assert_close(gates, wanted, rtol=0, atol=1e-15)
+            assert torch.equal(gates > 0, wanted > 0)
