@@ -5,7 +5,6 @@ fails is recorded with its error and the rest goes on; when the time is used, no
 """
 
 import argparse
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from . import gpu_checks, gpu_layers, gpu_measurements, gpu_profile
-from .layer import DROPOUT
+from .compare import DROPOUT
 from .measure import Timer, gpu, interleaved, machine, with_events, with_graphs
+from .results import write
 from .shapes import LAYERS
 
 BUDGET_S = 450.0
@@ -183,14 +183,6 @@ def context_is_lost() -> bool:
         return False
     except RuntimeError:
         return True
-
-
-def write(result: dict | list, path: Path) -> None:
-    """Replace the file in one step, so that an interruption leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(result, indent=2) + "\n")
-    scratch.replace(path)
 
 
 def _pictures(result: dict, folder: Path) -> list[str] | str:

@@ -1,8 +1,7 @@
-"""One adapted layer on a GPU beside its rivals: forward, backward and both, as ratios over the frozen layer; memory."""
+"""One adapted layer on a GPU beside its peers: forward, backward and both, as ratios over the frozen layer; memory."""
 
-import gc
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +9,13 @@ from torch import Tensor, nn
 import mosld_kernels
 from mosld import MoSLDLinear
 
+from .compare import describe, memory_of, mixture_of
 from .gpu_measurements import row
-from .layer import DROPOUT
 from .measure import Timer, Timing
-from .rivals import candidates
+from .peers import FROZEN, LORA, OURS, build
 from .shapes import LayerShape
 
-FROZEN = "frozen linear"
+PEERS_MEASURED = (LORA, "PEFT LoRA, no dropout", "formula in plain torch", "HydraLoRA loop")
 STEPS = ("forward", "backward", "both")
 Steps = Mapping[str, Callable[[], object]]
 
@@ -39,12 +38,10 @@ class WithBackend(nn.Module):
 
 def modules_for(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
     """Name -> module on the device, all over one frozen weight."""
-    linear = nn.Linear(shape.D_in, shape.D_out, device=device, dtype=dtype).requires_grad_(False)
-    modules = candidates(linear, r=shape.R, num_experts=shape.E, top_k=shape.K, dropout=DROPOUT)
-    layer = modules.pop("MoSLD")
-    assert isinstance(layer, MoSLDLinear)
+    linear, mixture = nn.Linear(shape.D_in, shape.D_out, device=device, dtype=dtype), mixture_of(shape)
+    layer = cast(MoSLDLinear, build(OURS, linear, mixture))
     ours = {f"MoSLD {backend}": WithBackend(layer, backend) for backend in ("triton", "eager")}
-    return {FROZEN: modules.pop(FROZEN), **ours, **modules}
+    return {FROZEN: linear, **ours, **{name: build(name, linear, mixture) for name in PEERS_MEASURED}}
 
 
 def steps_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Callable[[], object]]:
@@ -119,38 +116,4 @@ def _row(name: str, way: str, step: str, timing: Timing, frozen: Timing, memory:
 
 
 def _failed(name: str, error: Exception) -> dict:
-    return {"name": name, "error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-
-
-def memory_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, int]:
-    """-> saved_bytes: what forward keeps for backward beside x and the parameters, each storage once;
-    peak_bytes: the most that forward and backward hold beyond what was held before, on a GPU."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = tensor  # held, so that no other storage takes the address meanwhile
-        return tensor
-
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = module(x)
-    result = {"saved_bytes": sum(t.untyped_storage().nbytes() for t in saved.values())}
-    torch.autograd.grad(out, wanted, dout)
-    del out
-    saved.clear()
-    if x.device.type == "cuda":
-        result["peak_bytes"] = _peak_bytes(lambda: torch.autograd.grad(module(x), wanted, dout), x.device)
-    return result
-
-
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    gc.collect()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return {"name": name, "error": describe(error)}

@@ -1,69 +1,74 @@
-"""One adapted linear layer, forward and backward, as a ratio over the frozen layer in the same interleaved run."""
+"""Adapted linear layers beside their peers on the CPU: every chosen shape and dtype is one table of `compare`'s rows."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from .measure import interleaved, machine
-from .rivals import candidates
-from .shapes import LAYERS, LayerShape
+from . import cpu_model
+from .compare import DROPOUT, compare
+from .measure import Budget, machine
+from .peers import Builder
+from .results import Writer
+from .shapes import LAYERS, LayerShape, named
 
-DROPOUT = 0.1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def step(module: nn.Module, x: Tensor, dout: Tensor) -> Callable[[], None]:
-    """Forward and backward with x and the adapters wanting gradients, starting from none."""
-    parameters = [x, *(p for p in module.parameters() if p.requires_grad)]
-
-    def run() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        module(x).backward(dout)
-
-    return run
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONGEST_STEP_S = 2.0  # of the frozen layer; beyond it a table would take minutes
 
 
-def measure_layer(shape: LayerShape, dtype: torch.dtype, rounds: int, label: str) -> list[dict]:
-    """-> one row a candidate: its times in ms, and its ratio over the frozen linear."""
-    torch.manual_seed(0)
-    x = torch.randn(shape.T, shape.D_in).to(dtype).requires_grad_()
-    dout = torch.randn(shape.T, shape.D_out).to(dtype)
-    linear = nn.Linear(shape.D_in, shape.D_out).to(dtype).requires_grad_(False)
-    modules = candidates(linear, r=shape.R, num_experts=shape.E, top_k=shape.K, dropout=DROPOUT)
-    timings = interleaved({name: step(module, x, dout) for name, module in modules.items()}, rounds, label)
-    frozen = timings["frozen linear"].median_ms
-    return [{"name": name, **asdict(t), "ratio": t.median_ms / frozen} for name, t in timings.items()]
+@dataclass(frozen=True)
+class Table:
+    name: str
+    shape: LayerShape
+    dtype: str
 
 
-def run(names: Sequence[str], dtypes: Sequence[str], rounds: int, out: Path | None) -> dict:
-    """Measure every shape in every dtype, print a table each, and write all to `out` as JSON after each one.
+def run(tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, out: Path | None, verb="layer") -> dict:
+    """Measure the tables one after the other, print each, and write all that is measured to `out` after each.
 
-    raises ValueError for a shape or dtype that does not exist, listing those that do.
+    raises ValueError for a dtype that does not exist, listing those that do.
     """
-    for given, known in ((names, LAYERS), (dtypes, DTYPES)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"there is no {', '.join(unknown)}; there are: {', '.join(known)}")
-    result = {"machine": machine(), "dropout": DROPOUT, "rounds": rounds, "layers": []}
-    for name in names:
-        for dtype in dtypes:
-            rows = measure_layer(LAYERS[name], DTYPES[dtype], rounds, f"{name} {dtype}")
-            result["layers"].append({"name": name, "shape": LAYERS[name]._asdict(), "dtype": dtype, "rows": rows})
-            print(f"\n{LAYERS[name]}, {dtype}: forward + backward\n{table(rows)}")
-            if out:  # after each table, so that an interruption keeps what is measured
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    unknown = [table.dtype for table in tables if table.dtype not in DTYPES]
+    if unknown:
+        raise ValueError(f"there is no {', '.join(unknown)}; there are: {', '.join(DTYPES)}")
+    settings = {"dropout": DROPOUT, **budget._asdict(), "peers": list(peers)}
+    settings["seconds"] = None if budget.seconds == float("inf") else budget.seconds
+    rates = {dtype: cpu_model.measure_rates(DTYPES[dtype]) for dtype in dict.fromkeys(t.dtype for t in tables)}
+    head = {"verb": verb, "machine": machine(), "settings": settings}
+    writer = Writer({**head, "rates": {name: rate._asdict() for name, rate in rates.items()}, "tables": []}, out)
+    for table in tables:
+        p = cpu_model.problem(table.shape, rates[table.dtype], DTYPES[table.dtype])
+        entry = {"name": table.name, "shape": table.shape._asdict(), "dtype": table.dtype}
+        if 2 * p.base / 1e6 > LONGEST_STEP_S:
+            rate = rates[table.dtype].matmul_flops / 1e9
+            entry["left_out"] = (
+                f"{table.dtype} products run at {rate:.1f} GFLOP/s here: {2 * p.base / 1e6:.0f} s a step"
+            )
+            print(f"\n{table.name}, {table.dtype}: left out: {entry['left_out']}")
+        else:
+            rows = compare(peers, table.shape, DTYPES[table.dtype], budget, f"{table.name} {table.dtype}")
+            cpu_model.add_predictions(rows, p)
+            entry["rows"] = rows
+            print(f"\n{table.shape}, {table.dtype}: forward + backward\n{text(rows)}")
+        writer.add(entry)
+    return writer.result
 
 
-def table(rows: Sequence[dict]) -> str:
-    lines = [f"{'':24}{'median ms':>11}{'20 % to 80 %':>18}{'over frozen':>13}"]
+def layers(names: Sequence[str], dtypes: Sequence[str]) -> list[Table]:
+    """raises ValueError for a shape that does not exist, listing those that do."""
+    return [Table(name, shape, dtype) for name, shape in named(LAYERS, names).items() for dtype in dtypes]
+
+
+def text(rows: Sequence[dict]) -> str:
+    """The rows of forward + backward as a table."""
+    lines = [f"{'':32}{'median ms':>11}{'20 % to 80 %':>20}{'over frozen':>13}{'saved bytes':>13}{'over model':>12}"]
     for row in rows:
-        spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
-        lines.append(f"{row['name']:24}{row['median_ms']:11.2f}{spread:>18}{row['ratio']:12.2f}x")
+        if "failure" in row:
+            lines.append(f"{row['name']:32}{row['failure']}")
+        elif row["step"] == "both":
+            spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
+            model = f"{row['over_model']:12.2f}" if "over_model" in row else f"{'-':>12}"
+            numbers = f"{row['median_ms']:11.2f}{spread:>20}{row['ratio']:12.2f}x{row['saved_bytes']:13,}{model}"
+            lines.append(f"{row['name']:32}{numbers}")
     return "\n".join(lines)

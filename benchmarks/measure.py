@@ -1,8 +1,9 @@
 """Timing, in one place: candidates run interleaved in one process, medians of many runs, never of one after the other.
 
 Two noisy cores drift by tens of percent within a minute, and a GPU's clock with its temperature; interleaving gives
-every candidate the same share of it. Three ways to time, all from name -> callable to name -> `Timing`:
+every candidate the same share of it. The ways to time, from name -> callable to name -> `Timing`:
 
+    interleaved_phases  as the next one, with forward and backward of one run timed apart
     interleaved   the host's clock around each run                                       CPU, and launches
     with_events   the device's clock around each run: what a user waits for, host included where it is slower
     with_graphs   the device's clock around replays of a CUDA graph: the kernels alone, nothing of the host
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -33,6 +34,7 @@ class Timing:
     high_ms: float
 
 
+Steps = dict[str, Timing]
 Candidates = Mapping[str, Callable[[], object]]
 
 
@@ -52,6 +54,42 @@ def interleaved(candidates: Candidates, rounds: int, label: str = "") -> dict[st
             if number >= WARM_UP:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: _summary(runs) for name, runs in times.items()}
+
+
+class Budget(NamedTuple):
+    """Rounds end after `rounds`, or after `seconds` once there are `least`."""
+
+    rounds: int = 60
+    seconds: float = float("inf")
+    least: int = 5
+
+
+Phases = tuple[Callable[[], Any], Callable[[Any], object]]  # forward, and backward of what it returned
+
+
+def interleaved_phases(candidates: Mapping[str, Phases], budget: Budget, label: str = "") -> dict[str, Steps]:
+    """Name -> "forward", "backward" and "both" -> Timing, every candidate once per round."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    for number in tqdm(range(budget.rounds + WARM_UP), desc=label, unit="round", leave=False):
+        if number >= budget.least + WARM_UP and time.perf_counter() - begin > budget.seconds:
+            break
+        for name, (forward, backward) in candidates.items():
+            start = time.perf_counter()
+            out = forward()
+            middle = time.perf_counter()
+            backward(out)
+            end = time.perf_counter()
+            del out  # freed outside every other candidate's time
+            if number >= WARM_UP:
+                times[name].append((1e3 * (middle - start), 1e3 * (end - middle)))
+    return {name: _steps(runs) for name, runs in times.items()}
+
+
+def _steps(runs: list[tuple[float, float]]) -> Steps:
+    forward, backward = (list(phase) for phase in zip(*runs, strict=True))
+    both = [sum(phases) for phases in runs]
+    return {"forward": _summary(forward), "backward": _summary(backward), "both": _summary(both)}
 
 
 def _summary(runs: list[float]) -> Timing:

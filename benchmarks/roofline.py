@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     E: int = 8
     K: int = 2
     dropout: bool = True
+    element_bytes: int = ELEMENT_BYTES
 
     def time_us(self, flops: float, moved_bytes: float, integer_ops: float = 0.0) -> float:
         """Whichever of the three takes longest."""
@@ -57,26 +58,28 @@ class Problem(NamedTuple):
     def base(self) -> float:
         """The frozen layer in one direction."""
         elements = self.T * self.D_in + self.T * self.D_out + self.D_in * self.D_out
-        return self.time_us(2 * self.T * self.D_in * self.D_out, ELEMENT_BYTES * elements)
+        return self.time_us(2 * self.T * self.D_in * self.D_out, self.element_bytes * elements)
 
     @property
     def x(self) -> float:
         """One pass over x."""
-        return self.time_us(0, ELEMENT_BYTES * self.T * self.D_in)
+        return self.time_us(0, self.element_bytes * self.T * self.D_in)
 
     @property
     def out(self) -> float:
         """One pass over out."""
-        return self.time_us(0, ELEMENT_BYTES * self.T * self.D_out)
+        return self.time_us(0, self.element_bytes * self.T * self.D_out)
 
     @property
     def token_dropout(self) -> float:
         """Dropout on x in eager torch, either direction: a read, a write, and a mask of one byte an element."""
-        return 2.5 * self.x if self.dropout else 0.0
+        return (2 + 1 / self.element_bytes) * self.x if self.dropout else 0.0
 
     def expand(self, passes: int) -> float:
         """The product between [T, E * R] and [T, D_out]: its arithmetic, or this many passes over out."""
-        return self.time_us(2 * self.T * self.D_out * self.E * self.R, passes * ELEMENT_BYTES * self.T * self.D_out)
+        return self.time_us(
+            2 * self.T * self.D_out * self.E * self.R, passes * self.element_bytes * self.T * self.D_out
+        )
 
     def extension(self, columns: int, contraction: int) -> float:
         """Lengthening the sums of the base product, `contraction` long, by this many columns."""
@@ -110,6 +113,11 @@ def expert_loop(p: Problem) -> tuple[float, float]:
     forward = p.token_dropout + p.x + p.out + 2 * p.out + 2 * p.out + 3 * p.out
     backward = 2 * p.out + 3 * p.out + 2 * p.out + 2 * p.x + p.token_dropout + 3 * p.x
     return p.E * forward + p.x, p.E * backward + 5 * p.x
+
+
+def accumulate_after(p: Problem) -> tuple[float, float]:
+    """One LoRA without dropout in closed form, accumulated onto the base product's out, as fused LoRA libraries do."""
+    return p.x + 2 * p.out, 2 * p.out + p.x + p.x + 2 * p.x
 
 
 def packed_token_dropout(p: Problem) -> tuple[float, float]:

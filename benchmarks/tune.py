@@ -22,8 +22,8 @@ from mosld_kernels.triton import down, down_backward, grad_expert_b, tiles, up_b
 from mosld_kernels.triton.launch import properties
 from mosld_kernels.triton.tiles import KERNELS, Row, Tile
 
+from .compare import DROPOUT
 from .gpu import context_is_lost, write
-from .layer import DROPOUT
 from .measure import Timer, with_graphs
 from .recorded import DTYPES
 from .shapes import LAYERS
