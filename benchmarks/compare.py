@@ -36,30 +36,43 @@ def phases_of(module: nn.Module, x: Tensor, dout: Tensor) -> Phases:
     return lambda: module(x), lambda out: torch.autograd.grad(out, wanted, dout)
 
 
+def inference_of(module: nn.Module, x: Tensor) -> Phases:
+    """-> forward without gradients, and nothing."""
+    return torch.no_grad()(lambda: module(x)), lambda out: None
+
+
 def compare(
-    peers: Mapping[str, Builder], shape: LayerShape, dtype: torch.dtype, budget: Budget, label=""
+    peers: Mapping[str, Builder],
+    shape: LayerShape,
+    dtype: torch.dtype,
+    budget: Budget,
+    label: str = "",
+    training: bool = True,
 ) -> list[dict]:
     """One row a peer and step (forward, backward, both): median, 20th and 80th percentile in ms, `ratio` over the frozen
     layer; in the rows of the step "both" also `saved_bytes`, `parameters` and `error` (see `error_of`).
 
+    training: False measures modules in eval mode without gradients, and gives rows of the step "forward" alone.
     A peer that raises gives one row with `failure`, and the others go on.
     """
     linear, x, dout = inputs_of(shape, dtype, torch.device("cpu"))
     rows, ready, facts = [], {}, {}
     for name in tqdm(peers, desc=f"{label}: peers", leave=False):
         try:
-            module = build(name, linear, mixture_of(shape))
+            module = build(name, linear, mixture_of(shape)).train(training)
             memory = memory_of(module, x, dout)  # runs it once, backward too
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
             facts[name] = {**memory, "parameters": trained, "error": error_of(module, x)}
-            ready[name] = phases_of(module, x, dout)
+            ready[name] = phases_of(module, x, dout) if training else inference_of(module, x)
+            ready[name][0]()
         except Exception as failure:  # whatever a peer does wrong is a result
             rows.append({"name": name, "failure": describe(failure)})
     times = interleaved_phases(ready, budget, label)
     for name, by_step in times.items():
         for step, timing in by_step.items():
             row = {**timing_row(name, timing, times[FROZEN][step]), "step": step}
-            rows.append({**row, **facts[name]} if step == "both" else row)
+            if training or step == "forward":
+                rows.append({**row, **facts[name]} if step == "both" else row)
     return rows
 
 
@@ -92,6 +105,16 @@ def error_of(module: nn.Module, x: Tensor) -> float:
 def memory_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, int]:
     """-> saved_bytes: what forward keeps for backward beside x and the parameters, each storage once;
     peak_bytes: the most that forward and backward hold beyond what was held before, on a GPU."""
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    result = {"saved_bytes": saved_bytes(lambda: module(x), module, x)}
+    torch.autograd.grad(module(x), wanted, dout)
+    if x.device.type == "cuda":
+        result["peak_bytes"] = _peak_bytes(lambda: torch.autograd.grad(module(x), wanted, dout), x.device)
+    return result
+
+
+def saved_bytes(forward: Callable[[], object], module: nn.Module, x: Tensor) -> int:
+    """What `forward` keeps for backward beside x and the module's parameters, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
     saved: dict[int, Tensor] = {}
 
@@ -101,16 +124,10 @@ def memory_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, int]:
             saved[storage.data_ptr()] = tensor  # held, so that no other storage takes the address meanwhile
         return tensor
 
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = module(x)
-    result = {"saved_bytes": sum(t.untyped_storage().nbytes() for t in saved.values())}
-    torch.autograd.grad(out, wanted, dout)
+        out = forward()
     del out
-    saved.clear()
-    if x.device.type == "cuda":
-        result["peak_bytes"] = _peak_bytes(lambda: torch.autograd.grad(module(x), wanted, dout), x.device)
-    return result
+    return sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
 def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Adapted linear layers beside their peers on the CPU: every chosen shape and dtype is one table of `compare`'s rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ class Table:
     name: str
     shape: LayerShape
     dtype: str
+    training: bool = True
+    keys: dict = field(default_factory=dict)  # put into the result as they are
 
 
 def run(tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, out: Path | None, verb="layer") -> dict:
@@ -39,7 +41,9 @@ def run(tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, o
     writer = Writer({**head, "rates": {name: rate._asdict() for name, rate in rates.items()}, "tables": []}, out)
     for table in tables:
         p = cpu_model.problem(table.shape, rates[table.dtype], DTYPES[table.dtype])
-        entry = {"name": table.name, "shape": table.shape._asdict(), "dtype": table.dtype}
+        entry = {"name": table.name, "shape": table.shape._asdict(), "dtype": table.dtype, **table.keys}
+        if not table.training:
+            entry["mode"] = "eval"
         if 2 * p.base / 1e6 > LONGEST_STEP_S:
             rate = rates[table.dtype].matmul_flops / 1e9
             entry["left_out"] = (
@@ -47,28 +51,31 @@ def run(tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, o
             )
             print(f"\n{table.name}, {table.dtype}: left out: {entry['left_out']}")
         else:
-            rows = compare(peers, table.shape, DTYPES[table.dtype], budget, f"{table.name} {table.dtype}")
+            label = f"{table.name} {table.dtype}"
+            rows = compare(peers, table.shape, DTYPES[table.dtype], budget, label, table.training)
             cpu_model.add_predictions(rows, p)
             entry["rows"] = rows
-            print(f"\n{table.shape}, {table.dtype}: forward + backward\n{text(rows)}")
+            what = "forward + backward" if table.training else "forward, eval mode, no gradients"
+            print(f"\n{table.shape}, {table.dtype}: {what}\n{text(rows, 'both' if table.training else 'forward')}")
         writer.add(entry)
     return writer.result
 
 
-def layers(names: Sequence[str], dtypes: Sequence[str]) -> list[Table]:
+def layers(names: Sequence[str], dtypes: Sequence[str], training: bool = True) -> list[Table]:
     """raises ValueError for a shape that does not exist, listing those that do."""
-    return [Table(name, shape, dtype) for name, shape in named(LAYERS, names).items() for dtype in dtypes]
+    return [Table(name, shape, dtype, training) for name, shape in named(LAYERS, names).items() for dtype in dtypes]
 
 
-def text(rows: Sequence[dict]) -> str:
-    """The rows of forward + backward as a table."""
+def text(rows: Sequence[dict], step: str = "both") -> str:
+    """The rows of one step as a table."""
     lines = [f"{'':32}{'median ms':>11}{'20 % to 80 %':>20}{'over frozen':>13}{'saved bytes':>13}{'over model':>12}"]
     for row in rows:
         if "failure" in row:
             lines.append(f"{row['name']:32}{row['failure']}")
-        elif row["step"] == "both":
+        elif row["step"] == step:
             spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
             model = f"{row['over_model']:12.2f}" if "over_model" in row else f"{'-':>12}"
-            numbers = f"{row['median_ms']:11.2f}{spread:>20}{row['ratio']:12.2f}x{row['saved_bytes']:13,}{model}"
+            saved = f"{row['saved_bytes']:13,}" if "saved_bytes" in row else f"{'-':>13}"
+            numbers = f"{row['median_ms']:11.2f}{spread:>20}{row['ratio']:12.2f}x{saved}{model}"
             lines.append(f"{row['name']:32}{numbers}")
     return "\n".join(lines)

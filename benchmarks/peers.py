@@ -5,8 +5,10 @@ cannot run here raises `Absent` with the reason.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import peft
@@ -18,11 +20,9 @@ from torch.nn import functional as F
 from mosld import MoSLDLinear
 from mosld_kernels import reference
 
+from .optional_peers import OPTIONAL, Absent
+
 FROZEN, OURS, LORA = "frozen linear", "MoSLD", "PEFT LoRA"
-
-
-class Absent(RuntimeError):
-    """A peer that does not exist on this machine."""
 
 
 @dataclass(frozen=True)
@@ -224,18 +224,24 @@ PEERS: dict[str, Builder] = {
     "formula, compiled": compiled(ReferenceLayer),
     "HydraLoRA loop": HydraLoop,
     "MoLA loop": MolaLoop,
+    **OPTIONAL,
 }
 
 
-def choose(names: Iterable[str] | None) -> dict[str, Builder]:
+def choose(names: Iterable[str] | None = None, checkouts: Iterable[Path] = ()) -> dict[str, Builder]:
     """The peers of these names, all without names; the frozen linear, to which all is compared, comes first.
 
-    raises ValueError for a name that does not exist, listing those that do.
+    checkouts: folders of optional peers' sources, put on the import path.
+    raises ValueError for a name that does not exist, listing those that do, and for a checkout that is no folder.
     """
     names = list(PEERS if names is None else names)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise ValueError(f"there is no peer {', '.join(map(repr, unknown))}; there are: {', '.join(PEERS)}")
+    for folder in checkouts:
+        if not folder.is_dir():
+            raise ValueError(f"checkout must be a folder, got {folder}")
+        sys.path.append(str(folder))
     return {name: build for name, build in PEERS.items() if name in {FROZEN, *names}}
 
 
