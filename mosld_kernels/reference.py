@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .dropout import draw_keep, drop_elements
 
 MOST_MAXIMA = 4  # K up to which K maxima beat a sort
+FEWEST_LOGITS = 2048  # below, the number of calls is the cost, and a sort is one call
 
 
 def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
@@ -43,7 +44,7 @@ def _softmax(logits: Tensor) -> Tensor:
 
 def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """logits [..., E] -> the K largest [..., K] and their indices; equal logits go to the lower index."""
-    if top_k > MOST_MAXIMA:
+    if top_k > MOST_MAXIMA or logits.numel() < FEWEST_LOGITS:
         values, chosen = logits.sort(dim=-1, descending=True, stable=True)
         return values[..., :top_k], chosen[..., :top_k]
     # torch.max promises the first of equal values. K maxima take a third of a sort's time at E = 8, a sixth at 64.

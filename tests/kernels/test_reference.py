@@ -67,12 +67,13 @@ def test_gates_survive_logits_far_apart():
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5, 9])
-def test_gates_are_the_softmax_over_the_chosen(experts):
+@pytest.mark.parametrize("tokens", [3, 3000])  # few and many are sorted differently
+def test_gates_are_the_softmax_over_the_chosen(experts, tokens):
     """Against the definition, for every K: ties (integers), infinities that leave fewer than K finite logits."""
     torch.manual_seed(experts)
-    tied = torch.randint(-2, 3, (200, experts)).double()
-    scarce = torch.randn(200, experts).double()
-    scarce[:, 1:][torch.rand(200, experts - 1) < 0.6] = float("-inf")
+    tied = torch.randint(-2, 3, (tokens, experts)).double()
+    scarce = torch.randn(tokens, experts).double()
+    scarce[:, 1:][torch.rand(tokens, experts - 1) < 0.6] = float("-inf")
     for logits in (tied, scarce):
         for top_k in range(1, experts + 1):
             chosen = reference.top_k_mask(logits, top_k)
