@@ -2,7 +2,7 @@
 # make test   every test that runs without a GPU
 # make test-gpu  the tests that need an NVIDIA GPU
 # make check  lint, format and types
-# make bench  one adapted layer beside PEFT's LoRA and the published loop, as ratios over the frozen layer
+# make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
 
@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/mosld train
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
@@ -27,7 +27,7 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks layer --shape cpu-1024 cpu-2048 --out runs/layer.json
+	$(BIN)/python -m benchmarks bench
 
 tune: $(READY)
 	$(BIN)/python -m benchmarks tune --out runs/tiles.json
