@@ -47,7 +47,7 @@ def steps(shape: LayerShape, dtype: torch.dtype) -> list[Step]:
     down_weight, _, keep = prepare()
     assert down_weight is not None
     hidden, logits, gates, mixed = eager.down(x, down_weight, R, K, SCALE)
-    dprojected = eager.up_backward(dout, expert_b, hidden, gates, None, SCALE)
+    dprojected = eager.up_backward(dout, expert_b, hidden, gates, None, K, SCALE)
     projected, columns = R + E, E * R
     big_in, big_out, small = T * D_in, T * D_out, T * (R + 2 * E)
     return [
@@ -57,18 +57,18 @@ def steps(shape: LayerShape, dtype: torch.dtype) -> list[Step]:
         Step("down, routing and mix", "forward", lambda: eager.down(x, down_weight, R, K, SCALE),
              2 * T * D_in * projected, big_in + T * columns + small),
         Step("  routing alone", "forward", lambda: gates_from_logits(logits, K), 0, 2 * T * E),
-        Step("  mix alone", "forward", lambda: eager.mix(hidden, gates, SCALE), 0, T * columns + small),
-        Step("up", "forward", lambda: torch.addmm(bias, mixed, expert_b.t()), 2 * T * D_out * columns,
+        Step("  mix alone", "forward", lambda: eager.mix(hidden, gates, K, SCALE), 0, T * columns + small),
+        Step("up", "forward", lambda: eager.up(x, None, None, mixed, expert_b), 2 * T * D_out * columns,
              big_out + T * columns),
         Step("frozen layer", "backward", lambda: torch.mm(dout, weight), 2 * T * D_in * D_out,
              big_in + big_out + D_in * D_out),
-        Step("grad_expert_b", "backward", lambda: eager.grad_expert_b(dout, hidden, gates, SCALE, dtype),
+        Step("grad_expert_b", "backward", lambda: eager.grad_expert_b(dout, hidden, gates, K, SCALE, dtype),
              2 * T * D_out * columns, big_out + D_out * columns),
-        Step("up_backward", "backward", lambda: eager.up_backward(dout, expert_b, hidden, gates, None, SCALE),
+        Step("up_backward", "backward", lambda: eager.up_backward(dout, expert_b, hidden, gates, None, K, SCALE),
              2 * T * D_out * columns, big_out + T * columns),
         Step("down_backward", "backward", lambda: eager.down_backward(dprojected, x, keep, DROPOUT, R, dtype),
              2 * T * D_in * projected, big_in + small),
-        Step("dx", "backward", lambda: torch.mm(dprojected, down_weight), 2 * T * D_in * projected, big_in + small),
+        Step("dx", "backward", lambda: eager.grad_x(dout, None, dprojected, down_weight), 2 * T * D_in * projected, big_in + small),
     ]  # fmt: skip
 
 

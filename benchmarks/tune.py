@@ -64,9 +64,9 @@ def launch_of(case: Case, device: torch.device) -> tuple[Launch, Tensor]:
     dout, hidden = random(T, D_out).to(dtype), random(T, R).to(dtype)
     gates = reference.gates_from_logits(random(T, E), K)
     if case.kernel == "grad_expert_b":
-        return lambda: (grad_expert_b(dout, hidden, gates, SCALE, torch.float32),), dout
+        return lambda: (grad_expert_b(dout, hidden, gates, K, SCALE, torch.float32),), dout
     expert_b, dlogits = random(D_out, E * R).to(dtype), random(T, E)
-    return lambda: (up_backward(dout, expert_b, hidden, gates, dlogits, SCALE),), dout
+    return lambda: (up_backward(dout, expert_b, hidden, gates, dlogits, K, SCALE),), dout
 
 
 def measure(case: Case, chosen: Sequence[Tile], device: torch.device, timer: Timer) -> Measurement:

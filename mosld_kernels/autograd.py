@@ -48,11 +48,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor,
     steps, p = _steps(settings.backend), settings.dropout_p
     down_weight, expert_b, _ = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype)
     hidden, logits, gates, mixed = steps.down(x, down_weight, shared_a.shape[0], settings.top_k, settings.scale)
-    out = torch.mm(mixed, expert_b.t()) if bias is None else torch.addmm(bias, mixed, expert_b.t())
-    if weight is not None:
-        # The base product accumulates onto the stored update: adding the update afterwards costs two more passes.
-        out.addmm_(x, weight.t())
-    return out, logits, hidden, gates
+    return steps.up(x, weight, bias, mixed, expert_b), logits, hidden, gates
 
 
 def backward(
@@ -70,7 +66,7 @@ def backward(
     """
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router = needs
-    steps, scale = _steps(settings.backend), settings.scale
+    steps, top_k, scale = _steps(settings.backend), settings.top_k, settings.scale
     if dout is None:
         dout = x.new_zeros(x.shape[0], expert_b.shape[0])
     dout = dout.contiguous()
@@ -80,17 +76,15 @@ def backward(
     if needs_bias and bias is not None:
         dbias = dout.sum(0)
     if needs_b:
-        dexpert_b = steps.grad_expert_b(dout, hidden, gates, scale, expert_b.dtype)
+        dexpert_b = steps.grad_expert_b(dout, hidden, gates, top_k, scale, expert_b.dtype)
     if needs_x or needs_a or needs_router:
         p, dtype = settings.dropout_p, shared_a.dtype
         down_weight, expert_b, keep = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype, needs_x)
-        dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, scale)
+        dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, top_k, scale)
         if needs_a or needs_router:
             dshared_a, drouter = steps.down_backward(dprojected, x, keep, p, shared_a.shape[0], dtype)
         if down_weight is not None:
-            dx = torch.mm(dprojected, down_weight)
-            if weight is not None:
-                dx.addmm_(dout, weight)  # the same order as in forward
+            dx = steps.grad_x(dout, weight, dprojected, down_weight)
     return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
 
 

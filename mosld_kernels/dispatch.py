@@ -166,9 +166,9 @@ def _triton_obstacle(inputs: Inputs, dtype: torch.dtype) -> str | None:
 def _check_settings(settings: Settings) -> None:
     if settings.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {settings.backend!r}")
-    for name in ("dropout_p", "scale"):
-        if not isinstance(getattr(settings, name), (int, float)):
-            raise ValueError(f"{name} must be a number, got {getattr(settings, name)!r}")
+    for name, value in (("dropout_p", settings.dropout_p), ("scale", settings.scale)):
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     if not isinstance(settings.top_k, int):
         raise ValueError(f"top_k must be an integer, got {settings.top_k!r}")
     if not 0 <= settings.dropout_p <= 1:
@@ -178,10 +178,10 @@ def _check_settings(settings: Settings) -> None:
 
 
 def _check_tensors(inputs: Inputs, settings: Settings) -> None:
-    for name, tensor in inputs._asdict().items():
-        if name not in ("weight", "bias", "seed") or tensor is not None:
-            _expect_dense(tensor, name)
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        if tensor is not None or name not in ("weight", "bias", "seed"):
+            _expect_dense(tensor, name)
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
         raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
     if not (shared_a.dim() == expert_b.dim() == router_weight.dim() == 2):
@@ -202,8 +202,8 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
         _expect(bias, "bias", "[D_out]", (d_out,))
     if not 1 <= settings.top_k <= num_experts:
         raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {settings.top_k}")
-    for name, tensor in inputs._asdict().items():
-        if name != "seed" and tensor is not None and tensor.device != x.device:
+    for name, tensor in zip(Inputs._fields[:6], inputs, strict=False):
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
     if settings.dropout_p > 0:
         if seed is None:
@@ -216,15 +216,14 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
 def _check_dtypes(inputs: Inputs, dtype: torch.dtype) -> None:
     """dtype: of the products. Autocast casts to it what is a float of at most 32 bits; nothing else is cast."""
     castable = TRITON_FLOATS if dtype != torch.float64 and autocasts(inputs.x) else (inputs.x.dtype,)
-    for name in ("x", "weight", "bias"):
-        tensor = getattr(inputs, name)
+    for name, tensor in zip(Inputs._fields[:3], inputs, strict=False):
         if tensor is not None and tensor.dtype not in castable:
             raise ValueError(f"{name} must have x's dtype {inputs.x.dtype}, got {tensor.dtype}")
-    for name in ("shared_a", "expert_b", "router_weight"):
-        own, shared = getattr(inputs, name).dtype, inputs.shared_a.dtype
-        if own not in FLOATS or own != shared:
+    shared = inputs.shared_a.dtype
+    for name, tensor in zip(Inputs._fields[3:6], inputs[3:6], strict=True):
+        if tensor.dtype not in FLOATS or tensor.dtype != shared:
             raise ValueError(
-                f"shared_a, expert_b and router_weight must share one floating-point dtype, got {own} "
+                f"shared_a, expert_b and router_weight must share one floating-point dtype, got {tensor.dtype} "
                 f"for {name} beside {shared} for shared_a"
             )
 
@@ -236,7 +235,7 @@ def _expect_dense(tensor: object, name: str) -> None:
 
 
 def _expect(tensor: Tensor, name: str, rule: str, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} must be {rule} = {list(shape)}, got {list(tensor.shape)}")
 
 

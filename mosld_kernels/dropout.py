@@ -31,12 +31,10 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
         raise ValueError(f"shape must be (R, D_in), both at least 0, got {tuple(shape)}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
+    if _on_this_host(seed):
+        return _drawn(seed.item(), *shape, threshold(p), layer_id, stream_id)
     rows, cols = shape
     blocks = -(-rows * cols // 4)  # one Philox call decides four neighbours
-    # Exactly Tensor: a fake one has no value to read, and torch.compile knows no 32-bit words of NumPy.
-    if type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling():
-        bits = _packed_keep(seed.item(), blocks, threshold(p), layer_id, stream_id)
-        return torch.from_numpy(np.unpackbits(bits, count=rows * cols).view(np.bool_).reshape(rows, cols))
     counter = torch.zeros(4, blocks, dtype=torch.int64, device=seed.device)
     torch.arange(blocks, out=counter[0])
     if layer_id or stream_id:
@@ -45,11 +43,22 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
     return (words >= threshold(p)).view(rows, cols)
 
 
-@functools.lru_cache(maxsize=512)  # layers between a forward and its backward; R * D_in / 8 bytes each
-def _packed_keep(seed: int, blocks: int, limit: int, layer_id: int, stream_id: int) -> np.ndarray:
-    """The mask as bits, eight to a byte. It is remembered, because with few tokens drawing it is the longest step."""
-    words = philox_numpy(seed, blocks, 0, layer_id, stream_id)
-    return np.packbits(np.stack(words, axis=1) >= limit)
+def _on_this_host(seed: Tensor) -> bool:
+    """Exactly Tensor: a fake one has no value to read, and torch.compile knows no 32-bit words of NumPy."""
+    return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _drawn(seed: int, rows: int, cols: int, limit: int, layer_id: int = 0, stream_id: int = 0) -> Tensor:
+    blocks = -(-rows * cols // 4)
+    kept = np.empty((blocks, 4), np.bool_)
+    for lane, word in enumerate(philox_numpy(seed, blocks, 0, layer_id, stream_id)):
+        np.greater_equal(word, limit, out=kept[:, lane])
+    return torch.from_numpy(kept.reshape(-1)[: rows * cols].reshape(rows, cols))
+
+
+# With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into it.
+_remembered = functools.lru_cache(maxsize=512)(_drawn)
+MOST_REMEMBERED = 1 << 16  # elements
 
 
 def threshold(p: float) -> int:
@@ -80,11 +89,13 @@ def triton_keep():
 
 
 def draw_keep(seed: Tensor | None, shape: tuple[int, ...], p: float) -> Tensor | None:
-    """The keep mask of one call, or None when nothing is dropped and so no randomness is wanted."""
+    """The keep mask of one call, not to be written into; None when nothing is dropped and no randomness is wanted."""
     if p == 0:
         return None
     if seed is None:
         raise ValueError(f"dropout_p={p} needs a seed: an int64 tensor of shape [1]")
+    if _on_this_host(seed) and shape[0] * shape[1] <= MOST_REMEMBERED:
+        return _remembered(seed.item(), *shape, threshold(p))
     return keep_mask(seed, shape, p)
 
 
@@ -98,7 +109,7 @@ def drop_elements(values: Tensor, keep: Tensor | None, p: float, dtype: torch.dt
         return values.to(dtype)
     kept_share = 1 - p if p < 1 else 1.0  # p = 1 keeps nothing, so there is nothing to scale
     wide = values.to(torch.promote_types(values.dtype, dtype))
-    return torch.where(keep, wide / kept_share, 0.0).to(dtype)
+    return torch.where(keep, wide, 0.0).div_(kept_share).to(dtype)
 
 
 def check_seed(seed: Tensor) -> None:

@@ -39,6 +39,8 @@ def gates_from_logits(logits: Tensor, top_k: int) -> Tensor:
 
 def _softmax(logits: Tensor) -> Tensor:
     """Over the last dimension, run along the tokens: on CPU ten times faster than along a handful of experts."""
+    if logits.numel() < FEWEST_LOGITS:
+        return logits.softmax(dim=-1)
     return logits.movedim(-1, 0).softmax(dim=0).movedim(0, -1)
 
 

@@ -151,8 +151,8 @@ def _gram(
             )  # fmt: skip
 
 
-def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
+def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, top_k: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`. Dense, whatever top_k is."""
     rank, experts = hidden.shape[1], gates.shape[1]
     grad = dout.new_empty(dout.shape[1], experts * rank, dtype=dtype)
     _gram(dout, hidden, gates, (grad, grad), rank, experts, scale=scale)

@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, float32
 
+from ..eager import up
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
+
+__all__ = ["up", "up_backward"]  # `up` is a product of torch's library here as well
 
 
 @triton.jit
@@ -121,10 +124,16 @@ def expert_block(rank: int, experts: int, columns: int) -> tuple[int, int, int]:
 
 
 def up_backward(
-    dout: Tensor, expert_b: Tensor, hidden: Tensor, gates: Tensor, dlogits: Tensor | None, scale: float
+    dout: Tensor,
+    expert_b: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    dlogits: Tensor | None,
+    top_k: int,
+    scale: float,
 ) -> Tensor:
     """dout [T, D_out], expert_b [D_out, E * R], hidden [T, R], gates [T, E], dlogits [T, E] or None
-    -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype"""
+    -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype. Dense over the experts, whatever top_k is."""
     (tokens, d_out), rank, experts = dout.shape, hidden.shape[1], gates.shape[1]
     dprojected = dout.new_empty(tokens, rank + experts)
     tile = tile_for("up_backward", tokens, 0, d_out, experts * rank, dout)

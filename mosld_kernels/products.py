@@ -1,0 +1,97 @@
+"""Products of matrices by whichever of torch's libraries is fastest for them; on a GPU that is torch.mm.
+
+On a CPU torch.mm hands float32 to MKL, and 16-bit floats to oneDNN where the processor has instructions for them and
+to plain loops, a hundred times slower, where it has not. So on AMD processors float32 goes to oneDNN, which is up to
+twice as fast there (`docs/decisions.md` has the measurements), and 16-bit floats that the processor cannot multiply go
+through float32. Both are decided by the processor and the sizes alone: the same inputs give the same bits. The frozen
+layer's own product in forward stays torch's, because a fresh layer equals the frozen one bit for bit.
+"""
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+# oneDNN's operator costs 15 us more to call; below so many multiplications and additions that is more than it saves.
+FEWEST_FLOP = 8_000_000
+FEWEST_FLOP_ONE_ROW = 1_000_000
+
+
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, S], b [S, N], bias [N] -> a b + bias [M, N], all in one dtype"""
+    if a.device.type == "cpu":
+        if lacks(a.dtype):
+            return mm(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
+        if a.dtype == torch.float32 and _onednn_is_faster(a, b):
+            return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return _torch_mm(a, b, bias)
+
+
+def mm_sum(
+    large: tuple[Tensor, Tensor], small: tuple[Tensor, Tensor], bias: Tensor | None = None, as_frozen: bool = False
+) -> Tensor:
+    """large [M, S] x [S, N], small [M, s] x [s, N] with s far below S, bias [N] -> the sum of both products and the bias
+
+    as_frozen: with a small product of zeros the result is bit for bit that of torch.nn.functional.linear.
+    """
+    a, b = large
+    if a.device.type == "cpu":
+        out = _torch_mm(a, b, bias) if as_frozen else mm(a, b, bias)
+        return out.add_(mm(*small)) if lacks(a.dtype) else out.addmm_(*small)
+    # The large product accumulates onto the stored small one: the other way round takes one more pass over the sum.
+    return mm(*small, bias).addmm_(a, b)
+
+
+def _torch_mm(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a [N, M, S], b [N, S, L] -> out [N, M, L]"""
+    if a.device.type == "cpu" and lacks(a.dtype):
+        return out.copy_(torch.bmm(a.float(), b.float()))
+    return torch.bmm(a, b, out=out)
+
+
+@functools.cache
+def lacks(dtype: torch.dtype) -> bool:
+    """Whether this processor has no instructions for products in `dtype`, as far as torch uses them."""
+    supported = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in supported:
+        return False
+    asked = getattr(torch.ops.mkldnn, supported[dtype], None)
+    return asked is not None and not asked()
+
+
+def _onednn_is_faster(a: Tensor, b: Tensor) -> bool:
+    rows, summed = a.shape
+    if rows == 1:
+        # A vector's product is bound by reading b, and oneDNN reads it well only along the sum, as in x W^T.
+        return b.stride(0) == 1 and 2 * b.numel() >= FEWEST_FLOP_ONE_ROW and _prefers_onednn()
+    flop = 2 * rows * summed * b.shape[1]
+    return flop >= FEWEST_FLOP and _prefers_onednn()
+
+
+def _prefers_onednn() -> bool:
+    return torch.backends.mkldnn.enabled and _is_amd_with_onednn()  # pyright: ignore: the flag is set on the module
+
+
+@functools.cache
+def _is_amd_with_onednn() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and "AuthenticAMD" in _vendor()
+    )
+
+
+def _vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line for line in lines if line.startswith("vendor_id")), "")
+    except OSError:  # not Linux
+        return platform.processor()
