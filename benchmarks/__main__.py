@@ -96,7 +96,9 @@ def _timed(parser: argparse.ArgumentParser, rounds: int, seconds: float, peers: 
 
 def _peers(parser: argparse.ArgumentParser, default: tuple[str, ...] | None = None) -> None:
     told = ", ".join(default) if default else "all"
-    parser.add_argument("--peers", nargs="+", default=default, help=f"of {', '.join(PEERS)} (default: {told})")
+    parser.add_argument(
+        "--peers", nargs="+", default=default, help=f"of {', '.join(map(repr, PEERS))} (default: {told})"
+    )
     text = "folder of an optional peer's source, put on the import path; may be given again"
     parser.add_argument("--checkout", type=Path, action="append", default=[], help=text)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # noqa: E402
 
 from .peers import FROZEN, OURS
 
@@ -28,7 +29,7 @@ def draw(tables: Sequence[dict], folder: Path) -> dict[str, str]:
     return drawn
 
 
-Found = tuple[plt.Figure, str, str] | None
+Found = tuple[Figure, str, str] | None
 
 
 def _largest(tables: Sequence[dict]) -> dict | None:
@@ -37,7 +38,7 @@ def _largest(tables: Sequence[dict]) -> dict | None:
     return tables[-max(counted)[1]] if counted else None
 
 
-def _bars(rows: Sequence[tuple[str, float]], label: str, heading: str, marked: float | None = None) -> plt.Figure:
+def _bars(rows: Sequence[tuple[str, float]], label: str, heading: str, marked: float | None = None) -> Figure:
     rows = sorted(rows, key=lambda row: row[1])
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.2))
     bars = axes.barh([r[0] for r in rows], [r[1] for r in rows])

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mosld import MoSLDLinear
-from mosld_kernels import reference
+from mosld_kernels import products, reference
 
 from .optional_peers import OPTIONAL, Absent
 
@@ -124,11 +124,10 @@ class MolaLoop(nn.Module):
     def __init__(self, linear: nn.Linear, mixture: Mixture):
         super().__init__()
         self.linear, self.mixture = linear, mixture
-        sizes = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        experts = range(mixture.num_experts)
-        self.a = nn.ParameterList(torch.empty(mixture.r, linear.in_features, **sizes) for _ in experts)
-        self.b = nn.ParameterList(torch.empty(linear.out_features, mixture.r, **sizes) for _ in experts)
-        self.router = nn.Parameter(torch.empty(mixture.num_experts, linear.in_features, **sizes))
+        like, experts = linear.weight, range(mixture.num_experts)
+        self.a = nn.ParameterList(like.new_empty(mixture.r, linear.in_features) for _ in experts)
+        self.b = nn.ParameterList(like.new_empty(linear.out_features, mixture.r) for _ in experts)
+        self.router = nn.Parameter(like.new_empty(mixture.num_experts, linear.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -141,6 +140,29 @@ class MolaLoop(nn.Module):
             hidden = F.linear(F.dropout(tokens[token], self.mixture.dropout, self.training), a)
             y = y.index_add(0, token, 2 * weights[token, place].unsqueeze(1) * F.linear(hidden, b))
         return y.view(*x.shape[:-1], -1)
+
+
+class _BackwardAsOurs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return products.mm(dout, ctx.saved_tensors[0]), None, None
+
+
+class BackwardAsOurs(nn.Module):
+    """The frozen layer with the product that this library uses for dx: what of the ratios comes from there."""
+
+    def __init__(self, linear: nn.Linear, mixture: Mixture):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _BackwardAsOurs.apply(x, self.linear.weight, self.linear.bias))
 
 
 class _AccumulateAfter(torch.autograd.Function):
@@ -211,6 +233,7 @@ def compiled(build: Callable[[nn.Linear, Mixture], nn.Module]) -> Callable[[nn.L
 Builder = Callable[[nn.Linear, Mixture], nn.Module]
 PEERS: dict[str, Builder] = {
     FROZEN: lambda linear, m: linear,
+    "frozen linear, dx as ours": BackwardAsOurs,
     OURS: mosld_layer,
     "MoSLD, compiled": compiled(mosld_layer),
     "MoSLD, Triton": triton_layer,
@@ -237,7 +260,8 @@ def choose(names: Iterable[str] | None = None, checkouts: Iterable[Path] = ()) -
     names = list(PEERS if names is None else names)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise ValueError(f"there is no peer {', '.join(map(repr, unknown))}; there are: {', '.join(PEERS)}")
+        known = ", ".join(map(repr, PEERS))
+        raise ValueError(f"there is no peer {', '.join(map(repr, unknown))}; there are: {known}")
     for folder in checkouts:
         if not folder.is_dir():
             raise ValueError(f"checkout must be a folder, got {folder}")

@@ -153,7 +153,7 @@ def _scaling(tables: Sequence[dict]) -> list[str]:
     for swept in dict.fromkeys(table["swept"] for table in tables):
         own = [table for table in tables if table["swept"] == swept]
         peers = list(dict.fromkeys(name for table in own if "rows" in table for name in names(table)))
-        s = {key: value for key, value in own[0]["shape"].items() if key != swept}
+        s = {key: value for key, value in own[-1]["shape"].items() if key != swept}
         fixed = ", ".join(f"{key}={value}" for key, value in s.items())
         lines += [
             f"### By {swept}",

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,10 @@ def base_model(size: Size) -> LlamaForCausalLM:
 def adapted(base: LlamaForCausalLM, peer: str, targets: str, mixture: Mixture) -> LlamaForCausalLM:
     """The base model with its targeted linears replaced by the peer's; the frozen weights are shared, not copied."""
     model = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, child in list(parent.named_children()):
-                if name in TARGETS[targets] and peer != FROZEN:
-                    setattr(parent, name, build(peer, child, mixture))
+    linears = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in TARGETS[targets]]
+    for path, linear in linears:
+        if peer != FROZEN:
+            model.set_submodule(path, build(peer, cast(nn.Linear, linear), mixture))
     return model.train()
 
 

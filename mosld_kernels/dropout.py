@@ -32,7 +32,7 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
     if _on_this_host(seed):
-        return _drawn(seed.item(), *shape, threshold(p), layer_id, stream_id)
+        return _drawn(int(seed), *shape, threshold(p), layer_id, stream_id)
     rows, cols = shape
     blocks = -(-rows * cols // 4)  # one Philox call decides four neighbours
     counter = torch.zeros(4, blocks, dtype=torch.int64, device=seed.device)
@@ -95,7 +95,7 @@ def draw_keep(seed: Tensor | None, shape: tuple[int, ...], p: float) -> Tensor |
     if seed is None:
         raise ValueError(f"dropout_p={p} needs a seed: an int64 tensor of shape [1]")
     if _on_this_host(seed) and shape[0] * shape[1] <= MOST_REMEMBERED:
-        return _remembered(seed.item(), *shape, threshold(p))
+        return _remembered(int(seed), *shape, threshold(p))
     return keep_mask(seed, shape, p)
 
 
