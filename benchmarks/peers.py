@@ -74,6 +74,10 @@ class ReferenceLayer(nn.Module):
         return reference.mosld_linear(x, layer.weight, layer.bias, *tensors, **settings)[0]
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(reference.router_dtype(logits.dtype))
+
+
 class ConcatenatedProduct(nn.Module):
     """MoSLD with what anyone would do to make it quick: A and the router in one product, the experts in another.
 
@@ -88,7 +92,7 @@ class ConcatenatedProduct(nn.Module):
         adapter, r = self.layer.adapter, self.mixture.r
         a = F.dropout(adapter.shared_a.weight, self.mixture.dropout, self.training)
         projected = F.linear(x, torch.cat((a, adapter.router.weight)))
-        values, chosen = projected[..., r:].float().topk(self.mixture.top_k, dim=-1)
+        values, chosen = _wide(projected[..., r:]).topk(self.mixture.top_k, dim=-1)
         gates = torch.zeros_like(projected[..., r:]).scatter(-1, chosen, values.softmax(-1).to(x.dtype))
         mixed = (adapter.scale * gates.unsqueeze(-1) * projected[..., :r].unsqueeze(-2)).flatten(-2)
         return F.linear(x, self.layer.weight, self.layer.bias) + F.linear(mixed, adapter.expert_b.weight)
@@ -106,7 +110,7 @@ class HydraLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self.layer.adapter
-        gates = F.linear(x, adapter.router.weight).float().softmax(-1).to(x.dtype)
+        gates = _wide(F.linear(x, adapter.router.weight)).softmax(-1).to(x.dtype)
         y = F.linear(x, self.layer.weight, self.layer.bias)
         for e in range(adapter.num_experts):
             expert = adapter.expert_b.weight[:, e * adapter.r : (e + 1) * adapter.r]
@@ -131,7 +135,7 @@ class MolaLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        probabilities = F.linear(tokens, self.router).float().softmax(-1)
+        probabilities = _wide(F.linear(tokens, self.router)).softmax(-1)
         weights, chosen = probabilities.topk(self.mixture.top_k, dim=-1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         y = F.linear(tokens, self.linear.weight, self.linear.bias)

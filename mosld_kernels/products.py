@@ -25,7 +25,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
             return mm(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
         if a.dtype == torch.float32 and _onednn_is_faster(a, b):
             return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return _torch_mm(a, b, bias)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def mm_sum(
@@ -36,15 +36,11 @@ def mm_sum(
     as_frozen: with a small product of zeros the result is bit for bit that of torch.nn.functional.linear.
     """
     a, b = large
-    if a.device.type == "cpu":
-        out = _torch_mm(a, b, bias) if as_frozen else mm(a, b, bias)
+    if a.device.type == "cpu" and not as_frozen:
+        out = mm(a, b, bias)
         return out.add_(mm(*small)) if lacks(a.dtype) else out.addmm_(*small)
     # The large product accumulates onto the stored small one: the other way round takes one more pass over the sum.
     return mm(*small, bias).addmm_(a, b)
-
-
-def _torch_mm(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
