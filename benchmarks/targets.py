@@ -30,9 +30,9 @@ def _over_frozen(name: str, dtype: str) -> Callable[[Tables], float | None]:
     return lambda tables: ratio(tables, name, dtype)
 
 
-def _over_lora(name: str, dtype: str) -> Callable[[Tables], float | None]:
+def _over_lora(name: str, dtype: str, step: str = "both", mode: str | None = None) -> Callable[[Tables], float | None]:
     def measured(tables: Tables) -> float | None:
-        ours, lora = (ratio(tables, name, dtype, peer) for peer in (OURS, LORA))
+        ours, lora = (ratio(tables, name, dtype, peer, step, mode) for peer in (OURS, LORA))
         return None if ours is None or lora is None else ours / lora
 
     return measured
@@ -66,8 +66,16 @@ TARGETS = (
     Target("2048 tokens, 2048 → 2048, bfloat16: over the frozen layer", 1.16, _over_frozen("cpu-2048", "bfloat16")),
     Target("4096 tokens, 768 → 3072, float32: over PEFT LoRA", 1.0, _over_lora("cpu-768-3072", "float32")),
     Target("4096 tokens, 768 → 3072, bfloat16: over PEFT LoRA", 1.0, _over_lora("cpu-768-3072", "bfloat16")),
-    Target("1 token, 2048 → 2048, float32: over PEFT LoRA", 1.5, _over_lora("decode-2048", "float32")),
-    Target("1 token, 2048 → 2048, bfloat16: over PEFT LoRA", 1.5, _over_lora("decode-2048", "bfloat16")),
+    Target("1 token, 2048 → 2048, float32, trained: over PEFT LoRA", 1.5, _over_lora("decode-2048", "float32")),
+    Target("1 token, 2048 → 2048, bfloat16, trained: over PEFT LoRA", 1.5, _over_lora("decode-2048", "bfloat16")),
+    *(
+        Target(
+            f"1 token, 2048 → 2048, {dtype}, eval mode: over PEFT LoRA",
+            1.5,
+            _over_lora("decode-2048", dtype, step="forward", mode="eval"),
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
     Target("64 experts over 8, two chosen", 1.6, _experts),
     Target(
         "eval mode, 4096 tokens, 1024 → 1024, float32: over the frozen layer",

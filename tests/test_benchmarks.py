@@ -236,7 +236,7 @@ def test_losing_cells_and_missed_targets_are_told(tmp_path, monkeypatch):
     text = (tmp_path / "page.md").read_text()
     assert "Faster than MoSLD (1.30): PEFT LoRA (1.20)." in text
     assert "| 4096 tokens, 1024 → 1024, float32: over the frozen layer | ≤ 1.15 | 1.30 | **no** |" in text
-    assert "| 1 token, 2048 → 2048, float32: over PEFT LoRA | ≤ 1.50 | 1.08 | yes |" in text
+    assert "| 1 token, 2048 → 2048, float32, trained: over PEFT LoRA | ≤ 1.50 | 1.08 | yes |" in text
     assert "| 64 experts over 8, two chosen | ≤ 1.60 | not measured | - |" in text
 
 
