@@ -77,8 +77,9 @@ def compare(
 
 
 def timing_row(name: str, timing: Timing, frozen: Timing) -> dict:
+    """The times in ms, and `ratio`: the median over rounds of the time over the frozen layer's in the same round."""
     times = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
-    return {"name": name, **times, "ratio": timing.median_ms / frozen.median_ms}
+    return {"name": name, **times, "ratio": timing.over(frozen)}
 
 
 def describe(failure: Exception) -> str:

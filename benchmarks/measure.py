@@ -27,11 +27,16 @@ WARM_UP = 3  # rounds that are run and not counted
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one candidate: median, 20th and 80th percentile of its runs."""
+    """Milliseconds of one candidate: median, 20th and 80th percentile of its runs, and the runs, one a round."""
 
     median_ms: float
     low_ms: float
     high_ms: float
+    runs_ms: tuple[float, ...] = ()
+
+    def over(self, other: "Timing") -> float:
+        """The median over rounds of this candidate's time over `other`'s in the same round, which drift leaves alone."""
+        return statistics.median(own / its for own, its in zip(self.runs_ms, other.runs_ms, strict=True))
 
 
 Steps = dict[str, Timing]
@@ -94,7 +99,7 @@ def _steps(runs: list[tuple[float, float]]) -> Steps:
 
 def _summary(runs: list[float]) -> Timing:
     fifths = statistics.quantiles(runs, n=5)
-    return Timing(statistics.median(runs), fifths[0], fifths[-1])
+    return Timing(statistics.median(runs), fifths[0], fifths[-1], tuple(runs))
 
 
 def with_events(candidates: Candidates, rounds: int, label: str = "") -> dict[str, Timing]:

@@ -59,8 +59,8 @@ def run(files: Sequence[Path], out: Path) -> None:
 def _head(results: Sequence[dict]) -> list[str]:
     lines = [
         "Written by `python -m benchmarks report` from result files that the other verbs wrote; `make bench` does both.",
-        "All figures are medians of interleaved runs in one process; ratios are over the frozen `nn.Linear`, or over",
-        "the frozen model, in the same run. Machines and settings are in the files.",
+        "All candidates run once a round, interleaved in one process. Times are medians over the rounds; ratios are medians of",
+        "the time over the frozen `nn.Linear`'s, or the frozen model's, in the same round. Machines and settings are in the files.",
         "",
         "| file | processor | threads | torch | commit | copy GB/s, product GFLOP/s |",
         "|---|---|---|---|---|---|",
@@ -127,6 +127,21 @@ def layer_table(table: dict) -> list[str]:
             f"| {bold}{name}{bold} | {' | '.join(ratios)} | {spread} | {saved} | {error} | {model} | {share} |"
         )
     return [*lines, "", *_failures(table), *_lost(table, step), ""]
+
+
+def headline(tables: Sequence[dict]) -> list[str]:
+    """One line a table of `layer.json`, the ratios of forward + backward: what the README shows."""
+    peers = [name for name in names(tables[0]) if name != FROZEN]
+    lines = [f"| tokens, layer, rank | | {' | '.join(peers)} |", "|---|---|" + "---|" * len(peers)]
+    for table in tables:
+        s = table["shape"]
+        both = {row["name"]: row["ratio"] for row in table.get("rows", ()) if row.get("step") == "both"}
+        cells = [f"{both[name]:.2f}" if name in both else "-" for name in peers]
+        best = min(both.get(name, float("inf")) for name in peers)
+        cells = [f"**{c}**" if both.get(name) == best else c for name, c in zip(peers, cells, strict=True)]
+        sizes = f"{s['T']:,}, {s['D_in']} → {s['D_out']}, {s['R']}"
+        lines.append(f"| {sizes} | {table['dtype']} | {' | '.join(cells)} |")
+    return lines
 
 
 def names(table: dict) -> list[str]:

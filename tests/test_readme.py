@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import layer
-from benchmarks.shapes import LayerShape
+from benchmarks import bench, report
 from mosld.cli import build_parser
 from mosld.results import table
 
@@ -27,12 +26,32 @@ def test_the_averages_of_the_easier_split_are_those_of_the_committed_run():
     assert f"{shares['base']} frozen, {shares['lora']} LoRA, {shares['mosld']} MoSLD" in README
 
 
-@pytest.mark.parametrize("name", ["layer.json", "layer_avx512.json"])
-def test_the_speed_tables_are_those_of_the_committed_runs(name):
-    entries = json.loads((ROOT / "benchmarks/results" / name).read_text())["layers"]
-    for entry in entries:
-        shape = LayerShape(**entry["shape"])
-        assert f"{shape}, {entry['dtype']}\n{layer.table(entry['rows'])}" in README
+def test_the_speed_table_is_that_of_the_committed_run():
+    tables = json.loads((ROOT / "benchmarks/results/layer.json").read_text())["tables"]
+    assert "\n".join(report.headline(tables)) in README
+
+
+def test_the_loops_cost_what_the_committed_run_says():
+    rows = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["tables"][0]["rows"]
+    both = {row["name"]: row["ratio"] for row in rows if row.get("step") == "both"}
+    told = f"HydraLoRA's loop takes {both['HydraLoRA loop']:.1f} times the frozen layer, MoLA's {both['MoLA loop']:.1f}"
+    assert told in re.sub(r"\s+", " ", README)
+
+
+def test_the_figures_of_a_matrix_unit_are_those_of_the_committed_run():
+    ratios = {
+        (entry["shape"]["T"], entry["dtype"]): next(r["ratio"] for r in entry["rows"] if r["name"] == "MoSLD")
+        for entry in json.loads((ROOT / "benchmarks/results/layer_amx.json").read_text())["layers"]
+    }
+    for tokens in (4096, 2048):
+        told = f"{ratios[tokens, 'float32']:.2f} in float32 and {ratios[tokens, 'bfloat16']:.2f} in bfloat16"
+        assert told in re.sub(r"\s+", " ", README)
+
+
+def test_the_report_is_that_of_the_committed_results(tmp_path):
+    files = [ROOT / f"benchmarks/results/{name}.json" for name in bench.FILES]
+    report.run(files, tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs/performance.md").read_text()
 
 
 def test_every_file_it_points_to_exists():
