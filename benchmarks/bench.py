@@ -30,8 +30,8 @@ def run(results: Path, out: Path, toy: bool = False) -> None:
     layer.run(layer.layers(shapes, dtypes), few, budget(8), files["layer"])
     layer.run(layer.layers(first, dtypes[:1]), choose(), budget(12, least=4), files["peers"])
     decoding = first if toy else (*first, "decode-2048")
-    layer.run(layer.layers(decoding, dtypes, training=False), few, budget(5), files["inference"])
-    kernels.run(first, dtypes[:1], budget(6), files["kernels"])
+    layer.run(layer.layers(decoding, dtypes, training=False), few, budget(4), files["inference"])
+    kernels.run(first, dtypes[:1], budget(4), files["kernels"])
     memory.run(first if toy else ("cpu-1024", "llama-2-7b-qkvo"), "float32", choose(), files["memory"])
     values = {"E": (2, 4), "T": (4, 8)} if toy else {"E": scaling.SWEEPS["E"], "T": (1, 16, 256, 4096)}
     tables = scaling.tables(("E", "T"), values, scaling.TOY if toy else scaling.MIDDLE)

@@ -34,7 +34,8 @@ def gates_from_logits(logits: Tensor, top_k: int) -> Tensor:
         return _softmax(logits).contiguous()
     values, chosen = largest(logits, top_k)
     # Added, not stored: a token with K - 1 finite logits may have an index twice, the second time with gate zero.
-    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add(-1, chosen, _softmax(values))
+    # In place, because on CPU fresh memory costs more than what is done with it.
+    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add_(-1, chosen, _softmax(values))
 
 
 def _softmax(logits: Tensor) -> Tensor:
