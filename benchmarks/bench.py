@@ -22,7 +22,7 @@ def run(results: Path, out: Path, toy: bool = False) -> None:
     few, ends, growth = choose(FEW), choose(ENDS), choose(scaling.PEERS)
     files = {name: results / f"{name}.json" for name in FILES}
 
-    def budget(seconds: float, least: int = 7) -> Budget:
+    def budget(seconds: float, least: int = 5) -> Budget:
         return Budget(2, seconds, 2) if toy else Budget(200, seconds, least)
 
     shapes, first = (["toy"], ["toy"]) if toy else (LAYERS, LAYERS[:1])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -222,9 +223,12 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit that is measured, marked when the tree differs from it."""
+    """The commit that is measured, marked when the code differs from it; results and documents may differ."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
-        short = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(short, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        code = ["mosld", "mosld_kernels", ":(glob)benchmarks/*.py"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode
+        return commit.stdout.strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
