@@ -6,7 +6,7 @@ A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,27 @@ class AdapterWeight(nn.Module):
         return "{}, {}".format(*self.weight.shape)
 
 
+class _WithOwed(torch.autograd.Function):
+    """out unchanged; backward gives `logits` the gradient `owed` as well."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, logits: Tensor, owed: Tensor) -> Tensor:
+        ctx.save_for_backward(owed)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dout[0], ctx.saved_tensors[0], None
+
+
 class MoSLDAdapter(nn.Module):
     """The mixture beside one linear layer: E experts of rank r that share one down-projection A.
 
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features].
     router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the
-    first. It is not part of the state: copies and pickles of the module start without it.
+    first. owed: a gradient for the logits of a forward that kept none, which the recomputation takes along; set and
+    explained by `balance_loss`. Neither is part of the state: copies and pickles of the module start without them.
 
     raises ValueError for values that `check_hyperparameters` refuses.
     """
@@ -76,6 +90,7 @@ class MoSLDAdapter(nn.Module):
         self.expert_b = AdapterWeight(out_features, num_experts * r, device, dtype)
         self.router = AdapterWeight(num_experts, in_features, device, dtype)
         self.router_logits: Tensor | None = None
+        self.owed: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,6 +111,9 @@ class MoSLDAdapter(nn.Module):
             out, self.router_logits = mosld_delta(x, *tensors, **settings)
         else:
             out, self.router_logits = mosld_linear(x, weight, bias, *tensors, **settings)
+        if self.owed is not None and self.router_logits.requires_grad:
+            out = cast(Tensor, _WithOwed.apply(out, self.router_logits, self.owed))
+            self.owed = None
         return out
 
     def extra_repr(self) -> str:
@@ -105,8 +123,8 @@ class MoSLDAdapter(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        # The logits belong to the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "router_logits": None}
+        # They belong to the last forward's graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "router_logits": None, "owed": None}
 
 
 def call_me(module: nn.Module) -> None:

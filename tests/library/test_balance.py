@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mosld import MoSLDLinear, balance_loss, router_stats
 from mosld.router import RouterUse
@@ -82,6 +83,73 @@ def test_gradients_reach_router_and_input_and_are_right():
 
     weight = model[0].router.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, (x, weight))
+
+
+class Checkpointed(nn.Module):
+    """Layers that are run again in backward, each by itself, or not."""
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.layers, self.mode = layers((4, 2), (5, 1), (3, 3)), mode
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if self.mode == "off" else checkpoint(layer, x, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+@pytest.mark.parametrize("aux_first", [False, True])
+@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
+def test_gradients_are_the_same_under_activation_checkpointing(mode, aux_first):
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    truth = None
+    for used in ("off", mode):
+        torch.manual_seed(3)
+        model = Checkpointed(used).double()
+        for p in model.parameters():
+            p.data.normal_()
+        torch.manual_seed(5)  # the same dropout
+        for scale in (1.0, 8.0):  # twice: gradients add up, and a loss scaler multiplies them
+            own_x = x.clone().requires_grad_()
+            out = model(own_x)
+            recomputed = True if used == "reentrant" else None
+            if aux_first:
+                loss = 0.3 * balance_loss(model, mask, recomputed=recomputed) + out.square().mean()
+            else:
+                loss = out.square().mean() + 0.3 * balance_loss(model, mask, recomputed=recomputed)
+            (scale * loss).backward()
+        grads = [loss, own_x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+        if truth is None:
+            truth = grads
+    for ours, expected in zip(grads, truth, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_asking_twice_under_reentrant_checkpointing_counts_both_times():
+    model = Checkpointed("reentrant")
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for times in (1, 2):
+        torch.manual_seed(1)
+        out = model(x)
+        values = [balance_loss(model, recomputed=True) for _ in range(times)]
+        model.zero_grad()
+        (0.0 * out.sum() + sum(values)).backward()
+        grads.append(model.layers[0].router.weight.grad.clone())
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+    assert grads[0].norm() > 0
+
+
+def test_a_recomputation_that_does_not_come_is_told():
+    model = layers((4, 2))
+    with torch.no_grad():
+        model(torch.randn(3, 6, dtype=torch.float64))
+    loss = balance_loss(model, recomputed=True)
+    assert loss.item() > 0
+    with pytest.raises(RuntimeError, match="waited for 0 to be run again in backward, which did not happen"):
+        loss.backward()
+    assert model[0].adapter.owed is None
 
 
 def test_dense_layers_are_left_out():
