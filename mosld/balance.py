@@ -67,7 +67,7 @@ def _without_gradient(model: nn.Module, recomputed: bool | None) -> Owed:
         for name, adapter in running_adapters(model)
         if adapter.router_logits is not None
         and adapter.router.weight.requires_grad
-        and adapter.router_logits.grad_fn is None
+        and not _carries_gradient(adapter.router_logits)
     ]
     if recomputed is None:
         recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -77,6 +77,11 @@ def _without_gradient(model: nn.Module, recomputed: bool | None) -> Owed:
             "recomputed=True where reentrant activation checkpointing will run it again"
         )
     return lacking
+
+
+def _carries_gradient(logits: Tensor) -> bool:
+    # A leaf that requires one is our own, of an earlier call. torch.compile knows no grad_fn and no reentrant checkpoint.
+    return logits.requires_grad if torch.compiler.is_compiling() else logits.grad_fn is not None
 
 
 def _pay_later(loss: Tensor, owed: Owed) -> Tensor:

@@ -68,6 +68,9 @@ class MoSLDAdapter(nn.Module):
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
     backend = "auto"
+    # Whether `router_logits` are kept; set it as `backend`. False lets torch.compile(fullgraph=True) go through activation
+    # checkpointing, inside which it allows no such memory; without it there is no balance loss and no statistics.
+    keep_logits = True
 
     def __init__(
         self,
@@ -108,11 +111,13 @@ class MoSLDAdapter(nn.Module):
         settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
         settings["backend"] = self.backend
         if weight is None:
-            out, self.router_logits = mosld_delta(x, *tensors, **settings)
+            out, logits = mosld_delta(x, *tensors, **settings)
         else:
-            out, self.router_logits = mosld_linear(x, weight, bias, *tensors, **settings)
-        if self.owed is not None and self.router_logits.requires_grad:
-            out = cast(Tensor, _WithOwed.apply(out, self.router_logits, self.owed))
+            out, logits = mosld_linear(x, weight, bias, *tensors, **settings)
+        if self.keep_logits:
+            self.router_logits = logits
+        if self.owed is not None and logits.requires_grad:
+            out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
             self.owed = None
         return out
 

@@ -34,7 +34,9 @@ def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Ite
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
     ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
     if not ran:
-        raise RuntimeError("no MoSLD layer has run yet: call the model before asking for its routing")
+        raise RuntimeError(
+            "no MoSLD layer has run yet: call the model before asking for its routing, with MoSLDAdapter.keep_logits on"
+        )
     if attention_mask is not None and all(logits.shape[:-1] != attention_mask.shape for _, _, logits in ran):
         raise ValueError(
             f"attention_mask must have one entry per token: {ran[0][0]} saw {list(ran[0][2].shape[:-1])} tokens, the mask "

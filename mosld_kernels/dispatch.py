@@ -173,7 +173,8 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"top_k must be an integer, got {settings.top_k!r}")
     if not 0 <= settings.dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {settings.dropout_p}")
-    if not -MOST_SCALE < settings.scale < MOST_SCALE:  # torch.compile cannot trace math.isfinite of a symbolic number
+    # torch.compile cannot trace math.isfinite of a symbolic number, nor inside a checkpoint any comparison of one.
+    if not torch.compiler.is_compiling() and not -MOST_SCALE < settings.scale < MOST_SCALE:
         raise ValueError(f"scale must be finite, in float32 too, got {settings.scale}")
 
 
