@@ -9,11 +9,15 @@ from the seed instead of storing it.
 
 import functools
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .philox import philox, philox_numpy
+from .philox import philox
+
+try:
+    from . import numpy_mask
+except ImportError:  # torch runs without NumPy, and so does the operator
+    numpy_mask = None
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
@@ -31,8 +35,8 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
         raise ValueError(f"shape must be (R, D_in), both at least 0, got {tuple(shape)}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
-    if _on_this_host(seed):
-        return _drawn(int(seed), *shape, threshold(p), layer_id, stream_id)
+    if numpy_mask is not None and _on_this_host(seed):
+        return numpy_mask.drawn(int(seed), *shape, threshold(p), layer_id, stream_id)
     rows, cols = shape
     blocks = -(-rows * cols // 4)  # one Philox call decides four neighbours
     counter = torch.zeros(4, blocks, dtype=torch.int64, device=seed.device)
@@ -48,16 +52,13 @@ def _on_this_host(seed: Tensor) -> bool:
     return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _drawn(seed: int, rows: int, cols: int, limit: int, layer_id: int = 0, stream_id: int = 0) -> Tensor:
-    blocks = -(-rows * cols // 4)
-    kept = np.empty((blocks, 4), np.bool_)
-    for lane, word in enumerate(philox_numpy(seed, blocks, 0, layer_id, stream_id)):
-        np.greater_equal(word, limit, out=kept[:, lane])
-    return torch.from_numpy(kept.reshape(-1)[: rows * cols].reshape(rows, cols))
-
-
 # With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into it.
-_remembered = functools.lru_cache(maxsize=512)(_drawn)
+@functools.lru_cache(maxsize=512)
+def _remembered(seed: int, rows: int, cols: int, limit: int) -> Tensor:
+    assert numpy_mask is not None
+    return numpy_mask.drawn(seed, rows, cols, limit)
+
+
 MOST_REMEMBERED = 1 << 16  # elements
 
 
@@ -94,7 +95,7 @@ def draw_keep(seed: Tensor | None, shape: tuple[int, ...], p: float) -> Tensor |
         return None
     if seed is None:
         raise ValueError(f"dropout_p={p} needs a seed: an int64 tensor of shape [1]")
-    if _on_this_host(seed) and shape[0] * shape[1] <= MOST_REMEMBERED:
+    if numpy_mask is not None and _on_this_host(seed) and shape[0] * shape[1] <= MOST_REMEMBERED:
         return _remembered(int(seed), *shape, threshold(p))
     return keep_mask(seed, shape, p)
 

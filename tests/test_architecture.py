@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mosld_kernels import keep_mask
 
 ROOT = Path(__file__).parent.parent
-# What each package may import, beside itself and the standard library.
+# What each package may import, beside itself and the standard library. The kernels need torch alone: see the test below.
 ALLOWED = {
-    "mosld_kernels": {"torch", "triton"},
+    "mosld_kernels": {"torch", "triton", "numpy"},
     "mosld": {
         "mosld_kernels", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm",
         "matplotlib",
@@ -52,10 +55,13 @@ def test_the_operator_needs_torch_alone():
     program = (
         "import torch, mosld_kernels as k\n"
         "x, a, b, w = torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 4), torch.ones(2, 3)\n"
-        "print(k.mosld_delta(x, a, b, w, top_k=1, scale=1.0)[0].shape)\n"
+        "seed = torch.tensor([5])\n"
+        "print(k.mosld_delta(x, a, b, w, top_k=1, scale=1.0, dropout_p=0.5, seed=seed)[0].shape)\n"
+        "print(k.keep_mask(seed, (2, 3), 0.5).tolist())\n"
     )
     result = run_without("triton", "transformers", "peft", "accelerate", "numpy", "matplotlib", "tqdm", program=program)
     assert "torch.Size([2, 4])" in result.stdout, result.stderr
+    assert str(keep_mask(torch.tensor([5]), (2, 3), 0.5).tolist()) in result.stdout
 
 
 def test_both_packages_import_and_run_without_triton():

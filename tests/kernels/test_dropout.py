@@ -5,7 +5,8 @@ import torch
 
 from mosld_kernels import keep_mask
 from mosld_kernels.dropout import draw_keep, drop_elements
-from mosld_kernels.philox import philox, philox_numpy
+from mosld_kernels.numpy_mask import philox_numpy
+from mosld_kernels.philox import philox
 
 MASK32 = 0xFFFFFFFF
 
