@@ -14,7 +14,7 @@ MODELLED = {
     "MoSLD triton": "ours",
     "MoSLD eager": "packed torch, dropout on A",
     "PEFT LoRA": "PEFT LoRA, eager",
-    "loop over experts": "loop over experts",
+    "HydraLoRA loop": "loop over experts",
 }
 
 

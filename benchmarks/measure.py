@@ -99,7 +99,7 @@ def _steps(runs: list[tuple[float, float]]) -> Steps:
 
 
 def _summary(runs: list[float]) -> Timing:
-    fifths = statistics.quantiles(runs, n=5)
+    fifths = statistics.quantiles(runs, n=5, method="inclusive")  # never beyond what was measured
     return Timing(statistics.median(runs), fifths[0], fifths[-1], tuple(runs))
 
 

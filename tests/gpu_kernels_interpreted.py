@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import gpu_kernels
-from mosld_kernels import dropout
+from mosld_kernels import dropout, numpy_mask, philox
 
 
 def check_linear() -> None:
@@ -23,7 +23,7 @@ def check_linear() -> None:
 def check_philox() -> None:
     seed, elements = torch.tensor([2**40 + 7]), 2500
     for rounds in (10, 7):
-        with mock.patch.object(dropout, "ROUNDS", rounds):
+        with mock.patch.object(philox, "ROUNDS", rounds), mock.patch.object(numpy_mask, "ROUNDS", rounds):
             keep = dropout.keep_mask(seed, (1, elements), 0.3).flatten()
         wanted = F.pad(keep, (0, 3 * gpu_kernels.PHILOX_BLOCK - elements)).view(3, -1).sum(1)
         for four_per_call in (True, False):

@@ -136,9 +136,9 @@ def test_the_layer_comparison_goes_on_past_a_candidate_that_raises():
     rows = gpu_layers.compare(CPU, timers, LAYERS["toy"], torch.float32, {"MoSLD triton": "for a reason"})
     assert rows[0] == {"name": "MoSLD triton", "error": "RuntimeError: for a reason"}
     both = {row["name"]: row for row in rows if row.get("step") == "both"}
-    assert set(both) > {"frozen linear", "MoSLD eager", "PEFT LoRA", "loop over experts", "formula in plain torch"}
+    assert set(both) > {"frozen linear", "MoSLD eager", "PEFT LoRA", "HydraLoRA loop", "formula in plain torch"}
     assert both["frozen linear"]["ratio"] == 1 and both["frozen linear"]["saved_bytes"] == 0
-    assert both["loop over experts"]["saved_bytes"] > both["PEFT LoRA"]["saved_bytes"] > 0
+    assert both["HydraLoRA loop"]["saved_bytes"] > both["PEFT LoRA"]["saved_bytes"] > 0
     assert {row.get("step") for row in rows[1:]} == {"forward", "backward", "both"}
 
 
@@ -216,7 +216,7 @@ def test_a_trial_tells_each_size_and_a_process_ends_at_its_limit():
 
 
 def test_pictures_are_drawn_from_the_rows(tmp_path):
-    names = ("frozen linear", "MoSLD triton", "PEFT LoRA", "loop over experts")
+    names = ("frozen linear", "MoSLD triton", "PEFT LoRA", "HydraLoRA loop")
     rows = [{"name": n, "way": "graph", "step": "both", "ratio": 1.0 + 0.2 * i} for i, n in enumerate(names)]
     part = {"name": "layer gpu-4096 bfloat16", "rows": rows}
     assert gpu_charts.draw({"parts": [part, {"name": "rates"}]}, tmp_path) == ["overhead.png", "modelled.png"]
