@@ -10,12 +10,16 @@ register()
 
 from .balance import balance_loss  # noqa: E402  the modules below need the registration
 from .config import MoSLDConfig  # noqa: E402
+from .export import export_lora  # noqa: E402
+from .fixed_gates import LayerGates  # noqa: E402
+from .importing import import_lora  # noqa: E402
 from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
 from .router import RouterStats, router_stats  # noqa: E402
 from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "LayerGates",
     "MoSLDAdapter",
     "MoSLDConfig",
     "MoSLDLinear",
@@ -23,5 +27,7 @@ __all__ = [
     "MoSLDTrainerMixin",
     "RouterStats",
     "balance_loss",
+    "export_lora",
+    "import_lora",
     "router_stats",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `mosld train` and `mosld eval`, also as `python -m mosld ...`."""
+"""The command line: `mosld train`, `mosld eval` and `mosld export`, also as `python -m mosld ...`."""
 
 import argparse
 import json
@@ -25,15 +25,24 @@ EVAL_EXAMPLES = """example:
   mosld eval --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --task arc=arc_test.jsonl
 """
 
+EXPORT_EXAMPLES = """examples:
+  mosld export --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --output served
+  mosld export --model meta-llama/Llama-3.2-1B --adapter runs/mine/adapter --gates calibrate --task arc=arc.jsonl --output served
+
+the folder gets adapter_config.json and adapter_model.safetensors, which PEFT and its servers load without mosld, and
+export.json with the gates of every layer and, with --gates calibrate, what is lost by fixing them
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
     parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,export}")
     _add_train(verbs)
     _add_eval(verbs)
+    _add_export(verbs)
     return parser
 
 
@@ -78,6 +87,27 @@ def _add_eval(verbs) -> None:
     )
 
 
+def _add_export(verbs) -> None:
+    export = verbs.add_parser(
+        "export", help="write an adapter as a plain LoRA of the same rank", epilog=EXPORT_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_data(export, "name=train.jsonl; once per task whose prompts and answers --gates calibrate runs")
+    export.add_argument("--adapter", required=True, help="folder of a saved MoSLD adapter")
+    export.add_argument("--output", required=True, help="folder of the LoRA")
+    export.add_argument(
+        "--gates", default="uniform",
+        help="uniform (default), one weight an expert such as 0.5,0.5, or calibrate: each layer's mean gates on the tasks",
+    )  # fmt: skip
+    export.add_argument(
+        "--per-expert", action="store_true", help="also write one LoRA an expert, in expert_0 and so on"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace the export that --output holds")
+    export.add_argument(
+        "--quick", action="store_true", help="the embedded tasks and model at the size of train --quick"
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: the embedded one)")
     parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
@@ -94,18 +124,21 @@ def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    if options.command == "eval" and rest:
+    if options.command != "train" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         try:
-            work = commands.prepare(options, rest) if options.command == "train" else commands.evaluate(options)
+            if options.command == "train":
+                work = commands.prepare(options, rest)
+            else:
+                work = {"eval": commands.evaluate, "export": commands.export}[options.command](options)
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
             print(f"mosld {options.command}: {error}", file=sys.stderr)
             return 2
         if isinstance(work, commands.Run):
             commands.train(work)
         else:
-            print(json.dumps(work, indent=2))
+            print(work if isinstance(work, str) else json.dumps(work, indent=2))
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
         return 130

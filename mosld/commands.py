@@ -12,6 +12,9 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import export_command
+from .export import check_output, export_lora
+from .fixed_gates import Gates
 from .layer import check_hyperparameters
 from .results import display_name, draw_charts, gather, table, versions
 from .run_folder import check_free, claim, file_digest, free_folder, model_state
@@ -138,6 +141,29 @@ def evaluate(options: argparse.Namespace) -> dict:
     if output:
         output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
+
+
+def export(options: argparse.Namespace) -> str:
+    """`mosld export`: write an adapter as a plain LoRA; returns what there is to say about it.
+
+    raises ValueError; nothing is written then.
+    """
+    gates: Gates = export_command.parse_gates(options.gates)
+    if options.task and gates != "calibrate":
+        raise ValueError(f"--task is for --gates calibrate, got --gates {options.gates}")
+    if options.eval_batch_size < 1:
+        raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
+    output = Path(options.output)
+    check_output(output, options.overwrite)
+    tasks = _tasks(options) if gates == "calibrate" else []
+    base, tokenizer = _load_model(options)
+    if gates == "calibrate":
+        encoder = Encoder(tokenizer, _max_length(options, base))
+        gates = export_command.calibration_batches(encoder, tasks, options.eval_batch_size)
+    model = _load_adapter(base, options.adapter)
+    layers = export_lora(model, output, gates, per_expert=options.per_expert, overwrite=options.overwrite)
+    load = f"PeftModel.from_pretrained(base_model, {str(output)!r})"
+    return f"{export_command.table(layers)}\n\nwritten to {output}; load it without mosld: peft.{load}"
 
 
 def _check(options: argparse.Namespace) -> None:

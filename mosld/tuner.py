@@ -43,8 +43,8 @@ class MoSLDLayer(BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
-            "a MoSLD mixture cannot be merged into its base layer: its gates depend on the token. "
-            "Keep the adapter, or use unload() to get the base model back"
+            "a MoSLD mixture cannot be merged into its base layer: its gates depend on the token. Fix them: "
+            "mosld.export_lora(model, folder) writes a plain LoRA, which PEFT loads and merges; unload() gives the base back"
         )
 
     def unmerge(self) -> None:

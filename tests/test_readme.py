@@ -71,25 +71,38 @@ def test_its_self_contained_code_runs(block):
     assert names["y"].isfinite().all()
 
 
-def test_the_code_for_ones_own_model_runs_on_one():
+def test_the_code_for_ones_own_model_runs_on_one(tmp_path, monkeypatch):
     from tests.models import tiny_llama, token_ids
 
     names: dict = {"model": tiny_llama()}
-    through_peft, own_loop = (block for block in BLOCKS if block not in SELF_CONTAINED)
+    through_peft, own_loop, serving = (block for block in BLOCKS if block not in SELF_CONTAINED)
     exec(through_peft, names)
     ids = token_ids()
     names |= {"out": names["model"](ids, labels=ids), "attention_mask": ids > 0}
     exec(own_loop, names)
     names["loss"].backward()
+    monkeypatch.chdir(tmp_path)
+    exec(serving, names | {"ids": ids})
+    assert {path.name for path in (tmp_path / "served").iterdir()} > {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert len(SELF_CONTAINED) == 2
 
 
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
-    known = (_help("train"), _help("eval"), _help("layer", benchmarks._parser()), "--learning_rate", "--help")
+    known = (
+        _help("train"),
+        _help("eval"),
+        _help("export"),
+        _help("layer", benchmarks._parser()),
+        "--learning_rate",
+        "--help",
+    )
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag and not flag.startswith("--benchmark-"):  # pytest-benchmark's
             assert any(flag in text for text in known), flag

@@ -1,4 +1,4 @@
-"""`mosld train` and `mosld eval` on a user's own model and data: results, resumption, and refusals before any work."""
+"""The command line on a user's own model and data: results, resumption, export, and refusals before any work."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from mosld import MoSLDConfig
 from mosld.cli import main
 from mosld.run_folder import RunFolderError, claim, release
+from mosld.tasks.encode import Encoder
+from mosld.tasks.examples import read_tasks
 from mosld.training import last_whole_checkpoint
 from tests.models import tiny_llama
 from tests.tasks.test_scoring import byte_tokenizer
@@ -208,6 +210,62 @@ def test_training_with_own_data_leaves_the_base_weights_alone(run, data):
     base = AutoModelForCausalLM.from_pretrained(data / "model").state_dict()
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter").unload().state_dict()
     assert all(torch.equal(base[name], adapted[name]) for name in base)
+
+
+def export_words(data: Path, run: Path, output: Path, *more: str) -> list[str]:
+    return ["export", "--model", str(data / "model"), "--adapter", str(run / "adapter"), "--output", str(output), *more]
+
+
+def test_export_writes_a_lora_that_eval_scores(run, data, tmp_path, capsys):
+    tasks = [word for name in ("even", "vowel") for word in ("--task", f"{name}={data / f'{name}.jsonl'}")]
+    calibrated = ["--gates", "calibrate", *tasks, "--eval-batch-size", "5", "--per-expert"]
+    assert main(export_words(data, run, tmp_path / "lora", *calibrated)) == 0
+    head, line, *rows = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "layer" and "gate variance" in head and set(line) == {"-"}
+    layers = json.loads((tmp_path / "lora" / "export.json").read_text())["layers"]
+    assert [row.split()[0] for row in rows[: len(layers)]] == list(layers) and len(layers) == 14
+    encoder = Encoder(byte_tokenizer(), 64)
+    texts = [task.train for task in read_tasks([word for word in tasks if word != "--task"])]
+    tokens = sum(len(encoder.training_row(example)["input_ids"]) for task in texts for example in task)
+    for row, layer in zip(rows, layers.values(), strict=False):
+        assert layer["tokens"] == tokens and row.split()[1] == str(tokens)
+        assert sum(layer["gates"]) == pytest.approx(1) and layer["update_error"] > 0
+        assert row.split()[2:4] == [f"{sum(layer['gate_variance']):.4f}", f"{layer['update_error']:.4f}"]
+    assert (tmp_path / "lora" / "expert_3" / "adapter_model.safetensors").is_file()
+    assert type(peft.PeftConfig.from_pretrained(tmp_path / "lora")) is peft.LoraConfig
+    assert main(words(data, tmp_path / "s.json", "--adapter", str(tmp_path / "lora"), command="eval")) == 0
+
+
+def test_export_takes_weights_and_is_uniform_by_default(run, data, tmp_path, capsys):
+    assert main(export_words(data, run, tmp_path / "a")) == 0
+    assert main(export_words(data, run, tmp_path / "b", "--gates", "0.25,0.25,0.25,0.25")) == 0
+    assert "variance" not in capsys.readouterr().out
+    for name in ("adapter_model.safetensors", "adapter_config.json", "export.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert main(export_words(data, run, tmp_path / "a", "--overwrite")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gates", "mean"], "gates must be uniform, calibrate or weights such as 0.5,0.5, got 'mean'"),
+        (["--gates", "1,2"], "must be num_experts=4 weights, got 2"),
+        (["--gates", "calibrate"], "--model needs at least one --task"),
+        (["--task", "even=even.jsonl"], "--task is for --gates calibrate, got --gates uniform"),
+        (["--eval-batch-size", "0"], "eval-batch-size must be at least 1, got 0"),
+        (["--adapter", "/no/such/folder"], "/no/such/folder is not a saved adapter"),
+    ],
+)
+def test_export_refuses_bad_arguments_and_writes_nothing(run, data, tmp_path, capsys, more, message):
+    assert main(export_words(data, run, tmp_path / "lora", *more)) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_export_leaves_the_adapter_it_comes_from_alone(run, data, capsys):
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(export_words(data, run, run / "adapter", "--overwrite")) == 2
+    assert "holds something else than an export" in capsys.readouterr().err
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -193,7 +193,9 @@ def test_conv1d_layers_of_gpt2():
 
 def test_merging_is_refused_with_a_reason_and_unload_gives_the_base_back(frozen_logits):
     model = trained_adapter()
-    with pytest.raises(ValueError, match="its gates depend on the token"):
+    with pytest.raises(
+        ValueError, match=r"its gates depend on the token. Fix them: mosld.export_lora\(model, folder\)"
+    ):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="its gates depend on the token"):
         model.merge_adapter()
