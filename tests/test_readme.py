@@ -85,12 +85,14 @@ def test_the_code_for_ones_own_model_runs_on_one():
 
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag:
-            assert any(flag in text for text in (_help("train"), _help("eval"), "--learning_rate")), flag
+            assert any(flag in text for text in (_help("train"), _help("eval"), _help("inspect"), "--learning_rate")), (
+                flag
+            )
 
 
 def _help(command: str) -> str:
