@@ -1,4 +1,4 @@
-"""The command line: `mosld train`, `mosld eval` and `mosld export`, also as `python -m mosld ...`."""
+"""The command line: `mosld train`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from . import commands
+from .inspection import as_text
 from .run_folder import release
 
 TRAIN_EXAMPLES = """examples:
@@ -33,15 +34,22 @@ the folder gets adapter_config.json and adapter_model.safetensors, which PEFT an
 export.json with the gates of every layer and, with --gates calibrate, what is lost by fixing them
 """
 
+INSPECT_EXAMPLES = """examples:
+  mosld inspect runs/mine/adapter
+  mosld inspect runs/mine/adapter --model meta-llama/Llama-3.2-1B --task arc=arc_test.jsonl --output runs/mine/inspect
+  mosld inspect runs/mosld/adapter --model embedded
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
     parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,export}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,inspect,export}")
     _add_train(verbs)
     _add_eval(verbs)
+    _add_inspect(verbs)
     _add_export(verbs)
     return parser
 
@@ -108,8 +116,26 @@ def _add_export(verbs) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, task_help: str) -> None:
-    parser.add_argument("--model", help="folder or hub name of a causal language model (default: the embedded one)")
+def _add_inspect(verbs) -> None:
+    inspect = verbs.add_parser(
+        "inspect", help="print the sizes, norms and expert use of a saved adapter", epilog=INSPECT_EXAMPLES,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    inspect.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
+    model_help = "also run this model, a folder or hub name, or `embedded` for that of mosld train"
+    _add_data(inspect, "name=test.jsonl; once per task: count the experts' use on it", model_help)
+    inspect.add_argument("--output", help="also write inspect.json here and, with a model, the heat map experts.png")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    inspect.add_argument(
+        "--quick", action="store_true", help="with --model embedded: its tasks and model at the size of train --quick"
+    )
+
+
+MODEL_HELP = "folder or hub name of a causal language model (default: the embedded one)"
+
+
+def _add_data(parser: argparse.ArgumentParser, task_help: str, model_help: str = MODEL_HELP) -> None:
+    parser.add_argument("--model", help=model_help)
     parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
     parser.add_argument(
         "--split",
@@ -131,12 +157,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.command == "train":
                 work = commands.prepare(options, rest)
             else:
-                work = {"eval": commands.evaluate, "export": commands.export}[options.command](options)
+                verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
+                work = verbs[options.command](options)
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
             print(f"mosld {options.command}: {error}", file=sys.stderr)
             return 2
         if isinstance(work, commands.Run):
             commands.train(work)
+        elif options.command == "inspect" and not options.json:
+            print(as_text(work))
         else:
             print(work if isinstance(work, str) else json.dumps(work, indent=2))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What the command line does: `prepare` and `train` a run into a folder, `evaluate` a model."""
+"""What the command line does: `prepare` and `train` a run into a folder, `evaluate` a model, `inspect` an adapter."""
 
 import argparse
 import json
@@ -13,10 +13,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import export_command
+from .adapter_file import AdapterFileError
 from .export import check_output, export_lora
 from .fixed_gates import Gates
+from .inspection import inspect_adapter, use_as_json
 from .layer import check_hyperparameters
-from .results import display_name, draw_charts, gather, table, versions
+from .results import display_name, draw_charts, draw_experts, gather, table, versions
+from .router import RouterStats, RouterUse
 from .run_folder import check_free, claim, file_digest, free_folder, model_state
 from .tasks.base_model import load_base, train_base_apart
 from .tasks.embedded import embedded_tasks
@@ -166,6 +169,43 @@ def export(options: argparse.Namespace) -> str:
     return f"{export_command.table(layers)}\n\nwritten to {output}; load it without mosld: peft.{load}"
 
 
+def inspect(options: argparse.Namespace) -> dict:
+    """`mosld inspect`: what a saved adapter holds and, with a model and tasks, which experts it uses for which task."""
+    output = Path(options.output) if options.output else None
+    if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}: choose another --output")
+    if (options.task or options.quick) and not options.model:
+        raise ValueError("--task and --quick need --model: the experts' use is that of a model that runs")
+    if options.quick and options.model != "embedded":
+        raise ValueError("--quick is for --model embedded")
+    report = inspect_adapter(options.adapter)
+    if options.model:
+        stats, report["tasks"] = _run_adapter(options)
+        report["use"] = use_as_json(stats)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
+        if options.model:
+            loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
+            draw_experts(loads, output / "experts.png", report["top_k"])
+    return report
+
+
+def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, RouterStats]], dict[str, dict]]:
+    """task -> layer -> its routing of the test items, and task -> score."""
+    if options.model == "embedded":  # the other verbs' default
+        options = argparse.Namespace(**{**vars(options), "model": None})
+    tasks = _tasks(options, only_test=True)
+    base, tokenizer = _load_model(options)
+    encoder = Encoder(tokenizer, _max_length(options, base))
+    _check_fit(encoder, tasks)
+    model, use = _load_adapter(base, options.adapter), RouterUse()
+    scores = score_tasks(
+        model, encoder, tasks, options.eval_batch_size, lambda task, mask: use.update(task.name, model, mask)
+    )
+    return use.stats(), {name: asdict(score) for name, score in scores.items()}
+
+
 def _check(options: argparse.Namespace) -> None:
     check_hyperparameters(
         r=options.r, alpha=options.alpha, num_experts=options.num_experts, top_k=options.top_k, dropout=options.dropout
@@ -269,6 +309,8 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             raise ModelError(f"{folder} is not a saved adapter: {name} is missing")
     try:
         return PeftModel.from_pretrained(model, str(folder))
+    except AdapterFileError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
 

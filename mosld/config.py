@@ -1,10 +1,16 @@
 """MoSLDConfig: what `peft.get_peft_model` needs to adapt a model with MoSLD."""
 
-from dataclasses import dataclass, field
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
+from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, AdapterWeights
 from .layer import check_hyperparameters
 
 
@@ -23,6 +29,10 @@ class MoSLDConfig(PeftConfig):
     shared: which factor the experts share; only "down" in this version.
     target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
         without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
+
+    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.card`). Loaded from a local
+    folder, fields that this version does not know are named in a warning and left out, and the weights beside it are
+    checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
 
     raises ValueError for a value that cannot be used, with the rule and the value.
     """
@@ -65,3 +75,46 @@ class MoSLDConfig(PeftConfig):
             raise ValueError(f"shared must be 'down' in this version, got {self.shared!r}")
         if self.input_dropout != 0:
             raise ValueError(f"input_dropout must be 0.0 in this version, got {self.input_dropout}")
+
+    def experts_of(self, layer: str) -> int:
+        """How many experts the layer of this name has."""
+        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)
+
+    @classmethod
+    def unknown_fields(cls, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are no field of this version."""
+        return sorted(set(names) - {own.name for own in fields(cls)})
+
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        """Leaves out what this version does not know, and says so: PEFT would advise to upgrade PEFT."""
+        unknown = cls.unknown_fields(kwargs)
+        if kwargs.get("peft_type", "MOSLD") != "MOSLD":  # PEFT makes the configuration that this name asks for
+            return super().check_kwargs(**kwargs)
+        if unknown:
+            warnings.warn(
+                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {', '.join(unknown)}. A "
+                "newer version may have saved it",
+                stacklevel=2,
+            )
+        return super().check_kwargs(**{name: value for name, value in kwargs.items() if name not in unknown})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS)
+        if isinstance(config, MoSLDConfig) and weights.is_file():
+            AdapterWeights(weights, config.r, config.experts_of)
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
+        super().save_pretrained(str(save_directory), **kwargs)
+        if saved_by_peft:
+            from .card import write_card  # needs this module
+
+            try:
+                write_card(save_directory)
+            except AdapterFileError as error:
+                # The files are saved as they are, and a card is no reason to stop a training.
+                warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)

@@ -108,7 +108,7 @@ def draw_charts(methods: dict[str, dict], main: str, run_dir: Path) -> list[Path
     if any(method.get("loss") for method in methods.values()):
         charts.append(_draw_loss(methods, run_dir / "loss.png"))
     if methods[main]["experts"]:
-        charts.append(_draw_experts(methods[main]["experts"], run_dir / "experts.png"))
+        charts.append(draw_experts(methods[main]["experts"], run_dir / "experts.png"))
     return charts
 
 
@@ -150,8 +150,12 @@ def _draw_loss(methods: dict[str, dict], path: Path) -> Path:
 MAX_PANELS = 28  # layers shown in experts.png; results.json holds all
 
 
-def _draw_experts(experts: dict[str, dict[str, list[float]]], path: Path) -> Path:
-    """One panel a layer, tasks down and experts across: rows that differ are tasks routed differently."""
+def draw_experts(experts: dict[str, dict[str, list[float]]], path: Path, top_k: int = 2) -> Path:
+    """One panel a layer, tasks down and experts across: rows that differ are tasks routed differently.
+
+    experts: task -> layer -> each expert's share of the chosen places, as `RouterUse.shares` gives it.
+    top_k: no share is above 1 / top_k, which is where the colours end.
+    """
     tasks = list(experts)
     layers = list(experts[tasks[0]])
     shown = layers[:: -(-len(layers) // MAX_PANELS)]
@@ -160,8 +164,10 @@ def _draw_experts(experts: dict[str, dict[str, list[float]]], path: Path) -> Pat
     figure = Figure(figsize=(1.2 + 1.7 * columns, 0.8 + 1.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel, layer in zip(axes.flat, shown, strict=False):
-        image = panel.imshow([experts[task][layer] for task in tasks], vmin=0, vmax=0.5, cmap="viridis", aspect="auto")
-        panel.set_title(_short(layer), fontsize=7)
+        image = panel.imshow(
+            [experts[task][layer] for task in tasks], vmin=0, vmax=1 / top_k, cmap="viridis", aspect="auto"
+        )
+        panel.set_title(short_name(layer), fontsize=7)
         panel.set_xticks([])
         panel.set_yticks(range(len(tasks)), tasks if panel in axes[:, 0] else [], fontsize=7)
     for panel in axes.flat[len(shown) :]:
@@ -172,7 +178,7 @@ def _draw_experts(experts: dict[str, dict[str, list[float]]], path: Path) -> Pat
     return path
 
 
-def _short(layer: str) -> str:
+def short_name(layer: str) -> str:
     """base_model.model.model.layers.0.self_attn.q_proj -> 0 q_proj"""
     number = re.findall(r"\.(\d+)\.", layer)
     return " ".join([*number[:1], layer.rpartition(".")[2]])

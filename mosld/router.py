@@ -1,12 +1,13 @@
 """What the routers do: which experts the tokens of the last forward chose, layer by layer."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.reference import top_k_mask
+from mosld_kernels.reference import largest
 
 from .layer import MoSLDAdapter, MoSLDLinear
 from .tuner import MoSLDLayer
@@ -22,12 +23,13 @@ def running_adapters(model: nn.Module) -> Iterator[tuple[str, MoSLDAdapter]]:
                 yield name, adapter
 
 
-def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
-    """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
+def last_routing(
+    model: nn.Module, attention_mask: Tensor | None = None
+) -> Iterator[tuple[str, MoSLDAdapter, Tensor, Tensor | None]]:
+    """Name, adapter, router logits [..., E] and mask [...] of every mixture that ran in the last forward.
 
-    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. Layers that saw something else
-        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) keep all of theirs.
-    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
+    The mask is `attention_mask` where the layer saw such tokens and None elsewhere. Arguments and errors as in
+    `routed_tokens`.
     """
     adapters = list(running_adapters(model))
     if not adapters:
@@ -43,10 +45,19 @@ def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Ite
             f"has {list(attention_mask.shape)}"
         )
     for name, adapter, logits in ran:
-        if attention_mask is not None and logits.shape[:-1] == attention_mask.shape:
-            yield name, adapter, logits[attention_mask.to(logits.device).bool()]
-        else:
-            yield name, adapter, logits.flatten(0, -2)
+        fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
+        yield name, adapter, logits, attention_mask if fits else None
+
+
+def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
+    """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
+
+    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. Layers that saw something else
+        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) keep all of theirs.
+    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
+    """
+    for name, adapter, logits, mask in last_routing(model, attention_mask):
+        yield name, adapter, logits.flatten(0, -2) if mask is None else logits[mask.to(logits.device).bool()]
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,14 @@ class RouterStats:
     """One layer's routing of one set of tokens.
 
     load: [E], the share of the chosen places (K per token) that each expert got; sums to 1.
+    gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1.
     probability: [E], the mean router probability of each expert; sums to 1.
     entropy: mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
     tokens: how many tokens were counted.
     """
 
     load: Tensor
+    gates: Tensor
     probability: Tensor
     entropy: float
     tokens: int
@@ -72,39 +85,78 @@ class RouterStats:
 
 @torch.no_grad()
 def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
-    """Layer name -> RouterStats of the last forward. Arguments and errors as in `routed_tokens`."""
-    stats = {}
-    for name, adapter, logits in routed_tokens(model, attention_mask):
-        tokens = len(logits)
-        chosen = top_k_mask(logits, adapter.top_k).sum(0).to(logits.dtype)
-        probabilities = logits.softmax(-1)
-        entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
-        stats[name] = RouterStats(
-            load=chosen / max(tokens * adapter.top_k, 1),
-            probability=probabilities.sum(0) / max(tokens, 1),
-            entropy=float(entropy.sum() / max(tokens, 1)),
-            tokens=tokens,
-        )
-    return stats
+    """Layer name -> RouterStats of the last forward. Arguments and errors as in `routed_tokens`.
+
+    Where several adapters run in one layer, the second is called `<layer> (2)`.
+    """
+    return {name: _stats(sums) for name, sums in _summed(model, attention_mask)}
 
 
 class RouterUse:
-    """How often each expert was chosen, summed over many batches and kept apart by group (by task, say)."""
+    """RouterStats over many batches, kept apart by group (by task, say).
+
+    `update` only adds tensors on the device of each layer; the host waits for them in `stats` and `shares`.
+    """
 
     def __init__(self):
-        self._chosen: dict[str, dict[str, Tensor]] = {}
+        self._sums: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def update(self, group: str, model: nn.Module, attention_mask: Tensor | None = None) -> None:
-        """Count the last forward of `model`. Arguments and errors as in `routed_tokens`."""
-        counts = self._chosen.setdefault(group, {})
-        for name, adapter, logits in routed_tokens(model, attention_mask):
-            chosen = top_k_mask(logits, adapter.top_k).sum(0).cpu()
-            counts[name] = counts[name] + chosen if name in counts else chosen
+        """Count the last forward of `model`. Arguments and errors as in `routed_tokens`, names as in `router_stats`."""
+        own = self._sums.setdefault(group, {})
+        for name, sums in _summed(model, attention_mask):
+            own[name] = own[name] + sums if name in own else sums
+
+    def stats(self) -> dict[str, dict[str, RouterStats]]:
+        """group -> layer name -> RouterStats of everything counted so far."""
+        return {group: {name: _stats(sums) for name, sums in own.items()} for group, own in self._sums.items()}
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
         """group -> layer name -> each expert's share of the chosen places; shares sum to 1."""
         return {
-            group: {name: (chosen / chosen.sum().clamp(min=1)).tolist() for name, chosen in layers.items()}
-            for group, layers in self._chosen.items()
+            group: {name: own.load.tolist() for name, own in layers.items()} for group, layers in self.stats().items()
         }
+
+
+def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Unique layer name and sums over tokens [3 E + 2]: places, gates, probabilities, entropy, tokens.
+
+    Padding is set to zero instead of left out, for the host would have to wait for the number of real tokens.
+    """
+    seen: Counter[str] = Counter()
+    for name, adapter, logits, mask in last_routing(model, attention_mask):
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})", _sums(logits, adapter.top_k, mask)
+
+
+def _sums(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+    """logits [..., E], mask [...] -> [3 E + 2]. Tokens go across: on CPU ten times faster than a handful of experts."""
+    logits = logits.detach().flatten(0, -2)
+    values, chosen = largest(logits, top_k)
+    log_probability = logits.T.log_softmax(0)  # [E, T]
+    probability = log_probability.exp()
+    empty = torch.zeros_like(probability)
+    terms = (
+        empty.scatter(0, chosen.T, 1.0),
+        empty.scatter_add(0, chosen.T, values.T.softmax(0)),
+        probability,
+        -(probability * log_probability).sum(0, keepdim=True),
+        torch.ones_like(probability[:1]),
+    )
+    table = torch.cat(terms)  # [3 E + 2, T]
+    if mask is not None:
+        table = table.masked_fill(mask.to(table.device).flatten() == 0, 0.0)
+    return table.sum(1)
+
+
+def _stats(sums: Tensor) -> RouterStats:
+    experts = (len(sums) - 2) // 3
+    places, gates, probability, (entropy, tokens) = sums.split((experts, experts, experts, 2))
+    return RouterStats(
+        load=places / places.sum().clamp(min=1),
+        gates=gates / tokens.clamp(min=1),
+        probability=probability / tokens.clamp(min=1),
+        entropy=float(entropy / tokens.clamp(min=1)),
+        tokens=int(tokens),
+    )

@@ -1,14 +1,16 @@
-"""MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss."""
+"""MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
+from .router import RouterStats, RouterUse, running_adapters
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
+ROUTER_LOGS = ("summary", "layers", "off")
 _Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
 
 
@@ -20,9 +22,23 @@ class MoSLDTrainerMixin(_Base):
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either.
+
+    router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
+        process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
+        "summary":
+            router/entropy        mean over layers of the entropy of the router's distribution, in nats; log(E) at most
+            router/max_load       the largest share of the chosen places that any expert of any layer got; 1 / E is even
+            router/dead_experts   experts that no token chose, added up over layers
+            balance_loss          mean over the forwards of the loss before its weight; only where balance_coef is not 0
+        "layers": these, and the first three of every layer under router/<layer>/.
+        "off": nothing.
+
+    raises ValueError for another value of router_logs, and under nn.DataParallel.
     """
 
-    def __init__(self, *args, balance_coef: float | None = None, **kwargs):
+    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary", **kwargs):
+        if router_logs not in ROUTER_LOGS:
+            raise ValueError(f"router_logs must be one of {', '.join(ROUTER_LOGS)}, got {router_logs!r}")
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -32,14 +48,24 @@ class MoSLDTrainerMixin(_Base):
         self.balance_coef = (
             _configured_balance_coef(cast(nn.Module, self.model)) if balance_coef is None else balance_coef
         )
+        self.router_logs = router_logs
+        self._routing = _Routing()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.balance_coef and model.training:
-            penalty = self.balance_coef * balance_loss(model, attention_mask)
+        balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
+        if balance is not None:
+            penalty = self.balance_coef * balance
             loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
+        if self.router_logs != "off" and model.training:
+            self._routing.add(model, attention_mask, balance)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
+            logs.update(self._routing.take(per_layer=self.router_logs == "layers"))
+        super().log(logs, start_time)
 
     def _undivided_steps(self, num_items_in_batch: torch.Tensor | int | None) -> int:
         """By how much the penalty must be divided here so that accumulation leaves its weight alone.
@@ -52,6 +78,49 @@ class MoSLDTrainerMixin(_Base):
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if scaled else 1
+
+
+class _Routing:
+    """What the routers did since the last log. Nothing waits for the device before `take`."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.use, self.forwards = RouterUse(), 0
+        self.balance: Tensor | None = None
+
+    def add(self, model: nn.Module, attention_mask: object, balance: Tensor | None) -> None:
+        """Count the last forward; where there is nothing to count, training goes on without."""
+        if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
+            return
+        try:
+            self.use.update("", model, attention_mask if isinstance(attention_mask, Tensor) else None)
+        except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
+            return
+        if balance is not None:
+            self.balance = balance.detach() if self.balance is None else self.balance + balance.detach()
+            self.forwards += 1
+
+    def take(self, per_layer: bool) -> dict[str, float]:
+        """The log entries, and begin anew."""
+        layers, balance, forwards = self.use.stats().get("", {}), self.balance, self.forwards
+        self.clear()
+        logs = _entries("router", list(layers.values())) if layers else {}
+        if balance is not None:
+            logs["balance_loss"] = balance.item() / forwards
+        if per_layer:
+            for name, stats in layers.items():
+                logs |= _entries(f"router/{name.removeprefix('base_model.model.')}", [stats])
+        return logs
+
+
+def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
+    return {
+        f"{prefix}/entropy": sum(stats.entropy for stats in layers) / len(layers),
+        f"{prefix}/max_load": max(stats.load.max().item() for stats in layers),
+        f"{prefix}/dead_experts": sum(len(stats.dead) for stats in layers),
+    }
 
 
 class MoSLDTrainer(MoSLDTrainerMixin, Trainer):

@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from .card import write_card
 from .config import MoSLDConfig
 from .progress import show_progress
 from .router import RouterUse
@@ -155,6 +156,8 @@ def run_stage(
             "loss": loss,
             "experts": use.shares(),
         }
+        if stage.method == "mosld" and PartialState().is_main_process:
+            write_card(adapter_dir, result["tasks"])
     finally:
         _restore(base, model)
     return result

@@ -3,7 +3,11 @@
 PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
 """
 
-from typing import Any
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
@@ -12,7 +16,6 @@ from peft.utils import (
     PeftType,
     register_peft_method,
 )
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -116,9 +119,23 @@ class MoSLDModel(BaseTuner):
     tuner_layer_cls = MoSLDLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's, but a name in target_modules that no module has is reported with the nearest names there are.
+
+        warns where some names match, raises PEFT's error (a ValueError) where none does.
+        """
+        targets = cast(Any, self.peft_config[adapter_name]).target_modules
+        hints = unmatched_targets(model, targets)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
+                raise
+            raise type(error)(f"{error} {'; '.join(hints)}") from error
+        if hints and not isinstance(targets, str):
+            warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        pattern = peft_config.num_experts_pattern
-        num_experts = pattern.get(get_pattern_key(pattern.keys(), current_key), peft_config.num_experts)
         is_new = not isinstance(target, MoSLDPeftLinear)
         if is_new:
             self._check_supported(target, parent, current_key)
@@ -128,7 +145,7 @@ class MoSLDModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
             r=peft_config.r,
             alpha=peft_config.alpha,
-            num_experts=num_experts,
+            num_experts=peft_config.experts_of(current_key),
             top_k=peft_config.top_k,
             dropout=peft_config.dropout,
         )
@@ -137,6 +154,10 @@ class MoSLDModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @staticmethod
     def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
         if isinstance(parent, nn.MultiheadAttention):
@@ -144,6 +165,52 @@ class MoSLDModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
+
+
+def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """raises ValueError, with the first layer and both shapes, where `saved` does not fit the layers of `model`."""
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, MoSLDPeftLinear)}
+    saved = {_unwrapped(key): value for key, value in saved.items()}
+    for name, layer in layers.items():
+        for adapter_name in layer.mixtures:
+            shared_a = saved.get(f"{name}.mosld_shared_a.{adapter_name}.weight")
+            expert_b = saved.get(f"{name}.mosld_expert_b.{adapter_name}.weight")
+            if shared_a is None or expert_b is None:
+                continue
+            sizes = shared_a.shape[-1], expert_b.shape[0]
+            if sizes != (layer.in_features, layer.out_features):
+                raise ValueError(
+                    f"the adapter does not fit the base model: it was trained for {sizes[0]} -> {sizes[1]} features in "
+                    f"{name}, which has {layer.in_features} -> {layer.out_features} here"
+                )
+    for key in saved:
+        name, adapter_tensor, _ = key.partition(".mosld_router.")
+        if adapter_tensor and name not in layers:
+            raise ValueError(f"the adapter does not fit the base model: it was trained for {name}, which is not here")
+
+
+def _unwrapped(name: str) -> str:
+    """Without what FSDP, activation checkpointing and torch.compile put into modules' names, but not always into keys."""
+    return re.sub(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+
+
+def unmatched_targets(model: nn.Module, targets: Collection[str] | str | None) -> list[str]:
+    """One sentence for each of `targets` (names as in MoSLDConfig, or one regular expression) that no module matches."""
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLinear))]
+    if isinstance(targets, str):
+        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules):
+            return []
+        return [f"the regular expression {targets!r} matches none of the modules, such as {', '.join(linears[:3])}"]
+    sentences = []
+    for target in sorted(targets or []):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            parts = target.count(".") + 1
+            names = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linears)
+            nearest = difflib.get_close_matches(target, names, n=3)
+            known = f"the nearest are {', '.join(nearest)}" if nearest else f"there are {', '.join([*names][:12])}"
+            sentences.append(f"no module is called {target!r}, {known}")
+    return sentences
 
 
 def register() -> None:

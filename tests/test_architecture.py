@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "mosld_kernels": {"torch", "triton", "numpy"},
     "mosld": {
-        "mosld_kernels", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "tqdm",
-        "matplotlib",
+        "mosld_kernels", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub",
+        "tokenizers", "numpy", "tqdm", "matplotlib",
     },
 }  # fmt: skip
 

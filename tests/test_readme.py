@@ -92,7 +92,7 @@ def test_the_code_for_ones_own_model_runs_on_one(tmp_path, monkeypatch):
 
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
     known = (

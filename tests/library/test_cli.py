@@ -99,6 +99,14 @@ def test_the_adapter_loads_in_the_printed_way_and_scores_the_same(run, data, cap
     assert json.loads(scores.read_text())["tasks"] == printed
 
 
+def test_the_adapters_card_tells_the_tasks_and_scores(run):
+    results = json.loads((run / "results.json").read_text())
+    card = (run / "adapter" / "README.md").read_text()
+    for task, score in results["tasks"].items():
+        assert f"| {task} | {score['n']} | {100 * score['accuracy_per_seed'][0]:.1f} | 50.0 |" in card
+    assert "| vowel |" not in (run / "adapters" / "mosld-single-even-seed0" / "README.md").read_text()
+
+
 def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
     before = (run / "results.json").read_bytes()
     same = words(data, run, "--single", "--seeds", "2", "--r", "2", "--num-experts", "4", *FAST)

@@ -1,0 +1,120 @@
+"""A saved adapter as its two files tell it: `adapter_config.json` and `adapter_model.safetensors`. No pickle is opened.
+
+<layer>.mosld_shared_a.weight [r, in]     <layer>.mosld_expert_b.weight [out, E r]     <layer>.mosld_router.weight [E, in]
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
+PEFT_PREFIX = "base_model.model."
+PARTS = ("shared_a", "expert_b", "router")
+_KEY = re.compile(rf"(.+)\.mosld_({'|'.join(PARTS)})\.weight")
+
+
+class AdapterFileError(ValueError):
+    """A saved adapter that cannot be used as it is; the message names the file."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of `adapter_config.json`, of a folder that also holds the weights.
+
+    raises AdapterFileError, naming the file, for one that is missing, unreadable or of another method.
+    """
+    if not (folder / CONFIG).is_file():
+        raise AdapterFileError(f"{folder} is not a saved adapter: {CONFIG} is missing")
+    try:
+        fields = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from error
+    method = fields.get("peft_type") if isinstance(fields, dict) else None
+    if method != "MOSLD":
+        raise AdapterFileError(f"{folder / CONFIG} is of no MoSLD adapter: its peft_type is {method!r}")
+    if not (folder / WEIGHTS).is_file():
+        pickles = [name for name in PICKLES if (folder / name).is_file()]
+        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
+        raise AdapterFileError(f"{folder} is not a saved adapter: {WEIGHTS} is missing{more}")
+    return fields
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """Sizes of one adapted layer: A [r, in_features], B [out_features, num_experts * r], router [num_experts, in_features]."""
+
+    in_features: int
+    out_features: int
+    r: int
+    num_experts: int
+
+    @property
+    def parameters(self) -> int:
+        return self.r * (self.in_features + self.num_experts * self.out_features) + self.num_experts * self.in_features
+
+
+class AdapterWeights:
+    """The tensors of `path`, whose sizes have all been checked, and none of which has been read yet.
+
+    layers: name in the base model -> SavedLayer. others: name -> shape of what was saved beside them (modules_to_save).
+    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, or when a size
+    is not what `r` and `experts_of` (a layer's name -> its number of experts) say.
+    """
+
+    def __init__(self, path: Path, r: int, experts_of: Callable[[str], int]):
+        self.path = path
+        self._file = _open(path)
+        keys = sorted(self._file.keys(), key=_in_order)
+        shapes = {key: list(self._file.get_slice(key).get_shape()) for key in keys}
+        self._keys: dict[str, dict[str, str]] = {}
+        self.others: dict[str, list[int]] = {}
+        for key, shape in shapes.items():
+            match = _KEY.fullmatch(key)
+            if match is None:
+                self.others[key.removeprefix(PEFT_PREFIX)] = shape
+            else:
+                self._keys.setdefault(match[1].removeprefix(PEFT_PREFIX), {})[match[2]] = key
+        if not self._keys:
+            raise AdapterFileError(f"{path} holds no tensor of a MoSLD adapter")
+        self.layers = {
+            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, r, experts_of(name))
+            for name, keys in self._keys.items()
+        }
+
+    def tensors(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """-> A [r, in_features], B [out_features, num_experts * r], router [num_experts, in_features], as saved"""
+        shared_a, expert_b, router = (self._file.get_tensor(self._keys[layer][part]) for part in PARTS)
+        return shared_a, expert_b, router
+
+
+def _in_order(key: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10, which the file does not."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _open(path: Path) -> safe_open:
+    """Opening compares the length of the file with what its header announces."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} is cut off, altered or no safetensors file: {error}") from error
+
+
+def _checked(path: Path, name: str, shapes: dict[str, list[int]], r: int, experts: int) -> SavedLayer:
+    if lacking := [part for part in PARTS if part not in shapes]:
+        raise AdapterFileError(f"{path} was altered: {name} lacks {' and '.join(f'mosld_{part}' for part in lacking)}")
+    layer = SavedLayer(sum(shapes["shared_a"][1:2]), sum(shapes["expert_b"][:1]), r, experts)
+    expected = ([r, layer.in_features], [layer.out_features, experts * r], [experts, layer.in_features])
+    for part, shape in zip(PARTS, expected, strict=True):
+        if shapes[part] != shape:
+            raise AdapterFileError(
+                f"{path} does not fit its {CONFIG}: mosld_{part} of {name} has shape {shapes[part]} where r={r} and "
+                f"{experts} experts make {shape}"
+            )
+    return layer

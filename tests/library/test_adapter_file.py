@@ -1,0 +1,210 @@
+"""Loading a saved adapter: what is damaged, foreign or of other sizes is refused by name, before anything is built."""
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import mosld
+from mosld import MoSLDConfig
+from mosld.adapter_file import AdapterFileError, AdapterWeights
+from mosld.tuner import MoSLDPeftLinear
+from tests.models import perturb, tiny_llama, token_ids
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two layers of q and v, four experts in the first and three in the second."""
+    config = MoSLDConfig(
+        r=2, num_experts=4, num_experts_pattern={r"layers\.1\..*": 3}, target_modules=["q_proj", "v_proj"]
+    )
+    model = peft.get_peft_model(tiny_llama(), config)
+    perturb(model)
+    model.save_pretrained(str(tmp_path))
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load(folder, **sizes):
+    return PeftModel.from_pretrained(tiny_llama(**sizes), str(folder))
+
+
+def test_sizes_are_those_of_the_tensors_in_the_models_order(tmp_path):
+    model = peft.get_peft_model(
+        nn.Sequential(*[nn.Linear(5, 5 + i) if i == 0 else nn.Linear(4 + i, 5 + i) for i in range(12)]),
+        MoSLDConfig(r=2, num_experts=3, target_modules=["0", "2", "11"]),
+    )
+    model.save_pretrained(str(tmp_path))
+    weights = AdapterWeights(tmp_path / WEIGHTS, 2, lambda name: 3)
+    assert list(weights.layers) == ["0", "2", "11"]
+    for name, layer in weights.layers.items():
+        tensors = weights.tensors(name)
+        own = model.base_model.model.get_submodule(name).mixtures["default"]
+        for read, expected in zip(tensors, (own.shared_a, own.expert_b, own.router), strict=True):
+            assert torch.equal(read, expected.weight)
+        assert layer.parameters == sum(tensor.numel() for tensor in tensors)
+    assert sum(layer.parameters for layer in weights.layers.values()) == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:5],
+        lambda data: b"",
+        lambda data: data + b"\0",
+        lambda data: data[:8] + b"x" + data[9:],
+        lambda data: b"\x80\x02}q\x00." + data,
+    ],
+    ids=["one byte short", "half", "no header", "empty", "longer", "header", "pickle"],
+)
+def test_a_damaged_file_is_refused_by_name_and_nothing_is_built(saved, damage):
+    path = saved / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    base = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(AdapterFileError, match="is cut off, altered or no safetensors file") as caught:
+        PeftModel.from_pretrained(base, str(saved))
+    assert str(path) in str(caught.value)
+    assert not any(isinstance(module, MoSLDPeftLinear) for module in base.modules())
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_a_second_adapter_that_is_damaged_leaves_the_first_as_it_is(saved):
+    model = load(saved)
+    ids = token_ids()
+    expected = model(ids).logits
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises(AdapterFileError, match=WEIGHTS):
+        model.load_adapter(str(saved), "second")
+    assert list(model.peft_config) == ["default"] and torch.equal(model(ids).logits, expected)
+
+
+def test_altered_weights_are_refused_with_the_layer(saved):
+    first = "base_model.model.model.layers.0.self_attn.q_proj.mosld_"
+    change_weights(saved, lambda tensors: tensors.pop(f"{first}router.weight"))
+    with pytest.raises(AdapterFileError, match=r"was altered: model.layers.0.self_attn.q_proj lacks mosld_router") as e:
+        load(saved)
+    assert str(saved / WEIGHTS) in str(e.value)
+    change_weights(saved, lambda tensors: tensors.update({f"{first}router.weight": torch.zeros(4, 31)}))
+    with pytest.raises(AdapterFileError, match=r"mosld_router of model.layers.0.* has shape \[4, 31\] .* \[4, 32\]"):
+        load(saved)
+    change_weights(saved, lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]])
+    change_weights(saved, lambda tensors: tensors.update(other=tensors.popitem()[1]))
+    with pytest.raises(AdapterFileError, match="holds no tensor of a MoSLD adapter"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 4}, r"mosld_shared_a of model.layers.0.self_attn.q_proj has shape \[2, 32\] .* make \[4, 32\]"),
+        ({"num_experts": 5}, r"mosld_expert_b of model.layers.0.self_attn.q_proj has shape \[32, 8\] .* \[32, 10\]"),
+        ({"num_experts_pattern": {}}, r"mosld_expert_b of model.layers.1.self_attn.q_proj has shape \[32, 6\]"),
+    ],
+)
+def test_a_configuration_of_another_adapter_is_refused(saved, changes, message):
+    change_config(saved, **changes)
+    with pytest.raises(AdapterFileError, match=message):
+        load(saved)
+
+
+def test_a_base_of_other_sizes_is_refused_with_the_first_layer_and_both_shapes(saved):
+    with pytest.raises(
+        ValueError, match="32 -> 32 features in model.layers.0.self_attn.q_proj, which has 64 -> 64 here"
+    ):
+        load(saved, hidden_size=64)
+    with pytest.raises(ValueError, match="32 -> 16 features in model.layers.0.self_attn.v_proj, which has 32 -> 32"):
+        load(saved, num_key_value_heads=4)
+
+
+def test_a_base_with_fewer_layers_is_refused_with_the_layer(saved):
+    model = tiny_llama(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="was trained for model.layers.1.self_attn.q_proj, which is not here"):
+        PeftModel.from_pretrained(model, str(saved))
+    assert not any(p.any() for name, p in model.named_parameters() if "expert_b" in name)  # nothing was loaded
+
+
+def test_wrapped_layers_are_the_same_layers(saved):
+    """Activation checkpointing's wrapper changes modules' names and leaves the keys of the state as they were."""
+    model = load(saved)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = model.base_model.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    perturb(model)
+    model.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fields_of_a_newer_version_are_named_and_left_out(saved):
+    expected = load(saved)(token_ids()).logits
+    change_config(saved, router_noise=0.5, another_field=None)
+    with pytest.warns(UserWarning, match="does not know and leaves out: another_field, router_noise"):
+        model = load(saved)
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_values_of_a_newer_version_are_refused(saved):
+    change_config(saved, shared="up")
+    with pytest.raises(ValueError, match="shared must be 'down' in this version, got 'up'"):
+        load(saved)
+
+
+def adapt(targets, **more):
+    return peft.get_peft_model(tiny_llama(), MoSLDConfig(target_modules=targets, **more))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_porj"], "no module is called 'q_porj', the nearest are q_proj"),
+        (["self_atn.q_proj"], "no module is called 'self_atn.q_proj', the nearest are self_attn.q_proj"),
+        (["zzz"], "no module is called 'zzz', there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"),
+        (["q_porj", "v_porj"], "'q_porj', the nearest are q_proj.*; no module is called 'v_porj', the nearest are v_"),
+        ("q_proj", "expression 'q_proj' matches none of the modules, such as model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_names_that_match_nothing_come_with_the_nearest(targets, message):
+    with pytest.raises(ValueError, match=f"not found in the base model.*{message}"):
+        adapt(targets)
+
+
+def test_one_name_of_several_that_matches_nothing_is_a_warning():
+    with pytest.warns(UserWarning, match="some of target_modules match nothing: no module is called 'v_porj'"):
+        model = adapt(["q_proj", "v_porj"])
+    assert sum(isinstance(module, MoSLDPeftLinear) for module in model.modules()) == 2
+
+
+def test_names_that_match_bring_no_hint_when_something_else_is_wrong():
+    with pytest.raises(ValueError, match="layers_to_transform") as caught:
+        adapt(["q_proj"], layers_to_transform=[9])
+    assert "nearest" not in str(caught.value)
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding$"):
+        adapt(["embed_tokens"])
+
+
+def test_a_second_adapter_finds_its_layers_and_is_not_warned_of():
+    model = adapt(["q_proj"])
+    model.add_adapter("second", MoSLDConfig(target_modules=["q_proj", "v_proj"]))
+    layers = [module for module in model.modules() if isinstance(module, MoSLDPeftLinear)]
+    assert sum("second" in layer.mixtures for layer in layers) == 4
+    assert isinstance(model.peft_config["second"], mosld.MoSLDConfig)
