@@ -95,14 +95,8 @@ def test_its_commands_are_understood():
     assert len(lines) == 4
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
-    known = (
-        _help("train"),
-        _help("eval"),
-        _help("export"),
-        _help("layer", benchmarks._parser()),
-        "--learning_rate",
-        "--help",
-    )
+    ours = [_help(name) for name in ("train", "eval", "inspect", "export")]
+    known = (*ours, _help("layer", benchmarks._parser()), "--learning_rate", "--help")
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag and not flag.startswith("--benchmark-"):  # pytest-benchmark's
             assert any(flag in text for text in known), flag
