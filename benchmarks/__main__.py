@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import bench, calls, gpu, kernels, layer, memory, report, roofline, scaling, training
+from . import bench, calls, gpu, kernels, layer, memory, processes, report, roofline, scaling, training
 from .measure import Budget
 from .peers import PEERS, choose
 from .shapes import LAYERS
@@ -157,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     model = verbs.add_parser("roofline", help="a model of the cost on a GPU, by method and by kernel; needs no GPU")
     roofline.add_arguments(model)
     model.set_defaults(run=_roofline)
+    weak = verbs.add_parser("processes", help="a calculation of what limits training on many processes")
+    processes.add_arguments(weak)
+    weak.set_defaults(run=processes.run)
     cost = verbs.add_parser("calls", help="what a call costs beside its arithmetic, by the two ways into the operator")
     _timed(cost, rounds=200, seconds=60, peers=False)
     cost.set_defaults(run=_calls)

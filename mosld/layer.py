@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mosld_kernels import mosld_delta, mosld_linear
 
@@ -108,6 +109,11 @@ class MoSLDAdapter(nn.Module):
             # From torch's generator, so manual_seed, checkpointing and resuming repeat the mask by themselves.
             dropout_p, seed = self.dropout, torch.randint(2**62, (1,), device=x.device)
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
+        if any(isinstance(tensor, DTensor) for tensor in tensors):
+            raise RuntimeError(
+                "shared_a, expert_b and router must be whole while the layer runs, and one of them is a shard: apply "
+                "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
+            )
         settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
         settings["backend"] = self.backend
         if weight is None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
@@ -144,7 +145,8 @@ def run_stage(
         start = time.perf_counter()
         loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
         train_seconds = time.perf_counter() - start
-        model.save_pretrained(str(adapter_dir), is_main_process=PartialState().is_main_process)
+        if PartialState().is_main_process:  # each process has the whole adapter, and PEFT makes a folder in each
+            model.save_pretrained(str(adapter_dir))
         start, use = time.perf_counter(), RouterUse()
         on_batch = (lambda task, mask: use.update(task.name, model, mask)) if stage.method == "mosld" else None
         scores = score_tasks(model, encoder, chosen, recipe.eval_batch_size, on_batch, label=f"score {stage.name}")
@@ -192,9 +194,17 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
     """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
+    if {word.partition("=")[0] for word in arguments} & {"--fsdp", "--deepspeed"}:
+        raise ValueError(
+            "mosld train keeps the whole model in every process: --fsdp and --deepspeed cannot be given; docs/processes.md "
+            "tells how to shard in a script of your own"
+        )
     parser = HfArgumentParser(cast(Any, TrainingArguments), allow_abbrev=False)
     parser.error = _raise_value_error
-    words = ["--report_to", "none", "--save_total_limit", "1", *arguments, "--output_dir", str(output_dir)]
+    # Unless told so, accelerate takes processes without an accelerator for strangers, each of which trains by itself.
+    device = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
+    words = ["--report_to", "none", "--save_total_limit", "1", "--ddp_find_unused_parameters", "false", *device]
+    words += [*arguments, "--output_dir", str(output_dir)]
     parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         _raise_value_error(

@@ -172,6 +172,7 @@ def test_overwriting_replaces_a_run(data, tmp_path):
         (["--seed", "3"], "--seed is set by mosld train: use --seeds N"),
         (["--output-dir", "x"], "--output_dir is set by mosld train: use --output DIR"),
         (["--eval_strategy", "epoch"], "--eval_strategy and --load_best_model_at_end cannot be given"),
+        (["--deepspeed", "c.json"], "keeps the whole model in every process: --fsdp and --deepspeed cannot be given"),
         (["--output_dir=x"], "--output_dir is set by mosld train: use --output DIR"),
         (["--learning_rate", "fast"], "not an argument of mosld train"),
         (["--model", "/no/such/model"], "the model '/no/such/model' cannot be loaded: give a folder"),
