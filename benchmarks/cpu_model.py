@@ -72,6 +72,7 @@ MODELS: dict[str, Callable[[Problem], tuple[float, float]]] = {
     LORA: roofline.peft_eager,
     "PEFT LoRA, no dropout": _without_dropout(roofline.peft_eager),
     "PEFT LoRA, equal parameters": _equal_parameters,
+    "PEFT LoRA, equal parameters, no dropout": _without_dropout(_equal_parameters),
     "fused LoRA pattern, no dropout": roofline.accumulate_after,
     "concatenated product": roofline.packed_a_dropout,
     "HydraLoRA loop": roofline.expert_loop,

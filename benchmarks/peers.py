@@ -244,6 +244,7 @@ PEERS: dict[str, Builder] = {
     LORA: lambda linear, m: lora(linear, m.r, m.dropout),
     "PEFT LoRA, no dropout": lambda linear, m: lora(linear, m.r, 0.0),
     "PEFT LoRA, equal parameters": lambda linear, m: lora(linear, equal_rank(linear, m), m.dropout),
+    "PEFT LoRA, equal parameters, no dropout": lambda linear, m: lora(linear, equal_rank(linear, m), 0.0),
     "fused LoRA pattern, no dropout": AccumulateAfter,
     "PEFT Lily": lily,
     "concatenated product": ConcatenatedProduct,

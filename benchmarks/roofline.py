@@ -169,14 +169,39 @@ METHODS: dict[str, Callable[[Problem], tuple[float, float]]] = {
 
 
 def method_table(p: Problem) -> list[dict]:
-    """-> one row a method: what it adds forward and backward, in us and in percent of the frozen layer. A model."""
+    """-> one row a method: what it adds forward and backward, in us and in percent of the frozen layer, as bytes and as
+    passes over x, and the FLOP of its products. A model."""
     rows = []
     for name, method in METHODS.items():
         forward, backward = method(p)
         percent = {"forward": forward, "backward": backward, "both": (forward + backward) / 2}
-        row = {"method": name, "model_forward_us": forward, "model_backward_us": backward}
-        rows.append({**row, **{f"model_{key}_percent": 100 * us / p.base for key, us in percent.items()}})
+        row: dict[str, float | str] = {"method": name, "model_forward_us": forward, "model_backward_us": backward}
+        row |= {f"model_{key}_percent": 100 * us / p.base for key, us in percent.items()}
+        for step, moved in zip(("forward", "backward"), moved_bytes(method, p), strict=True):
+            row |= {f"{step}_bytes": moved, f"{step}_passes": moved / (p.element_bytes * p.T * p.D_in)}
+            row[f"{step}_flops"] = added_flops(name, p) * (1 if step == "forward" else 2)
+        rows.append(row)
     return rows
+
+
+def moved_bytes(method: Callable[[Problem], tuple[float, float]], p: Problem) -> tuple[float, float]:
+    """What the method moves forward and backward: its time where arithmetic costs nothing. An extension of the base
+    product moves its columns' share of that product's bytes."""
+    free = p._replace(device=p.device._replace(flops=float("inf"), integer_ops=float("inf")))
+    forward, backward = (us / US * p.device.bandwidth for us in method(free))
+    return forward, backward
+
+
+def added_flops(name: str, p: Problem) -> int:
+    """Multiplications and additions of the method's products in forward; backward has twice as many, a product for
+    either gradient of each."""
+    lora, router = 2 * p.T * p.R * (p.D_in + p.D_out), 2 * p.T * p.E * p.D_in
+    if name == "loop over experts":
+        return p.E * lora + router
+    if "LoRA" in name:
+        return lora
+    experts = p.K if name == "floor" else p.E
+    return 2 * p.T * p.D_in * p.R + router + 2 * p.T * p.D_out * experts * p.R
 
 
 def dense_limit(device: Device) -> float:
@@ -265,5 +290,17 @@ def _lines(p: Problem, result: dict) -> list[str]:
         forward = f"{row['model_forward_us']:12.1f}{row['model_forward_percent']:8.1f}"
         backward = f"{row['model_backward_us']:13.1f}{row['model_backward_percent']:8.1f}"
         lines.append(f"{row['method']:32}{forward}{backward}{row['model_both_percent']:9.1f}")
+    lines += [
+        "",
+        f"{'model: moved and multiplied':32}{'forward MB':>12}{'passes':>8}{'GFLOP':>8}{'backward MB':>13}{'passes':>8}{'GFLOP':>8}",
+    ]
+    for row in result["methods"]:
+        cells = [
+            (row[f"{s}_bytes"] / 1e6, row[f"{s}_passes"], row[f"{s}_flops"] / 1e9) for s in ("forward", "backward")
+        ]
+        (mb, passes, gflop), (back_mb, back_passes, back_gflop) = cells
+        lines.append(
+            f"{row['method']:32}{mb:12.0f}{passes:8.1f}{gflop:8.0f}{back_mb:13.0f}{back_passes:8.1f}{back_gflop:8.0f}"
+        )
     lines += ["", f"a dense expansion is bound by arithmetic above E * R = {result['dense_limit_columns']:.0f}"]
     return lines + [f"a base product that holds it may be {result['gap_percent']:.1f} % slower than the library's", ""]

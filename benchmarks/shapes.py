@@ -34,8 +34,16 @@ LAYERS = {
         f"{model}-{layer}": LayerShape(tokens, d_in, d_out, 16, 8, 2)
         for model, tokens, layers in (
             ("llama-2-7b", 512, {"qkvo": (4096, 4096), "gate-up": (4096, 11008), "down": (11008, 4096)}),
-            ("llama-3-8b", 512, {"kv": (4096, 1024), "gate-up": (4096, 14336), "down": (14336, 4096)}),
-            ("qwen2.5-7b", 512, {"qo": (3584, 3584), "kv": (3584, 512), "gate-up": (3584, 18944)}),
+            (
+                "llama-3-8b",
+                512,
+                {"qo": (4096, 4096), "kv": (4096, 1024), "gate-up": (4096, 14336), "down": (14336, 4096)},
+            ),
+            (
+                "qwen2.5-7b",
+                512,
+                {"qo": (3584, 3584), "kv": (3584, 512), "gate-up": (3584, 18944), "down": (18944, 3584)},
+            ),
             ("bert-base", 4096, {"qkvo": (768, 768), "up": (768, 3072), "down": (3072, 768)}),
         )
         for layer, (d_in, d_out) in layers.items()

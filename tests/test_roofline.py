@@ -47,6 +47,22 @@ def test_without_dropout_only_methods_with_dropout_on_x_get_cheaper():
     assert cheaper == on_x | {"LoRAFusion, one LoRA"}
 
 
+def test_bytes_passes_and_flops_are_counted_by_method_and_direction():
+    rows = {row["method"]: row for row in method_table(Problem(DEVICES["H200"]))}
+    x = 2 * 8192 * 4096  # bytes of x, and of out
+    ours = rows["ours"]
+    assert ours["forward_bytes"] == pytest.approx(2 * x) and ours["backward_bytes"] == pytest.approx(4 * x)
+    assert ours["forward_passes"] == pytest.approx(2) and ours["backward_passes"] == pytest.approx(4)
+    lora = rows["PEFT LoRA, eager"]
+    assert lora["forward_passes"] == pytest.approx(2.5 + 1 + 1 + 2 + 3)
+    assert (
+        lora["forward_flops"] == 2 * 8192 * 16 * (4096 + 4096) and lora["backward_flops"] == 2 * lora["forward_flops"]
+    )
+    assert ours["forward_flops"] == 2 * 8192 * 4096 * (16 + 8 + 8 * 16)
+    assert rows["floor"]["forward_flops"] == 2 * 8192 * 4096 * (16 + 8 + 2 * 16)
+    assert rows["loop over experts"]["forward_flops"] == 8 * lora["forward_flops"] + 2 * 8192 * 4096 * 8
+
+
 def test_a_row_counts_every_tensor_that_it_names():
     p = Problem(DEVICES["H200"], 8192, 4096, 14336, 16, 32, 2)
     cuts = Cuts(down_planes=2, up_planes=2, b_planes=4, adapter_planes=4, columns=128)
