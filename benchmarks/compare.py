@@ -55,6 +55,7 @@ def compare(
     training: False measures modules in eval mode without gradients, and gives rows of the step "forward" alone.
     A peer that raises gives one row with `failure`, and the others go on.
     """
+    torch._dynamo.reset()  # so that a compiled peer is compiled for these sizes, in every table of a run
     linear, x, dout = inputs_of(shape, dtype, torch.device("cpu"))
     rows, ready, facts = [], {}, {}
     for name in tqdm(peers, desc=f"{label}: peers", leave=False):

@@ -29,7 +29,8 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
 
     attention_mask: [batch, sequence], nonzero at real tokens; without it padding counts like any token.
     recomputed: whether backward will run the layers again (activation checkpointing); None asks the model's modules, as
-        transformers marks them. Say True where layers are checkpointed by hand with use_reentrant=True.
+        transformers marks them. Say True where layers are checkpointed by hand with use_reentrant=True. A layer that
+        runs twice inside one such checkpoint gets a wrong gradient: checkpoint its calls apart.
     Layers with K = E are left out: there every expert is always chosen and the loss is constant.
     raises ValueError and RuntimeError as `routed_tokens`, and RuntimeError when the last forward kept no gradient for
     a router that is being trained and nothing will be recomputed (torch.no_grad). Where a recomputation was expected
@@ -61,22 +62,21 @@ Owed = list[tuple[str, MoSLDAdapter]]  # layers' names beside their mixtures
 
 
 def _without_gradient(model: nn.Module, recomputed: bool | None) -> Owed:
-    """The trained mixtures whose last forward kept no gradient because it will be run again."""
+    """The mixtures whose last forward kept no gradient because it will be run again."""
     lacking = [
         (name, adapter)
         for name, adapter in running_adapters(model)
-        if adapter.router_logits is not None
-        and adapter.router.weight.requires_grad
-        and not _carries_gradient(adapter.router_logits)
+        if adapter.router_logits is not None and not _carries_gradient(adapter.router_logits)
     ]
     if recomputed is None:
         recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if lacking and not recomputed:
+    trained = [name for name, adapter in lacking if adapter.router.weight.requires_grad]
+    if trained and not recomputed:
         raise RuntimeError(
-            f"the last forward kept no gradient for the router of {lacking[0][0]}: run it with gradients, or say "
+            f"the last forward kept no gradient for the router of {trained[0]}: run it with gradients, or say "
             "recomputed=True where reentrant activation checkpointing will run it again"
         )
-    return lacking
+    return lacking if recomputed else []
 
 
 def _carries_gradient(logits: Tensor) -> bool:
@@ -115,8 +115,9 @@ def _expect_paid(owed: Owed) -> None:
     unpaid = [(name, adapter) for name, adapter in owed if adapter.owed is not None]
     for _, adapter in unpaid:
         adapter.owed = None
-    if unpaid:
+    trained = [name for name, adapter in unpaid if adapter.router.weight.requires_grad]
+    if trained:
         raise RuntimeError(
-            f"the balance loss waited for {unpaid[0][0]} to be run again in backward, which did not happen: its last "
+            f"the balance loss waited for {trained[0]} to be run again in backward, which did not happen: its last "
             "forward kept no gradient and was no part of activation checkpointing"
         )

@@ -58,7 +58,11 @@ class MoSLDConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT works on sets and saves lists
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and self.layers_to_transform is not None
+        ):
             raise ValueError(
                 "layers_to_transform chooses among listed target_modules; with the regular expression "
                 f"{self.target_modules!r}, name the layers in it"

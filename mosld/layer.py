@@ -48,7 +48,7 @@ class _WithOwed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out: Tensor, logits: Tensor, owed: Tensor) -> Tensor:
         ctx.save_for_backward(owed)
-        return out.view_as(out)
+        return out.clone()  # no view: what comes next may work in place
 
     @staticmethod
     def backward(ctx, *dout: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -122,8 +122,10 @@ class MoSLDAdapter(nn.Module):
             out, logits = mosld_linear(x, weight, bias, *tensors, **settings)
         if self.keep_logits:
             self.router_logits = logits
-        if self.owed is not None and logits.requires_grad:
-            out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
+        if self.owed is not None:
+            # A gradient that is owed outside backward is left from one that broke off.
+            if torch._C._current_graph_task_id() != -1 and logits.requires_grad:
+                out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
             self.owed = None
         return out
 

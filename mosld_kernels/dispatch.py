@@ -5,6 +5,7 @@ Under torch.compile and torch.export the call is one opaque operator, `torch.ops
 `torch.ops.mosld.linear_backward`: no graph break, and the same bits as in eager mode.
 """
 
+import contextlib
 import importlib.util
 import os
 
@@ -108,10 +109,13 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     # Tensors without memory (fake ones) and other subclasses go the dispatcher's way, which knows what to do with them.
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
-    elif torch.is_grad_enabled():
-        out, logits = MoSLDFunction.apply(*inputs, *settings)
-    else:  # a tenth of the time of a call with one token
-        out, logits, _, _ = autograd.forward(inputs, settings)
+    else:
+        # What is cast is cast: routing and products keep their dtypes, as they do in backward.
+        with autograd.no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+            if torch.is_grad_enabled():
+                out, logits = MoSLDFunction.apply(*inputs, *settings)
+            else:  # a tenth of the time of a call with one token
+                out, logits, _, _ = autograd.forward(inputs, settings)
     return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
 
 

@@ -11,6 +11,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .philox import philox
 
@@ -48,15 +49,17 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
 
 
 def _on_this_host(seed: Tensor) -> bool:
-    """Exactly Tensor: a fake one has no value to read, and torch.compile knows no 32-bit words of NumPy."""
-    return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the seed has a value to read now: no fake tensor, and nobody who traces operations to repeat them."""
+    plain = type(seed) is Tensor and seed.device.type == "cpu" and _get_current_dispatch_mode() is None
+    return plain and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
 
 # With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into it.
 @functools.lru_cache(maxsize=512)
 def _remembered(seed: int, rows: int, cols: int, limit: int) -> Tensor:
     assert numpy_mask is not None
-    return numpy_mask.drawn(seed, rows, cols, limit)
+    with torch.inference_mode(False):  # it may be wanted again where gradients are
+        return numpy_mask.drawn(seed, rows, cols, limit)
 
 
 MOST_REMEMBERED = 1 << 16  # elements

@@ -64,15 +64,17 @@ def plan(gates: Tensor, top_k: int) -> Plan:
     tokens, experts = gates.shape
     kept, chosen = gates.topk(top_k, dim=1, sorted=False)
     expert, pair = chosen.flatten().sort(stable=True)
-    pairs = torch.zeros(experts, dtype=torch.int64).scatter_add_(0, expert, torch.ones_like(expert))
+    pairs = torch.zeros(experts, dtype=torch.int64, device=gates.device).scatter_add_(
+        0, expert, torch.ones_like(expert)
+    )
     blocks = (pairs + ROWS - 1) // ROWS
     last = blocks.cumsum(0)
     shift = (last - blocks) * ROWS - (pairs.cumsum(0) - pairs)  # of an expert's rows against its sorted pairs
-    row = torch.arange(len(expert)) + shift[expert]
+    row = torch.arange(len(expert), device=gates.device) + shift[expert]
     place = torch.empty_like(row).scatter_(0, pair, row)
     count = -(-tokens * top_k // ROWS) + experts
-    token = torch.zeros(count * ROWS, dtype=torch.int64).scatter_(0, row, pair // top_k)
-    of_block = torch.searchsorted(last, torch.arange(count), right=True).clamp_(max=experts - 1)
+    token = torch.zeros(count * ROWS, dtype=torch.int64, device=gates.device).scatter_(0, row, pair // top_k)
+    of_block = torch.searchsorted(last, torch.arange(count, device=gates.device), right=True).clamp_(max=experts - 1)
     return Plan(kept, chosen, place.view(tokens, top_k), token, of_block)
 
 
@@ -120,7 +122,7 @@ def grad_expert_b(dout: Tensor, mixed: Rows, experts: int, dtype: torch.dtype) -
     turned, wide = rows.transpose(1, 2), torch.promote_types(dout.dtype, torch.float32)
     for features, of_rows, of_experts in _slices(dout.shape[1], p, rank, dout):
         products = bmm(turned, _rows_of(dout[:, features], p, of_rows), out=of_experts.view(blocks, rank, -1))
-        sums = torch.zeros(experts, *products.shape[1:], dtype=wide)
+        sums = torch.zeros(experts, *products.shape[1:], dtype=wide, device=dout.device)
         grad[features] = sums.index_add_(0, p.expert, products.to(wide)).permute(2, 0, 1)
     return grad.view(dout.shape[1], experts * rank)
 

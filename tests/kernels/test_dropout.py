@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mosld_kernels import keep_mask
 from mosld_kernels.dropout import draw_keep, drop_elements
@@ -63,6 +64,21 @@ def test_masks_share_no_memory():
     kept = first.clone()
     first.fill_(False)
     assert torch.equal(keep_mask(seed_tensor(3), (4, 6), 0.5), kept) and kept.any()
+
+
+def test_a_mask_drawn_in_inference_serves_where_gradients_are():
+    with torch.inference_mode():
+        draw_keep(seed_tensor(99), (4, 6), 0.5)
+    keep = draw_keep(seed_tensor(99), (4, 6), 0.5)
+    values = torch.ones(4, 6, requires_grad=True)
+    drop_elements(values, keep, 0.5, torch.float32).sum().backward()
+    assert torch.equal(values.grad, keep * 2.0)
+
+
+def test_a_trace_does_not_hold_one_mask():
+    traced = make_fx(lambda seed: keep_mask(seed, (4, 16), 0.5))(seed_tensor(1))
+    for seed in (1, 2, 3):
+        assert torch.equal(traced(seed_tensor(seed)), keep_mask(seed_tensor(seed), (4, 16), 0.5))
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (3, 5), (1, 1), (7, 33), (0, 4)])

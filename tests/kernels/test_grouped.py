@@ -74,6 +74,13 @@ def test_nothing_is_sorted_elsewhere_than_on_a_cpu_nor_without_tokens():
     assert not grouped.pays(torch.empty(0, 8), 64, 2) and not grouped.pays(torch.empty(1, 8), 64, 2)
 
 
+def test_another_default_device_changes_nothing():
+    case = make_case(WIDE, torch.float32).to(torch.float32)
+    expected = mosld_linear(*case[:6], top_k=2, scale=2.0)[0]
+    with torch.device("meta"):
+        assert torch.equal(mosld_linear(*case[:6], top_k=2, scale=2.0)[0], expected)
+
+
 def test_a_matrix_unit_makes_dense_bfloat16_cheaper(monkeypatch):
     hidden = torch.empty(4096, 8, dtype=torch.bfloat16)
     for unit in (True, False):

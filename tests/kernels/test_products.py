@@ -43,11 +43,12 @@ def operands(rows, summed, columns, dtype, layout):
     return a, b, bias
 
 
+LONG = [(130, 1000, 260), (40, 4096, 256), (512, 512, 300)]  # sums that oneDNN alone gets wrong by more than 1.5 times
 SIZES = [(1, 7, 5), (0, 4, 3), (33, 17, 31), (64, 128, 64), (130, 1, 9), (9, 65, 1)]
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "views"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES + LONG, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 def test_onednn_is_no_less_accurate_than_torch(onednn, size, layout, with_bias):
     a, b, bias = operands(*size, torch.float32, layout)
@@ -98,6 +99,8 @@ def test_sizes_and_processor_decide_not_values(monkeypatch):
     monkeypatch.setattr(products, "_is_amd_with_onednn", lambda: True)
     assert products._onednn_is_faster(large, large) and not products._onednn_is_faster(small, small)
     assert products._onednn_is_faster(row, weight.t()) and not products._onednn_is_faster(row, weight)
+    assert not products._onednn_is_faster(torch.empty(4096, 4096), torch.empty(4096, 64))  # long sums of few columns
+    assert products._onednn_is_faster(torch.empty(4096, 64), torch.empty(64, 64))
     with monkeypatch.context() as switched_off:
         switched_off.setattr(torch.backends.mkldnn, "enabled", False)
         assert not products._onednn_is_faster(large, large)

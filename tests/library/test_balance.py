@@ -141,6 +141,57 @@ def test_asking_twice_under_reentrant_checkpointing_counts_both_times():
     assert grads[0].norm() > 0
 
 
+def test_a_frozen_router_still_passes_the_gradient_to_what_feeds_it():
+    grads = []
+    for mode in ("off", "reentrant"):
+        torch.manual_seed(2)
+        model = Checkpointed(mode)
+        for layer in model.layers:
+            layer.router.weight.data.normal_()
+            layer.router.requires_grad_(False)
+        x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(2, 5, 6).requires_grad_()
+        torch.manual_seed(4)
+        out = model(x)
+        (0.0 * out.sum() + balance_loss(model, recomputed=mode == "reentrant")).backward()
+        grads.append(x.grad)
+    assert grads[0].abs().max() > 1e-4
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+
+
+class BreaksOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError("as if")
+
+
+def test_a_backward_that_broke_off_leaves_nothing_for_the_next():
+    layer = layers((4, 2))[0].eval()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    clean = layer.router.weight.grad.clone()
+    layer.zero_grad()
+    out = checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(MemoryError, match="as if"):
+        (BreaksOff.apply(out).sum() + 1000 * balance_loss(layer, recomputed=True)).backward()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.equal(layer.router.weight.grad, clean)
+
+
+def test_an_operation_in_place_may_follow_the_layer():
+    block = nn.Sequential(*layers((4, 2)), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    (block(x).sum() + balance_loss(block)).backward()
+    plain = block[0].router.weight.grad.clone()
+    block.zero_grad()
+    (checkpoint(block, x, use_reentrant=True).sum() + balance_loss(block, recomputed=True)).backward()
+    torch.testing.assert_close(block[0].router.weight.grad, plain, rtol=1e-12, atol=1e-12)
+
+
 def test_a_recomputation_that_does_not_come_is_told():
     model = layers((4, 2))
     with torch.no_grad():

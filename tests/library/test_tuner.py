@@ -289,6 +289,7 @@ def test_loading_without_importing_mosld_fails_and_importing_it_is_enough(tmp_pa
         (dict(input_dropout=0.1), "input_dropout must be 0.0 in this version, got 0.1"),
         (dict(balance_coef=-1.0), "balance_coef must be at least 0, got -1.0"),
         (dict(target_modules=r".*q_proj", layers_to_transform=[0]), "layers_to_transform chooses among listed"),
+        (dict(target_modules=r".*q_proj", layers_to_transform=0), "layers_to_transform chooses among listed"),
         (dict(layers_pattern="h"), "layers_pattern needs layers_to_transform"),
     ],
 )
