@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mosld import MoSLDLinear
-from mosld_kernels import products, reference
+from mosld_kernels import reference
 
 from .optional_peers import OPTIONAL, Absent
 
@@ -146,29 +146,6 @@ class MolaLoop(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-class _BackwardAsOurs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        return products.mm(dout, ctx.saved_tensors[0]), None, None
-
-
-class BackwardAsOurs(nn.Module):
-    """The frozen layer with the product that this library uses for dx: what of the ratios comes from there."""
-
-    def __init__(self, linear: nn.Linear, mixture: Mixture):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _BackwardAsOurs.apply(x, self.linear.weight, self.linear.bias))
-
-
 class _AccumulateAfter(torch.autograd.Function):
     """One LoRA, closed form: the base product first, B's accumulated onto it, as fused LoRA libraries do."""
 
@@ -237,7 +214,6 @@ def compiled(build: Callable[[nn.Linear, Mixture], nn.Module]) -> Callable[[nn.L
 Builder = Callable[[nn.Linear, Mixture], nn.Module]
 PEERS: dict[str, Builder] = {
     FROZEN: lambda linear, m: linear,
-    "frozen linear, dx as ours": BackwardAsOurs,
     OURS: mosld_layer,
     "MoSLD, compiled": compiled(mosld_layer),
     "MoSLD, Triton": triton_layer,

@@ -1,10 +1,10 @@
 """Products of matrices by whichever of torch's libraries is fastest for them; on a GPU that is torch.mm.
 
 On a CPU torch.mm hands float32 to MKL, and 16-bit floats to oneDNN where the processor has instructions for them and
-to plain loops, a hundred times slower, where it has not. So on AMD processors float32 goes to oneDNN, which is up to
-twice as fast there (`docs/decisions.md` has the measurements), and 16-bit floats that the processor cannot multiply go
-through float32. Both are decided by the processor and the sizes alone: the same inputs give the same bits. The frozen
-layer's own product in forward stays torch's, because a fresh layer equals the frozen one bit for bit.
+to plain loops, a hundred times slower, where it has not. So on AMD processors short float32 sums go to oneDNN, which is
+up to a third faster there (`docs/decisions.md` has the measurements), and 16-bit floats that the processor cannot
+multiply go through float32. Both are decided by the processor and the sizes alone: the same inputs give the same bits.
+The frozen layer's own product in forward stays torch's, because a fresh layer equals the frozen one bit for bit.
 """
 
 import functools
@@ -13,11 +13,10 @@ import platform
 import torch
 from torch import Tensor
 
-# oneDNN's operator costs 15 us more to call; below so many multiplications and additions that is more than it saves.
-FEWEST_FLOP = 8_000_000
-FEWEST_FLOP_ONE_ROW = 1_000_000
-LONGEST_SUM = 384  # of one call: up to here its rounding error is at most 1.42 times torch's, at 512 it is 1.7 times
-FEWEST_COLUMNS = 256  # of a product with longer sums: cutting those of fewer columns saves nothing
+FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
+# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times MKL's,
+# at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
+LONGEST_SUM = 384
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,18 +25,8 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if lacks(a.dtype):
             return mm(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
         if a.dtype == torch.float32 and _onednn_is_faster(a, b):
-            return _onednn_mm(a, b, bias)
+            return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-
-
-def _onednn_mm(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The sums are cut, because oneDNN adds up one product after the other where MKL does so in blocks."""
-    linear, summed = torch.ops.mkldnn._linear_pointwise, a.shape[1]
-    width = -(-summed // max(1, -(-summed // LONGEST_SUM)))
-    out = linear(a[:, :width], b[:width].t(), bias, "none", [], "")
-    for start in range(width, summed, width):
-        out += linear(a[:, start : start + width], b[start : start + width].t(), None, "none", [], "")
-    return out
 
 
 def mm_sum(
@@ -77,11 +66,7 @@ def lacks(dtype: torch.dtype) -> bool:
 
 def _onednn_is_faster(a: Tensor, b: Tensor) -> bool:
     rows, summed = a.shape
-    if rows == 1:
-        # A vector's product is bound by reading b, and oneDNN reads it well only along the sum, as in x W^T.
-        return b.stride(0) == 1 and 2 * b.numel() >= FEWEST_FLOP_ONE_ROW and _prefers_onednn()
-    flop, columns = 2 * rows * summed * b.shape[1], b.shape[1]
-    return flop >= FEWEST_FLOP and (summed <= LONGEST_SUM or columns >= FEWEST_COLUMNS) and _prefers_onednn()
+    return summed <= LONGEST_SUM and 2 * rows * summed * b.shape[1] >= FEWEST_FLOP and _prefers_onednn()
 
 
 def _prefers_onednn() -> bool:

@@ -178,7 +178,6 @@ def test_the_peers_work_on_the_same_weight_and_are_what_they_claim():
     torch.testing.assert_close(lora(x), linear(x) + update)
     fused = build("fused LoRA pattern, no dropout", linear, everyone)
     torch.testing.assert_close(fused(x), linear(x) + 2 * x @ fused.a.t() @ fused.b.t())
-    assert torch.equal(build("frozen linear, dx as ours", linear, everyone)(x), linear(x))
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if "compiled" not in name])
