@@ -27,16 +27,16 @@ def run(results: Path, out: Path, toy: bool = False) -> None:
 
     shapes, first = (["toy"], ["toy"]) if toy else (LAYERS, LAYERS[:1])
     dtypes = ["float32", "bfloat16"]
-    layer.run(layer.layers(shapes, dtypes), few, budget(8), files["layer"])
-    layer.run(layer.layers(first, dtypes[:1]), choose(), budget(12, least=4), files["peers"])
+    layer.run(layer.layers(shapes, dtypes), few, budget(6.5), files["layer"])
+    layer.run(layer.layers(first, dtypes[:1]), choose(), budget(10, least=4), files["peers"])
     decoding = first if toy else (*first, "decode-2048")
     layer.run(layer.layers(decoding, dtypes, training=False), few, budget(4), files["inference"])
-    kernels.run(first, dtypes[:1], budget(4), files["kernels"])
+    kernels.run(first, dtypes[:1], budget(3), files["kernels"])
     memory.run(first if toy else ("cpu-1024", "llama-2-7b-qkvo"), "float32", choose(), files["memory"])
     values = {"E": (2, 4), "T": (4, 8)} if toy else {"E": scaling.SWEEPS["E"], "T": (1, 16, 256, 4096)}
     tables = scaling.tables(("E", "T"), values, scaling.TOY if toy else scaling.MIDDLE)
-    scaling.run(tables, growth, budget(2), files["scaling"])
+    scaling.run(tables, growth, budget(1.5, least=4), files["scaling"])
     for targets in ("qv", "all"):
-        training.run(["toy" if toy else "small"], targets, ends, budget(6, least=4), files[f"training_{targets}"])
+        training.run(["toy" if toy else "small"], targets, ends, budget(5, least=3), files[f"training_{targets}"])
     report.run(list(files.values()), out)
     print(f"\n{time.monotonic() - start:.0f} s; results in {results}, report in {out}")
