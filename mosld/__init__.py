@@ -8,13 +8,16 @@ from .tuner import register
 
 register()
 
-from .balance import balance_loss  # noqa: E402  the modules below need the registration
+from . import presets  # noqa: E402  the modules below need the registration
+from .balance import balance_loss  # noqa: E402
 from .config import MoSLDConfig  # noqa: E402
 from .export import export_lora  # noqa: E402
 from .fixed_gates import LayerGates  # noqa: E402
 from .importing import import_lora  # noqa: E402
 from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
+from .mixture import register_mixing  # noqa: E402
 from .router import RouterStats, router_stats  # noqa: E402
+from .routing import set_routing  # noqa: E402
 from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
 
 __version__ = "0.1.0"
@@ -29,5 +32,8 @@ __all__ = [
     "balance_loss",
     "export_lora",
     "import_lora",
+    "presets",
+    "register_mixing",
     "router_stats",
+    "set_routing",
 ]

@@ -1,6 +1,8 @@
 """A saved adapter as its two files tell it: `adapter_config.json` and `adapter_model.safetensors`. No pickle is opened.
 
 <layer>.mosld_shared_a.weight [r, in]     <layer>.mosld_expert_b.weight [out, E r]     <layer>.mosld_router.weight [E, in]
+
+and for other mixtures than MoSLD's what `Mixture.shapes` tells.
 """
 
 import json
@@ -13,10 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .layer import PARTS
+from .mixture import Mixture
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
 PEFT_PREFIX = "base_model.model."
-PARTS = ("shared_a", "expert_b", "router")
 _KEY = re.compile(rf"(.+)\.mosld_({'|'.join(PARTS)})\.weight")
 
 
@@ -47,16 +51,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """Sizes of one adapted layer: A [r, in_features], B [out_features, num_experts * r], router [num_experts, in_features]."""
+    """Sizes of one adapted layer."""
 
     in_features: int
     out_features: int
     r: int
     num_experts: int
-
-    @property
-    def parameters(self) -> int:
-        return self.r * (self.in_features + self.num_experts * self.out_features) + self.num_experts * self.in_features
+    parameters: int
 
 
 class AdapterWeights:
@@ -64,10 +65,10 @@ class AdapterWeights:
 
     layers: name in the base model -> SavedLayer. others: name -> shape of what was saved beside them (modules_to_save).
     raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, or when a size
-    is not what `r` and `experts_of` (a layer's name -> its number of experts) say.
+    is not what `mixture_of` (a layer's name -> its Mixture) says.
     """
 
-    def __init__(self, path: Path, r: int, experts_of: Callable[[str], int]):
+    def __init__(self, path: Path, mixture_of: Callable[[str], Mixture]):
         self.path = path
         self._file = _open(path)
         keys = sorted(self._file.keys(), key=_in_order)
@@ -83,14 +84,13 @@ class AdapterWeights:
         if not self._keys:
             raise AdapterFileError(f"{path} holds no tensor of a MoSLD adapter")
         self.layers = {
-            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, r, experts_of(name))
+            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, mixture_of(name))
             for name, keys in self._keys.items()
         }
 
-    def tensors(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-        """-> A [r, in_features], B [out_features, num_experts * r], router [num_experts, in_features], as saved"""
-        shared_a, expert_b, router = (self._file.get_tensor(self._keys[layer][part]) for part in PARTS)
-        return shared_a, expert_b, router
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """-> shared_a, expert_b and what else the layer has, by name, as saved"""
+        return {part: self._file.get_tensor(key) for part, key in self._keys[layer].items()}
 
 
 def _in_order(key: str) -> list[tuple[int, str]]:
@@ -106,15 +106,17 @@ def _open(path: Path) -> safe_open:
         raise AdapterFileError(f"{path} is cut off, altered or no safetensors file: {error}") from error
 
 
-def _checked(path: Path, name: str, shapes: dict[str, list[int]], r: int, experts: int) -> SavedLayer:
-    if lacking := [part for part in PARTS if part not in shapes]:
+def _checked(path: Path, name: str, shapes: dict[str, list[int]], mixture: Mixture) -> SavedLayer:
+    sizes = sum(shapes.get("shared_a", [])[1:2]), sum(shapes.get("expert_b", [])[:1])
+    expected = {part: list(shape) for part, shape in mixture.shapes(*sizes).items()}
+    if lacking := [part for part in expected if part not in shapes]:
         raise AdapterFileError(f"{path} was altered: {name} lacks {' and '.join(f'mosld_{part}' for part in lacking)}")
-    layer = SavedLayer(sum(shapes["shared_a"][1:2]), sum(shapes["expert_b"][:1]), r, experts)
-    expected = ([r, layer.in_features], [layer.out_features, experts * r], [experts, layer.in_features])
-    for part, shape in zip(PARTS, expected, strict=True):
+    if unknown := [part for part in shapes if part not in expected]:
+        raise AdapterFileError(f"{path} does not fit its {CONFIG}: {name} has a mosld_{unknown[0]}, its mixture none")
+    for part, shape in expected.items():
         if shapes[part] != shape:
             raise AdapterFileError(
-                f"{path} does not fit its {CONFIG}: mosld_{part} of {name} has shape {shapes[part]} where r={r} and "
-                f"{experts} experts make {shape}"
+                f"{path} does not fit its {CONFIG}: mosld_{part} of {name} has shape {shapes[part]} where r={mixture.r} and "
+                f"{mixture.num_experts} experts make {shape}"
             )
-    return layer
+    return SavedLayer(*sizes, mixture.r, mixture.num_experts, mixture.parameters(*sizes))

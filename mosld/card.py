@@ -42,7 +42,7 @@ def write_card(folder: str | os.PathLike, tasks: Mapping[str, Mapping[str, Any]]
         return None
     read_config(folder)
     config = cast(MoSLDConfig, MoSLDConfig.from_pretrained(str(folder)))
-    weights = AdapterWeights(folder / WEIGHTS, config.r, config.experts_of)
+    weights = AdapterWeights(folder / WEIGHTS, config.mixture_of)
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(), template_str=EMPTY)
     _complete(card, config)

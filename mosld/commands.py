@@ -17,7 +17,7 @@ from .adapter_file import AdapterFileError
 from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
-from .layer import check_hyperparameters
+from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
 from .run_folder import check_free, claim, file_digest, free_folder, model_state
@@ -207,7 +207,7 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
 
 
 def _check(options: argparse.Namespace) -> None:
-    check_hyperparameters(
+    Mixture(
         r=options.r, alpha=options.alpha, num_experts=options.num_experts, top_k=options.top_k, dropout=options.dropout
     )
     if options.balance_coef < 0:

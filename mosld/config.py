@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, AdapterWeights
-from .layer import check_hyperparameters
+from .mixture import FIELDS, Mixture
 
 
 @dataclass
@@ -22,11 +23,20 @@ class MoSLDConfig(PeftConfig):
     alpha: the update is scaled by alpha / r.
     num_experts: experts per adapted layer, E. num_experts_pattern: per-layer exceptions, from a layer name or regular
         expression to a number, matched as PEFT matches `rank_pattern`.
-    top_k: experts chosen per token, in [1, E] of every layer.
-    dropout: probability in [0, 1] of dropping an element of A in training.
+    top_k: experts chosen per token, in [1, E] of every layer, for gate="top_k".
+    dropout: probability in [0, 1] of dropping an element of the shared factor in training: of A, of B with shared="up".
     balance_coef: weight of the load-balance loss that `MoSLDTrainer` adds.
-    input_dropout: dropout on the layer's input; only 0.0 in this version.
-    shared: which factor the experts share; only "down" in this version.
+    shared: which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
+
+    The sibling methods are `mosld.presets`; what they set are these fields:
+    mixing: the mixing matrix between A and B, of `mosld.mixture.MIXINGS`; None is the one that `shared` says.
+        mixing_options: sizes and switches of that mixing.
+    router: who routes, of `mosld.mixture.ROUTERS`. num_tasks, task_dim: of router="task".
+    gate: from logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest that
+        reach the probability top_p, renormalised). temperature: logits are divided by it.
+    up_dropout, input_dropout, hidden_dropout: dropout on elements of B, on the layer's input before A, and on A's output.
+    down_std, router_std: standard deviation of a normal start of A and of the router; None is Kaiming-uniform.
+
     target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
         without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
 
@@ -34,7 +44,7 @@ class MoSLDConfig(PeftConfig):
     folder, fields that this version does not know are named in a warning and left out, and the weights beside it are
     checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
 
-    raises ValueError for a value that cannot be used, with the rule and the value.
+    raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
     """
 
     r: int = 8
@@ -46,6 +56,18 @@ class MoSLDConfig(PeftConfig):
     balance_coef: float = 1e-3
     shared: str = "down"
     num_experts_pattern: dict[str, int] = field(default_factory=dict)
+    mixing: str | None = None
+    mixing_options: dict[str, Any] = field(default_factory=dict)
+    router: str = "token"
+    gate: str = "top_k"
+    top_p: float = 0.8
+    temperature: float = 1.0
+    num_tasks: int | None = None
+    task_dim: int | None = None
+    up_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    down_std: float | None = None
+    router_std: float | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -69,20 +91,35 @@ class MoSLDConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which is None")
-        for experts in (self.num_experts, *self.num_experts_pattern.values()):
-            check_hyperparameters(
-                r=self.r, alpha=self.alpha, num_experts=experts, top_k=self.top_k, dropout=self.dropout
+        if self.shared not in ("down", "up"):
+            raise ValueError(f"shared must be 'down' or 'up', got {self.shared!r}")
+        if (self.shared == "up") != (self.mixing == "reduce") and self.mixing is not None:
+            raise ValueError(
+                f"shared={self.shared!r} contradicts mixing={self.mixing!r}: 'reduce' is what a shared up-projection does"
             )
+        if self.shared == "up" and self.up_dropout:
+            raise ValueError(
+                f"up_dropout={self.up_dropout} contradicts shared='up', where `dropout` falls on elements of B"
+            )
+        for experts in (self.num_experts, *self.num_experts_pattern.values()):
+            self._mixture(experts)
         if self.balance_coef < 0:
             raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef}")
-        if self.shared != "down":
-            raise ValueError(f"shared must be 'down' in this version, got {self.shared!r}")
-        if self.input_dropout != 0:
-            raise ValueError(f"input_dropout must be 0.0 in this version, got {self.input_dropout}")
 
     def experts_of(self, layer: str) -> int:
         """How many experts the layer of this name has."""
         return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)
+
+    def mixture_of(self, layer: str) -> Mixture:
+        """The mixture of the layer of this name."""
+        return self._mixture(self.experts_of(layer))
+
+    def _mixture(self, experts: int) -> Mixture:
+        values = {name: getattr(self, name) for name in FIELDS}
+        values |= {"num_experts": experts, "mixing": self.mixing or ("reduce" if self.shared == "up" else "expand")}
+        if self.shared == "up":
+            values |= {"dropout": 0.0, "up_dropout": self.dropout}
+        return Mixture(**values)
 
     @classmethod
     def unknown_fields(cls, names: Iterable[str]) -> list[str]:
@@ -108,7 +145,7 @@ class MoSLDConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS)
         if isinstance(config, MoSLDConfig) and weights.is_file():
-            AdapterWeights(weights, config.r, config.experts_of)
+            AdapterWeights(weights, config.mixture_of)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -1,6 +1,7 @@
 """What a saved adapter holds, from its two files alone, and which experts it uses for which task, from a model that runs.
 
-    update of expert e:  s B_e A        <s B_e A, s B_f A> = s^2 <B_e A A^T, B_f>        |s B_e A| = sqrt of that with f = e
+    update of expert e:  s U_e A, for MoSLD U_e = B_e
+    <s U_e A, s U_f A> = s^2 <U_e A A^T, U_f>        |s U_e A| = sqrt of that with f = e
 
 The products need A A^T [r, r] and never an update [out, in].
 """
@@ -10,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, AdapterWeights, read_config
 from .config import MoSLDConfig
+from .mixture import Mixture
 from .router import RouterStats
 
 SETTINGS = ("r", "alpha", "top_k", "dropout", "balance_coef", "task_type")
@@ -39,12 +42,11 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         more = f"; it has fields that this version does not know: {', '.join(unknown)}" if unknown else ""
         raise AdapterFileError(f"{folder / CONFIG} cannot be used: {error}{more}") from error
-    weights = AdapterWeights(folder / WEIGHTS, config.r, config.experts_of)
-    layers = {}
-    for name, layer in weights.layers.items():
-        shared_a, expert_b, _ = weights.tensors(name)
-        numbers = expert_numbers(shared_a, expert_b, layer.num_experts, config.alpha / config.r)
-        layers[name] = {**asdict(layer), "parameters": layer.parameters, **numbers}
+    weights = AdapterWeights(folder / WEIGHTS, config.mixture_of)
+    layers = {
+        name: {**asdict(layer), **expert_numbers(weights.tensors(name), config.mixture_of(name))}
+        for name, layer in weights.layers.items()
+    }
     return {
         "adapter": str(folder),
         "method": "MOSLD",
@@ -57,15 +59,22 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def expert_numbers(shared_a: Tensor, expert_b: Tensor, num_experts: int, scale: float) -> dict[str, Any]:
-    """shared_a [r, in], expert_b [out, E r] -> what a layer's experts have become, computed in float64.
+def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str, Any]:
+    """The tensors of one layer, by name -> what its experts have become, computed in float64.
 
-    update_norms: of each expert, the Frobenius norm of its update `scale` B_e A [out, in].
-    similarity: the mean cosine between the B of two experts, over all pairs whose B is not zero; None without a pair.
-    untrained: the experts whose B is zero still.
+    update_norms: of each expert, the Frobenius norm of its update [out, in] with a gate of 1.
+    similarity: the mean cosine between what two experts have behind A (for MoSLD their B), over all pairs that are not
+        zero; None without a pair.
+    untrained: the experts whose update is zero still.
+    All empty where a mixture has no gate of its own for each expert, or another update for each task.
     """
-    shared_a = shared_a.double()
-    experts = expert_b.double().unflatten(1, (num_experts, -1)).transpose(0, 1)  # [E, out, r]
+    kind = mixture.kind
+    if not kind.per_expert or kind.per_task:
+        return {"update_norms": [], "similarity": None, "untrained": []}
+    shared_a, expert_b = tensors["shared_a"].double(), tensors["expert_b"].double()
+    mixer = tensors["mixer"].double() if "mixer" in tensors else None
+    one_each = torch.eye(kind.gates(mixture), dtype=torch.float64)
+    experts = torch.stack([expert_b @ mixture.matrix(gates, mixer) for gates in one_each])  # [E, out, R_in]
     through_a = (experts @ (shared_a @ shared_a.T)).flatten(1)
     flat = experts.flatten(1)
     squares = (through_a * flat).sum(1)
@@ -74,7 +83,9 @@ def expert_numbers(shared_a: Tensor, expert_b: Tensor, num_experts: int, scale: 
     unit = flat[trained] / lengths[trained].unsqueeze(1)
     pairs = len(unit) * (len(unit) - 1)
     return {
-        "update_norms": (scale * squares.clamp(min=0).sqrt()).tolist(),  # rounding may leave a tiny negative square
+        "update_norms": (
+            mixture.scale * squares.clamp(min=0).sqrt()
+        ).tolist(),  # rounding may leave a tiny negative square
         "similarity": ((unit @ unit.T).sum() - unit.square().sum()).item() / pairs if pairs else None,
         "untrained": (~trained).nonzero().flatten().tolist(),
     }
@@ -130,7 +141,7 @@ def _layer_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
         f"{layer['in_features']} -> {layer['out_features']}",
         str(layer["num_experts"]),
         f"{layer['parameters']:,}",
-        f"{min(norms):.3g} to {max(norms):.3g}",
+        f"{min(norms):.3g} to {max(norms):.3g}" if norms else "",
         "" if layer["similarity"] is None else f"{layer['similarity']:.3f}",
         _numbers(layer["untrained"]),
     )

@@ -2,7 +2,8 @@
 
     y = x W0^T + b0 + s sum_{k in top-K} g_k B_k A~ x,     s = alpha / r        (MoSLD, arXiv 2412.08946, Eq. 1 to 3)
 
-A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly what the frozen one does.
+A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly what the frozen one does. Sibling methods
+are other Mixtures of the same adapter: MoSLD's structure runs in the fused operator, the others in three stages.
 """
 
 import math
@@ -13,19 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mosld_kernels import mosld_delta, mosld_linear
+from mosld_kernels.staged import Dropout, staged_linear
 
-
-def check_hyperparameters(*, r: int, alpha: float, num_experts: int, top_k: int, dropout: float) -> None:
-    """Raise ValueError, with the rule and the value, for a mixture that cannot be built."""
-    for name, value in (("r", r), ("num_experts", num_experts), ("top_k", top_k)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if top_k > num_experts:
-        raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+from .mixture import FIELDS, Mixture
+from .routing import Routing, gates_of, given_gates, route, task_ids
 
 
 class AdapterWeight(nn.Module):
@@ -34,12 +26,12 @@ class AdapterWeight(nn.Module):
     Not an nn.Linear, so that `target_modules="all-linear"` and quantisers pass it by.
     """
 
-    def __init__(self, rows: int, cols: int, device=None, dtype=None):
+    def __init__(self, *shape: int, device=None, dtype=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, cols, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
+        return ", ".join(map(str, self.weight.shape))
 
 
 class _WithOwed(torch.autograd.Function):
@@ -56,15 +48,19 @@ class _WithOwed(torch.autograd.Function):
 
 
 class MoSLDAdapter(nn.Module):
-    """The mixture beside one linear layer: E experts of rank r that share one down-projection A.
+    """The mixture beside one linear layer; by default MoSLD's, E experts of rank r that share one down-projection A.
+
+    in_features, out_features: of the layer. hyperparameters: the fields of `mosld.mixture.Mixture`.
 
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
-    `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features].
+    `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures have
+    other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
     router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the
-    first. owed: a gradient for the logits of a forward that kept none, which the recomputation takes along; set and
-    explained by `balance_loss`. Neither is part of the state: copies and pickles of the module start without them.
+    first, and where tokens do not choose among experts. owed: a gradient for the logits of a forward that kept none, which
+    the recomputation takes along; set and explained by `balance_loss`. routing: what `mosld.set_routing` gave. None of the
+    three is part of the state: copies and pickles of the module start without them.
 
-    raises ValueError for values that `check_hyperparameters` refuses.
+    raises ValueError for values that Mixture refuses.
     """
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
@@ -73,71 +69,128 @@ class MoSLDAdapter(nn.Module):
     # checkpointing, inside which it allows no such memory; without it there is no balance loss and no statistics.
     keep_logits = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        r: int = 8,
-        alpha: float = 16,
-        num_experts: int = 8,
-        top_k: int = 2,
-        dropout: float = 0.1,
-        device=None,
-        dtype=None,
-    ):
+    shared_a: AdapterWeight
+    expert_b: AdapterWeight
+    router: AdapterWeight  # None, too, where nobody routes; who asks for it has made sure
+    tasks: AdapterWeight | None
+    mixer: AdapterWeight | None
+
+    def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None, **hyperparameters):
         super().__init__()
-        check_hyperparameters(r=r, alpha=alpha, num_experts=num_experts, top_k=top_k, dropout=dropout)
-        self.r, self.alpha, self.scale = r, alpha, alpha / r
-        self.num_experts, self.top_k, self.dropout = num_experts, top_k, dropout
-        self.shared_a = AdapterWeight(r, in_features, device, dtype)
-        self.expert_b = AdapterWeight(out_features, num_experts * r, device, dtype)
-        self.router = AdapterWeight(num_experts, in_features, device, dtype)
+        self.mixture = m = Mixture(**hyperparameters)
+        self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
+        self.top_k = m.chosen
+        shapes = m.shapes(in_features, out_features)
+        for part in PARTS:
+            self.register_module(
+                part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
+            )
         self.router_logits: Tensor | None = None
         self.owed: Tensor | None = None
+        self.routing: Routing | None = None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        for module in (self.shared_a, self.router):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        m = self.mixture
+        _start(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
+        if self.router is not None and m.router == "constant":
+            nn.init.constant_(self.router.weight, 1 / m.num_experts)
+        elif self.router is not None:
+            _start(self.router.weight, m.router_std)
+        if self.tasks is not None:
+            nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
+        if self.mixer is not None:
+            m.kind.start(self.mixer.weight)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without."""
-        dropout_p, seed = 0.0, None
-        if self.training and self.dropout > 0:
-            # From torch's generator, so manual_seed, checkpointing and resuming repeat the mask by themselves.
-            dropout_p, seed = self.dropout, torch.randint(2**62, (1,), device=x.device)
-        tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
-        if any(isinstance(tensor, DTensor) for tensor in tensors):
+        parts = [part for part in (self.shared_a, self.expert_b, self.router, self.mixer) if part is not None]
+        if any(isinstance(part.weight, DTensor) for part in parts):
             raise RuntimeError(
                 "shared_a, expert_b and router must be whole while the layer runs, and one of them is a shard: apply "
                 "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
             )
-        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
-        settings["backend"] = self.backend
-        if weight is None:
-            out, logits = mosld_delta(x, *tensors, **settings)
-        else:
-            out, logits = mosld_linear(x, weight, bias, *tensors, **settings)
+        out, logits = self._fused(x, weight, bias) if self.mixture.fused else self._staged(x, weight, bias)
         if self.keep_logits:
             self.router_logits = logits
         if self.owed is not None:
             # A gradient that is owed outside backward is left from one that broke off.
-            if torch._C._current_graph_task_id() != -1 and logits.requires_grad:
+            if torch._C._current_graph_task_id() != -1 and logits is not None and logits.requires_grad:
                 out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
             self.owed = None
         return out
 
+    def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
+        """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
+        return torch.randint(2**62, (1,), device=x.device) if self.training and any(rates) else None
+
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        m, seed = self.mixture, self._seed(x, self.dropout)
+        tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
+        dropout_p = 0.0 if seed is None else m.dropout
+        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
+        settings["backend"] = self.backend
+        if weight is None:
+            return mosld_delta(x, *tensors, **settings)
+        return mosld_linear(x, weight, bias, *tensors, **settings)
+
+    def _staged(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.backend == "triton":
+            raise RuntimeError(
+                f"backend='triton' cannot run: mixing={self.mixture.mixing!r} with router={self.mixture.router!r} and "
+                "this dropout runs in torch products alone; backend='auto' can"
+            )
+        m, routed = self.mixture, []
+        seed = self._seed(x, m.dropout, m.up_dropout)
+        rates = (m.dropout, m.up_dropout, m.input_dropout, m.hidden_dropout) if self.training else (0.0,) * 4
+
+        def mix(z: Tensor, logits: Tensor | None) -> Tensor:
+            if m.routes:
+                logits = route(self, x, z, logits)
+                routed.append(logits)
+                gates = gates_of(self, logits)
+            else:
+                gates = given_gates(self, x, z)
+            mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
+            if m.kind.per_task and mixer is not None:
+                mixer = mixer[task_ids(self, x)]
+            return m.kind.mix(z, gates, mixer)
+
+        out, _ = staged_linear(
+            x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
+            router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
+            dropout=Dropout(*rates),
+        )  # fmt: skip
+        return out, routed[0] if routed and m.balances else None
+
+    def given(self, name: str) -> Any:
+        """What `mosld.set_routing` gave under this name, or None."""
+        return None if self.routing is None else getattr(self.routing, name)
+
     def extra_repr(self) -> str:
-        return (
-            f"r={self.r}, alpha={self.alpha}, num_experts={self.num_experts}, top_k={self.top_k}, "
-            f"dropout={self.dropout}"
-        )
+        m = self.mixture
+        more = [f"{name}={getattr(m, name)!r}" for name in FIELDS if getattr(m, name) != getattr(_DEFAULT, name)]
+        first = ("r", "alpha", "num_experts", "top_k", "dropout")
+        more = [text for text in more if text.partition("=")[0] not in first]
+        return ", ".join([*(f"{name}={getattr(m, name)}" for name in first), *more])
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "router_logits": None, "owed": None}
+        return {**self.__dict__, "router_logits": None, "owed": None, "routing": None}
+
+
+PARTS = ("shared_a", "expert_b", "router", "tasks", "mixer")  # the tensors that an adapter may train
+_DEFAULT = Mixture()
+
+
+def _start(weight: Tensor, std: float | None) -> None:
+    """In place: Kaiming-uniform, or normal with a standard deviation."""
+    if std is None:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    else:
+        nn.init.normal_(weight, std=std)
 
 
 def call_me(module: nn.Module) -> None:
@@ -156,6 +209,7 @@ class MoSLDLinear(nn.Linear):
     r: rank of A and of every expert. alpha: the update is scaled by alpha / r.
     num_experts: E. top_k: experts chosen per token, in [1, E].
     dropout: probability of dropping an element of A in training (MoSLD's Eq. 2).
+    mixture: further fields of `mosld.mixture.Mixture`, for the sibling methods.
 
     `weight` and `bias` load from a plain nn.Linear checkpoint, strictly too: one without any of the adapter's tensors
     leaves the adapter as it is. The adapter's own tensors are `adapter.shared_a.weight`, `adapter.expert_b.weight`
@@ -178,20 +232,14 @@ class MoSLDLinear(nn.Linear):
         dropout: float = 0.1,
         device=None,
         dtype=None,
+        **mixture,
     ):
-        check_hyperparameters(r=r, alpha=alpha, num_experts=num_experts, top_k=top_k, dropout=dropout)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.adapter = MoSLDAdapter(
-            in_features,
-            out_features,
-            r=r,
-            alpha=alpha,
-            num_experts=num_experts,
-            top_k=top_k,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
+        fields: dict[str, Any] = dict(
+            r=r, alpha=alpha, num_experts=num_experts, top_k=top_k, dropout=dropout, **mixture
         )
+        Mixture(**fields)  # bad values are refused before the base weight is made
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.adapter = MoSLDAdapter(in_features, out_features, **fields, device=device, dtype=dtype)
         self._freeze()
         call_me(self)
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mosld_kernels.dispatch import autocasts
 
-from .layer import MoSLDAdapter, call_me
+from .layer import PARTS, MoSLDAdapter, call_me
 
 NAME = "mosld"
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
@@ -30,11 +30,11 @@ PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an 
 class MoSLDLayer(BaseTunerLayer):
     """What PEFT asks of an adapted layer, for every adapter name.
 
-    PEFT's files name a weight `<container>.weight`, so A, B and router are registered in a container each; `mixtures`
-    holds the MoSLDAdapter that computes with the three, unregistered so that no weight has two names.
+    PEFT's files name a weight `<container>.weight`, so A, B, router and what else a method trains are registered in a
+    container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two names.
     """
 
-    adapter_layer_names = ("mosld_shared_a", "mosld_expert_b", "mosld_router")
+    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in PARTS)
     other_param_names = ("mixtures",)
     mixtures: dict[str, MoSLDAdapter]
 
@@ -64,7 +64,8 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         if in_features is None or out_features is None:
             raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
         self.in_features, self.out_features = in_features, out_features
-        self.mosld_shared_a, self.mosld_expert_b, self.mosld_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for container in self.adapter_layer_names:
+            self.register_module(container, nn.ModuleDict())
         self.mixtures = {}
         self.merged_adapters = []
         call_me(self)
@@ -73,9 +74,12 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
         mixture = MoSLDAdapter(self.in_features, self.out_features, **hyperparameters).train(self.training)
         self.mixtures[adapter_name] = mixture
-        self.mosld_shared_a[adapter_name] = mixture.shared_a
-        self.mosld_expert_b[adapter_name] = mixture.expert_b
-        self.mosld_router[adapter_name] = mixture.router
+        for part in PARTS:
+            container = cast(nn.ModuleDict, getattr(self, f"{PREFIX}{part}"))
+            if adapter_name in container:  # of an adapter that is begun anew
+                del container[adapter_name]
+            if (weight := getattr(mixture, part)) is not None:
+                container[adapter_name] = weight
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -143,11 +147,7 @@ class MoSLDModel(BaseTuner):
         layer.update_layer(
             adapter_name,
             inference_mode=peft_config.inference_mode,
-            r=peft_config.r,
-            alpha=peft_config.alpha,
-            num_experts=peft_config.experts_of(current_key),
-            top_k=peft_config.top_k,
-            dropout=peft_config.dropout,
+            **vars(peft_config.mixture_of(current_key)),
         )
         if is_new:
             if adapter_name not in self.active_adapters:
@@ -184,7 +184,7 @@ def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
                     f"{name}, which has {layer.in_features} -> {layer.out_features} here"
                 )
     for key in saved:
-        name, adapter_tensor, _ = key.partition(".mosld_router.")
+        name, adapter_tensor, _ = key.partition(".mosld_shared_a.")
         if adapter_tensor and name not in layers:
             raise ValueError(f"the adapter does not fit the base model: it was trained for {name}, which is not here")
 

@@ -38,10 +38,14 @@ def mm_sum(
     """
     a, b = large
     if a.device.type == "cpu" and not as_frozen:
-        out = mm(a, b, bias)
-        return out.add_(mm(*small)) if lacks(a.dtype) else out.addmm_(*small)
+        return add_mm(mm(a, b, bias), *small)
     # The large product accumulates onto the stored small one: the other way round takes one more pass over the sum.
     return mm(*small, bias).addmm_(a, b)
+
+
+def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out [M, N] += a [M, S] b [S, N], in place"""
+    return out.add_(mm(a, b)) if a.device.type == "cpu" and lacks(a.dtype) else out.addmm_(a, b)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

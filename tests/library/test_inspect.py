@@ -12,6 +12,7 @@ from mosld import MoSLDConfig, MoSLDLinear, router_stats
 from mosld.adapter_file import AdapterFileError
 from mosld.cli import main
 from mosld.inspection import expert_numbers, inspect_adapter
+from mosld.mixture import Mixture
 from mosld.router import RouterUse
 from mosld.tasks.encode import Encoder
 from tests.models import perturb, tiny_llama
@@ -52,11 +53,17 @@ def load(data):
     return peft.PeftModel.from_pretrained(base, str(data / "adapter")).eval()
 
 
+def numbers_of(shared_a, expert_b, num_experts, scale) -> dict:
+    r = len(shared_a)
+    mixture = Mixture(r=r, alpha=scale * r, num_experts=num_experts, top_k=1)
+    return expert_numbers({"shared_a": shared_a, "expert_b": expert_b}, mixture)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_and_similarities_are_those_of_the_updates_written_out(dtype):
     shared_a, expert_b = torch.randn(3, 11).to(dtype), torch.randn(7, 5 * 3).to(dtype)
     expert_b[:, 6:9] = 0  # the third expert
-    numbers = expert_numbers(shared_a, expert_b, 5, scale=1.5)
+    numbers = numbers_of(shared_a, expert_b, 5, scale=1.5)
     own = [expert_b[:, 3 * e : 3 * e + 3].double() for e in range(5)]
     expected = [sum(x * x for x in (1.5 * b @ shared_a.double()).flatten().tolist()) ** 0.5 for b in own]
     assert numbers["update_norms"] == pytest.approx(expected, rel=1e-12) and numbers["untrained"] == [2]
@@ -72,11 +79,11 @@ def test_norms_and_similarities_are_those_of_the_updates_written_out(dtype):
 def test_similarity_is_one_for_equal_experts_and_none_without_a_pair():
     b = torch.randn(6, 2)
     a = torch.randn(2, 5)
-    assert expert_numbers(a, torch.cat((b, 3 * b), 1), 2, 1.0)["similarity"] == pytest.approx(1)
-    assert expert_numbers(a, torch.cat((b, -b), 1), 2, 1.0)["similarity"] == pytest.approx(-1)
-    zero = expert_numbers(a, torch.zeros(6, 4), 2, 1.0)
+    assert numbers_of(a, torch.cat((b, 3 * b), 1), 2, 1.0)["similarity"] == pytest.approx(1)
+    assert numbers_of(a, torch.cat((b, -b), 1), 2, 1.0)["similarity"] == pytest.approx(-1)
+    zero = numbers_of(a, torch.zeros(6, 4), 2, 1.0)
     assert zero == {"update_norms": [0, 0], "similarity": None, "untrained": [0, 1]}
-    assert expert_numbers(a, b, 1, 1.0)["similarity"] is None
+    assert numbers_of(a, b, 1, 1.0)["similarity"] is None
 
 
 def test_a_report_is_of_the_saved_adapter(data):
@@ -219,7 +226,10 @@ def test_what_is_no_adapter_is_refused_by_name(data, tmp_path):
         ("[]", "its peft_type is None"),
         ('{"peft_type": "LORA"}', "is of no MoSLD adapter: its peft_type is 'LORA'"),
         ('{"peft_type": "MOSLD", "r": 0}', "cannot be used: r must be an integer of at least 1, got 0$"),
-        ('{"peft_type": "MOSLD", "shared": "up", "noise": 1}', "got 'up'; it has fields that .* not know: noise"),
+        (
+            '{"peft_type": "MOSLD", "shared": "sideways", "noise": 1}',
+            "got 'sideways'; it has fields that .* not know: noise",
+        ),
     ):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match=message):

@@ -1,0 +1,220 @@
+"""What the mixture of one layer is: how many of what, which mixing matrix, who routes, where dropout falls.
+
+Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table in
+docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a mixing matrix that is not here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROUTERS = {
+    "token": "linear on the layer's input, token by token",
+    "hidden": "linear on z, token by token",
+    "sequence": "linear on the mean of the layer's input over the sequence",
+    "task": "a table of logits by task id, or linear on an embedding of the task",
+    "external": "gates that the caller gives with mosld.set_routing",
+    "constant": "gates that are parameters themselves, the same for every token",
+    "none": "all gates are one and nothing routes",
+}
+GATES = ("top_k", "softmax", "top_p")
+Size = Callable[["Mixture"], int]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """One mixing matrix M(x).
+
+    mix: (z [..., down], gates, mixer as below or None) -> h [..., up]; gates are [..., gates], of every token or
+        broadcast over tokens, or what `gate` returns. See `mosld_kernels.mixing`.
+    down, up, gates: rows of A, columns of B, logits of a token, each a function of the Mixture.
+    mixer: (Mixture, in_features) -> shape of what the mixing itself trains; None for nothing. per_task: its first size is
+        num_tasks, and `mix` gets [batch, ...], that of each row's task. start: fills a new one, in place.
+    gate: (logits [..., gates], the layer's MoSLDAdapter) -> gates, instead of the Mixture's gate function.
+    options: the names that `mixing_options` may have, with their defaults. check: raises ValueError for what is wrong.
+    per_expert: whether there is one gate an expert, so that load balance and router statistics mean something.
+    """
+
+    mix: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    down: Size
+    up: Size
+    gates: Size = lambda m: m.num_experts
+    mixer: Callable[["Mixture", int], tuple[int, ...] | None] | None = None
+    per_task: bool = False
+    start: Callable[[Tensor], Any] = nn.init.zeros_
+    gate: Callable[[Tensor, Any], Tensor] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[["Mixture"], None] = lambda m: None
+    per_expert: bool = True
+
+
+MIXINGS: dict[str, Mixing] = {}
+
+
+def register_mixing(name: str, **parts: Any) -> Callable:
+    """Make the decorated function, mix(z, gates, mixer), known as `MoSLDConfig(mixing=name)`; `parts` are Mixing's.
+
+    raises ValueError for a name that is taken.
+    """
+
+    def register(mix: Callable) -> Callable:
+        if name in MIXINGS:
+            raise ValueError(f"mixing {name!r} is registered already")
+        MIXINGS[name] = Mixing(mix=mix, **parts)
+        return mix
+
+    return register
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of one layer; the fields are those of MoSLDConfig, which documents them.
+
+    raises ValueError for values that cannot be used and for two that contradict each other, with the rule and the values.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    num_experts: int = 8
+    top_k: int = 2
+    dropout: float = 0.1
+    up_dropout: float = 0.0
+    input_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    mixing: str = "expand"
+    mixing_options: dict[str, Any] = field(default_factory=dict)
+    router: str = "token"
+    gate: str = "top_k"
+    top_p: float = 0.8
+    temperature: float = 1.0
+    num_tasks: int | None = None
+    task_dim: int | None = None
+    down_std: float | None = None
+    router_std: float | None = None
+
+    def __post_init__(self):
+        sizes = (("r", self.r), ("num_experts", self.num_experts), ("top_k", self.top_k))
+        optional = (("num_tasks", self.num_tasks), ("task_dim", self.task_dim))
+        for name, value in (*sizes, *((name, value) for name, value in optional if value is not None)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("dropout", "up_dropout", "input_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("alpha", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("down_std", "router_std"):
+            std = getattr(self, name)
+            if std is not None and not (math.isfinite(std) and std >= 0):
+                raise ValueError(f"{name} must be None or at least 0, got {std}")
+        for name, known in (("mixing", MIXINGS), ("router", ROUTERS), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.gate == "top_k" and self.routes and self.kind.gate is None and self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        kind = self.kind
+        if unknown := sorted(set(self.mixing_options) - set(kind.options)):
+            known = ", ".join(kind.options) or "none"
+            raise ValueError(f"mixing_options of {self.mixing!r} may have {known}, got {', '.join(unknown)}")
+        if self.router == "task" and self.num_tasks is None:
+            raise ValueError("router='task' contradicts num_tasks=None: say how many tasks there are")
+        if kind.per_task and self.num_tasks is None:
+            raise ValueError(f"mixing={self.mixing!r} contradicts num_tasks=None: say how many tasks there are")
+        if self.task_dim is not None and self.router != "task":
+            raise ValueError(f"task_dim={self.task_dim} contradicts router={self.router!r}: only 'task' embeds tasks")
+        if self.num_tasks is not None and not (self.router == "task" or kind.per_task):
+            raise ValueError(
+                f"num_tasks={self.num_tasks} contradicts router={self.router!r} with mixing={self.mixing!r}: neither "
+                "asks for the task"
+            )
+        if kind.gate is not None and not self.routes:
+            raise ValueError(f"router={self.router!r} contradicts mixing={self.mixing!r}, which makes gates of logits")
+        kind.check(self)
+
+    @property
+    def kind(self) -> Mixing:
+        return MIXINGS[self.mixing]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    @property
+    def routes(self) -> bool:
+        """Whether there are logits, of which a gate function makes gates."""
+        return self.router not in ("external", "constant", "none")
+
+    @property
+    def wants_tasks(self) -> bool:
+        return self.router == "task" or self.kind.per_task
+
+    @property
+    def chosen(self) -> int:
+        """K, experts chosen per token: all of them where the softmax goes over all."""
+        return self.top_k if self.gate == "top_k" and self.kind.gate is None else self.num_experts
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused operator computes it: MoSLD's structure, or the same with an A per expert."""
+        sites = self.up_dropout or self.input_dropout or self.hidden_dropout
+        return (
+            self.mixing in ("expand", "diagonal")
+            and self.router == "token"
+            and self.gate != "top_p"
+            and self.temperature == 1
+            and not sites
+        )
+
+    @property
+    def balances(self) -> bool:
+        """Whether tokens choose among experts, so that load balance and router statistics mean something."""
+        return self.kind.per_expert and self.router in ("token", "hidden") and self.gate != "top_p"
+
+    def option(self, name: str) -> Any:
+        return self.mixing_options.get(name, self.kind.options[name])
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Name of each trained tensor of a layer -> its shape."""
+        kind, gates = self.kind, self.kind.gates(self)
+        router = {
+            "token": (gates, in_features),
+            "hidden": (gates, kind.down(self)),
+            "sequence": (gates, in_features),
+            "task": (self.num_tasks, gates) if self.task_dim is None else (gates, self.task_dim),
+            "constant": (1, gates),
+        }.get(self.router)
+        parts: dict[str, tuple[int, ...] | None] = {
+            "shared_a": (kind.down(self), in_features),
+            "expert_b": (out_features, kind.up(self)),
+            "router": router,  # pyright: ignore[reportAssignmentType]  num_tasks is known where it is asked for
+            "tasks": (self.num_tasks, self.task_dim) if self.task_dim is not None else None,  # pyright: ignore
+            "mixer": kind.mixer(self, in_features) if kind.mixer else None,
+        }
+        return {name: shape for name, shape in parts.items() if shape is not None}
+
+    def matrix(self, gates: Tensor, mixer: Tensor | None = None) -> Tensor:
+        """gates [n], the same for every token -> M [R_out, R_in], with which the update is s B M A
+
+        mixer: the layer's, where the mixing has one; of a mixing per task, that of one task.
+        """
+        rows = self.kind.down(self)
+        z = torch.eye(rows, dtype=gates.dtype, device=gates.device)
+        if mixer is not None and self.kind.per_task:
+            return self.kind.mix(z, gates, mixer.expand(rows, *mixer.shape)).T
+        return self.kind.mix(z, gates, mixer).T
+
+    def parameters(self, in_features: int, out_features: int) -> int:
+        """How many numbers one layer trains."""
+        return sum(math.prod(shape) for shape in self.shapes(in_features, out_features).values())
+
+
+FIELDS = tuple(f.name for f in fields(Mixture))
+
+from . import mixings as _known  # noqa: E402, F401  they register themselves with what is above

@@ -1,0 +1,195 @@
+"""Every mixture of LoRA experts that we know, as a MoSLDConfig: `presets.hydralora(target_modules=["q_proj"])`.
+
+A preset is a function: keyword overrides in, MoSLDConfig out. Its values are the paper's or its code's where they are
+known; what the sources leave open is said in the docstring. `PRESETS` has all of them by name.
+
+Batch mates, padding and later tokens change nothing, unless the docstring says that a method routes by the whole sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .config import MoSLDConfig
+
+PRESETS: dict[str, Callable[..., MoSLDConfig]] = {}
+
+
+def _preset(function: Callable[..., MoSLDConfig]) -> Callable[..., MoSLDConfig]:
+    PRESETS[function.__name__] = function
+    return function
+
+
+def preset(name: str, **overrides: Any) -> MoSLDConfig:
+    """The preset of this name; raises ValueError, with the known names, for another."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name](**overrides)
+
+
+def _config(defaults: dict[str, Any], overrides: dict[str, Any]) -> MoSLDConfig:
+    """mixing_options are overridden one by one, everything else as a whole."""
+    options = {**defaults.pop("mixing_options", {}), **overrides.pop("mixing_options", {})}
+    return MoSLDConfig(**{**defaults, **overrides}, mixing_options=options)
+
+
+@_preset
+def lora(**overrides: Any) -> MoSLDConfig:
+    """LoRA (arXiv 2106.09685): one expert and no router. y = W0 x + s B A x. Without dropout unless asked for.
+
+    For LoRA's own dropout, on x, say input_dropout.
+    """
+    return _config(dict(num_experts=1, top_k=1, router="none", dropout=0.0, balance_coef=0.0), overrides)
+
+
+@_preset
+def mosld(**overrides: Any) -> MoSLDConfig:
+    """MoSLD (arXiv 2412.08946, Eq. 1 to 3): a shared A with dropout on its elements, top-2 of 8 experts, r 8, alpha 16.
+
+    The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are a num_experts_pattern:
+    {r"layers\\.([0-7])\\.": 8, r"layers\\.([8-9]|1[0-5])\\.": 6, r"layers\\.(1[6-9]|2[0-3])\\.": 4, r"layers\\.(2[4-9]|3[01])\\.": 2}.
+    The weight of its balance loss is not given; 1e-3 is MoLA's.
+    """
+    return _config({}, overrides)
+
+
+@_preset
+def mosl(**overrides: Any) -> MoSLDConfig:
+    """MoSL: MoSLD without its dropout, the paper's ablation."""
+    return _config(dict(dropout=0.0), overrides)
+
+
+@_preset
+def mosld_up(**overrides: Any) -> MoSLDConfig:
+    """MoSLD (matrix B): the up-projection is shared and its elements are dropped; an A per expert.
+
+    y = W0 x + s B~ sum_k g_k A_k x. The paper says only that the method is "applied to matrix B"; share and drop B is
+    our reading. Read literally, its Eq. 3 says the same.
+    """
+    return _config(dict(shared="up"), overrides)
+
+
+@_preset
+def hydralora(**overrides: Any) -> MoSLDConfig:
+    """HydraLoRA (arXiv 2404.19245, Eq. 2 to 4): a shared A, a softmax over all 3 experts, dropout 0.05 on x, no balance loss.
+
+    The paper's figures are of r 8 and 3 experts, its script's of r 4, alpha 32 and 4. Its code draws the dropout on x anew
+    for every expert and multiplies A as often; here all experts see one. Its parameter counts leave the router out.
+    """
+    return _config(
+        dict(r=8, alpha=32, num_experts=3, gate="softmax", dropout=0.0, input_dropout=0.05, balance_coef=0.0), overrides
+    )
+
+
+@_preset
+def mola(**overrides: Any) -> MoSLDConfig:
+    """MoLA (arXiv 2402.08562): an A and a B per expert, top-2 renormalised, r 8, alpha 16, dropout 0.05 on x.
+
+    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: a num_experts_pattern. Its code draws
+    the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
+    """
+    return _config(dict(mixing="diagonal", dropout=0.0, input_dropout=0.05), overrides)
+
+
+@_preset
+def loramoe(**overrides: Any) -> MoSLDConfig:
+    """LoRAMoE (arXiv 2312.09979): an A and a B per expert, a softmax over all 8, r 4, alpha 32, dropout 0.05 on x.
+
+    Adapts the feed-forward layers (gate, up, down) in the paper. Its localised balance loss is
+    `mosld.losses.localized_balance_loss`; the shipped script gives it no weight.
+    """
+    defaults = dict(mixing="diagonal", r=4, alpha=32, gate="softmax", dropout=0.0, input_dropout=0.05, balance_coef=0.0)
+    return _config(defaults, overrides)
+
+
+@_preset
+def moelora(**overrides: Any) -> MoSLDConfig:
+    """MoELoRA (arXiv 2402.12851): MoLA's form with a contrastive loss between experts.
+
+    We have not read the paper's body: the forward is MoLA's, r, experts and weights are guesses, and the contrastive loss,
+    `mosld.losses.contrastive_loss`, is the stated best reading.
+    """
+    return _config(dict(mixing="diagonal", dropout=0.0, input_dropout=0.05), overrides)
+
+
+@_preset
+def moelora_medical(**overrides: Any) -> MoSLDConfig:
+    """MOELoRA, medical (arXiv 2310.18339): 8 experts of rank 1 (in all rank 8), a softmax of an embedding of the task.
+
+    Asks for task ids (`mosld.set_routing`) and num_tasks, 8 unless said. The paper splits a total rank of 8 and scales by
+    alpha over that total: here r is one expert's rank, so alpha=2 with r=1 stands for its 16 / 8. A ~ N(0, 0.01^2).
+    """
+    defaults = dict(
+        mixing="diagonal", r=1, alpha=2, router="task", task_dim=64, num_tasks=8, gate="softmax", down_std=0.01,
+        dropout=0.0, input_dropout=0.05, balance_coef=0.0,
+    )  # fmt: skip
+    return _config(defaults, overrides)
+
+
+@_preset
+def malora(**overrides: Any) -> MoSLDConfig:
+    """MALoRA (arXiv 2410.22782): a shared A, a core P_e [r_up, r] per expert, top-2 of 8: y = W0 x + s sum_k g_k B_k P_k A x.
+
+    mixing_options: r_up=12, the rank of the experts' B. Taken from two re-implementations, which differ in how A and P
+    start: here both Kaiming-uniform (one takes A from an SVD of stacked A's). Its rule for r_up and its loss weight are
+    not known to us.
+    """
+    return _config(dict(mixing="core", dropout=0.0, input_dropout=0.05), overrides)
+
+
+@_preset
+def mtl_lora(**overrides: Any) -> MoSLDConfig:
+    """MTL-LoRA (arXiv 2410.09437): y = W0 x + s sum_i softmax(w_t / 0.1)_i B_i L_t A x for a row of task t.
+
+    Asks for task ids (`mosld.set_routing`) and num_tasks, 8 unless said. 3 B's; L_t [r, r] starts as the identity.
+    Adapts q, k, v, o in its script.
+    """
+    defaults = dict(
+        mixing="task_core", num_experts=3, router="task", num_tasks=8, gate="softmax", temperature=0.1, dropout=0.0,
+        input_dropout=0.05, balance_coef=0.0,
+    )  # fmt: skip
+    return _config(defaults, overrides)
+
+
+@_preset
+def mode(**overrides: Any) -> MoSLDConfig:
+    """MoDE (arXiv 2408.01505): rank-one experts: each rank of a shared A has a softmax of its own over 6 B's. r 4.
+
+    mixing_options: group_size=1, ranks that share one softmax (the generalised MoDE); group_size=r is HydraLoRA's form.
+    No alpha is given: the update is not scaled. A ~ N(0, 0.01^2) is of the paper's motivating study.
+    """
+    defaults = dict(
+        mixing="grouped", r=4, alpha=4, num_experts=6, gate="softmax", down_std=0.01, dropout=0.0, balance_coef=0.0
+    )
+    return _config(defaults, overrides)
+
+
+@_preset
+def mor1e(**overrides: Any) -> MoSLDConfig:
+    """Intuition-MoR1E, later T-REX (arXiv 2404.08985): r rows of A and r_up columns of B, every pair of them an expert.
+
+    y = W0 x + sigma(100 b) B M(x) A x,   M = w 32 softmax(router(x)) + (1 - w) 4 rho,   w = sigma(100 v), 32 = r r_up.
+    rho is the prior of a sequence's cluster, [batch, r r_up] to `mosld.set_routing(model, prior=...)`; without it its term
+    is left out, which is our choice. r 4, r_up 8 in mixing_options, the router starts at zero, alpha is not used.
+    """
+    return _config(
+        dict(
+            mixing="dense", r=4, alpha=4, num_experts=1, gate="softmax", router_std=0.0, dropout=0.0, balance_coef=0.0
+        ),
+        overrides,
+    )
+
+
+@_preset
+def mixlora_conditional(**overrides: Any) -> MoSLDConfig:
+    """Conditional Mixture-of-LoRA (multimodal MixLoRA, arXiv 2402.15896): per sequence r of num_experts rows of A and,
+    given these, r columns of B, paired by rank order and not weighted.
+
+    Routes on the mean of x over the sequence, padding included, so batch mates may matter through padding. The released
+    selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a softmax,
+    False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight is its weight.
+    """
+    defaults = dict(
+        mixing="select", r=4, num_experts=16, alpha=32, router="sequence", gate="softmax", dropout=0.0,
+        input_dropout=0.05, balance_coef=0.0,
+    )  # fmt: skip
+    return _config(defaults, overrides)

@@ -1,0 +1,242 @@
+"""Any mixture of LoRA experts in three stages: two products of torch's library with a small mixing between them.
+
+    x~ = keep_x * x / (1 - p)        A~, B~: dropout on the elements of A and of B       z~: dropout on z
+    z  = x~ A~^T     l = x Wr^T      h = s * mix(z~, l)       y = x W0^T + b0 + h B~^T
+
+`mix` is plain differentiable torch on [T, R_in] and [T, n]. What the products save for backward is x, h and the two
+adapter weights; of a dropout on x one bit an element, of those on A and B the seed. The gradient of x is accumulated
+by the products themselves: `_Down` hands x on to `_Up`, so that what `_Up` owes x arrives in `_Down`'s backward.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .autograd import no_autocast
+from .dispatch import _product_dtype, autocasts
+from .dropout import check_seed, drop_elements, keep_mask
+from .products import add_mm, mm, mm_sum
+from .reference import router_dtype
+
+Mix = Callable[[Tensor, Tensor | None], Tensor]
+UP_STREAM = 1  # of the mask on B; that of A has stream 0
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Probabilities in [0, 1] of dropping elements of A, of B, of x before A, and of z. All scale what stays by 1 / (1 - p)."""
+
+    down: float = 0.0
+    up: float = 0.0
+    x: float = 0.0
+    z: float = 0.0
+
+    def __post_init__(self):
+        for name, p in vars(self).items():
+            if not 0 <= p <= 1:
+                raise ValueError(f"dropout on {name} must be in [0, 1], got {p}")
+
+
+def staged_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    mix: Mix,
+    *,
+    scale: float,
+    router_weight: Tensor | None = None,
+    dropout: Dropout | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A linear layer with any mixture beside it: y = x W0^T + b0 + s mix(x~ A~^T, x Wr^T) B~^T.
+
+    x: [..., D_in]. weight: [D_out, D_in], the base layer, or None for the update alone. bias: [D_out] or None.
+    down_weight: [R_in, D_in], every row of every A once. up_weight: [D_out, R_out]. router_weight: [n, D_in] or None.
+    mix: (z [..., R_in], router logits [..., n] or None) -> h [..., R_out], both in the routing's dtype (float32, or
+        float64 for float64 x). It must treat tokens apart if the layer shall; see `mosld_kernels.mixing`.
+    dropout: where it falls. seed: int64 [1], needed for dropout on elements of A or B, whose masks are pure functions
+        of it; those on x and z are drawn from torch's generator.
+
+    returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and the router logits [..., n] or None.
+    raises ValueError for shapes and values that do not fit, with the rule and the value.
+    """
+    dropout = dropout or Dropout()
+    _check(x, weight, down_weight, up_weight, router_weight, dropout, seed)
+    dtype = _product_dtype(x)
+    with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+        x = x.to(dtype)
+        down_weight = _dropped(down_weight, dropout.down, seed, 0).to(dtype)
+        up_weight = _dropped(up_weight, dropout.up, seed, UP_STREAM).to(dtype)
+        if router_weight is not None:
+            router_weight = router_weight.to(dtype)
+        if weight is not None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        keep = draw_bits(x, dropout.x) if dropout.x else None
+        by_products = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+        if by_products:
+            x, z, logits = _Down.apply(x, down_weight, router_weight, keep)  # pyright: ignore
+        else:
+            z = F.linear(zeroed(x, keep), down_weight)
+            logits = None if router_weight is None else F.linear(x, router_weight)
+        routed = router_dtype(dtype)
+        if logits is not None:
+            logits = logits.to(routed).view(*leading, logits.shape[1])
+        z = z.to(routed).view(*leading, z.shape[1])
+        if 0 < dropout.x < 1:
+            z = z / (1 - dropout.x)  # the scale of what stays of x, on the smaller side of the product
+        z = F.dropout(z, dropout.z)
+        h = (scale * mix(z, logits)).to(dtype)
+        if h.shape != (*leading, up_weight.shape[1]):
+            raise ValueError(
+                f"mix must return [..., R_out] = {[*leading, up_weight.shape[1]]} for up_weight "
+                f"{list(up_weight.shape)}, got {list(h.shape)}"
+            )
+        h = h.reshape(-1, h.shape[-1])
+        if by_products:
+            out = _Up.apply(x, weight, bias, h, up_weight)
+        else:
+            out = F.linear(h, up_weight) if weight is None else F.linear(x, weight, bias) + F.linear(h, up_weight)
+    return out.view(*leading, out.shape[1]), logits  # pyright: ignore
+
+
+class _Down(torch.autograd.Function):
+    """x [T, D_in] -> x again, z [T, R_in], logits [T, n] or None. The x that comes back is for `_Up` alone."""
+
+    @staticmethod
+    def forward(ctx, x, down_weight, router_weight, keep):
+        ctx.save_for_backward(x, down_weight, router_weight, keep)
+        ctx.set_materialize_grads(False)
+        rows = len(down_weight)
+        if keep is not None:
+            z, logits = mm(zeroed(x, keep), down_weight.t()), None
+            if router_weight is not None:
+                logits = mm(x, router_weight.t())
+        elif router_weight is None:
+            z, logits = mm(x, down_weight.t()), None
+        else:  # one pass over x
+            both = mm(x, torch.cat((down_weight, router_weight)).t())
+            z, logits = both[:, :rows].contiguous(), both[:, rows:].contiguous()
+        return x.view_as(x), z, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dz, dlogits):
+        x, down_weight, router_weight, keep = ctx.saved_tensors
+        needs_x, needs_down, needs_router = ctx.needs_input_grad[:3]
+        ddown = drouter = None
+        dz = None if dz is None else dz.contiguous()
+        if dz is not None:
+            if needs_down:
+                ddown = mm(dz.t(), zeroed(x, keep))
+            if needs_x and keep is None:
+                dx = mm(dz, down_weight) if dx is None else add_mm(dx, dz, down_weight)
+            elif needs_x:
+                own = zeroed(mm(dz, down_weight), keep)
+                dx = own if dx is None else dx.add_(own)
+        if dlogits is not None:
+            dlogits = dlogits.contiguous()
+            if needs_router:
+                drouter = mm(dlogits.t(), x)
+            if needs_x:
+                dx = mm(dlogits, router_weight) if dx is None else add_mm(dx, dlogits, router_weight)
+        return dx if needs_x else None, ddown, drouter, None
+
+
+class _Up(torch.autograd.Function):
+    """x [T, D_in] as `_Down` returned it, h [T, R_out] -> out [T, D_out]: the base product and the update."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, h, up_weight):
+        trains_base = weight is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if trains_base else None, weight, h, up_weight)
+        update = (h, up_weight.t())
+        return mm(*update) if weight is None else mm_sum((x, weight.t()), update, bias, as_frozen=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, h, up_weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_h, needs_up = ctx.needs_input_grad
+        dout = dout.contiguous()
+        return (
+            mm(dout, weight) if needs_x and weight is not None else None,
+            mm(dout.t(), x) if needs_weight else None,
+            dout.sum(0) if needs_bias else None,
+            mm(dout, up_weight) if needs_h else None,
+            mm(h.t(), dout).t().contiguous() if needs_up else None,  # walks dout in memory order
+        )
+
+
+class _DropElements(torch.autograd.Function):
+    """Dropout on the elements of a weight; the mask is drawn again in backward."""
+
+    @staticmethod
+    def forward(ctx, values, p, seed, stream):
+        ctx.save_for_backward(seed)
+        ctx.p, ctx.stream = p, stream
+        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dvalues):
+        (seed,) = ctx.saved_tensors
+        keep = keep_mask(seed, dvalues[0].shape, ctx.p, stream_id=ctx.stream)
+        return drop_elements(dvalues[0], keep, ctx.p, dvalues[0].dtype), None, None, None
+
+
+def _dropped(values: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    if not p:
+        return values
+    assert seed is not None
+    if torch.compiler.is_compiling():
+        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, values.dtype)
+    return _DropElements.apply(values, p, seed, stream)  # pyright: ignore
+
+
+# Eight booleans lie in memory as the bytes 0 and 1 of one int64. Multiplied by GATHER their bits meet in the top byte; a
+# byte times REPEAT stands in all eight bytes, of which BIT_OF_BYTE looks at one bit each: a few passes over [T, D / 8].
+GATHER, REPEAT = 0x0102040810204080, 0x0101010101010101
+BIT_OF_BYTE = 0x8040201008040201 - 2**64  # as a signed number
+
+
+def draw_bits(x: Tensor, p: float) -> Tensor:
+    """A mask for x [T, D] drawn from torch's generator, True with probability 1 - p -> uint8 [ceil(T D / 8)], eight elements a byte"""
+    count = -(-x.numel() // 8) * 8
+    keep = torch.empty(count, dtype=torch.uint8, device=x.device).bernoulli_(1 - p)
+    return ((keep.view(torch.int64) * GATHER) >> 56).bitwise_and_(0xFF).to(torch.uint8)
+
+
+def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    """uint8 as `draw_bits` made it -> bool of `shape`"""
+    spread = (bits.to(torch.int64) * REPEAT).bitwise_and_(BIT_OF_BYTE)
+    return (spread.view(torch.uint8) != 0)[: shape.numel()].view(shape)
+
+
+def zeroed(x: Tensor, bits: Tensor | None) -> Tensor:
+    """x where the mask has a 1, zero elsewhere; x itself without a mask"""
+    return x if bits is None else torch.where(unpacked(bits, x.shape), x, 0.0)
+
+
+def _check(x, weight, down_weight, up_weight, router_weight, dropout: Dropout, seed) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point [..., D_in], got {x.dtype} {list(x.shape)}")
+    d_in = x.shape[-1]
+    for name, tensor in (("down_weight", down_weight), ("router_weight", router_weight)):
+        if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != d_in):
+            raise ValueError(f"{name} must be [., D_in={d_in}], got {list(tensor.shape)}")
+    if up_weight.dim() != 2:
+        raise ValueError(f"up_weight must be [D_out, R_out], got {list(up_weight.shape)}")
+    if weight is not None and weight.shape != (len(up_weight), d_in):
+        raise ValueError(f"weight must be [D_out, D_in] = {[len(up_weight), d_in]}, got {list(weight.shape)}")
+    if dropout.down or dropout.up:
+        if seed is None:
+            raise ValueError("dropout on elements of A or B needs a seed: an int64 tensor of shape [1]")
+        check_seed(seed)
