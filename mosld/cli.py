@@ -110,6 +110,9 @@ def _add_export(verbs) -> None:
     export.add_argument(
         "--per-expert", action="store_true", help="also write one LoRA an expert, in expert_0 and so on"
     )
+    export.add_argument(
+        "--task-id", type=int, metavar="N", help="which task's LoRA, for methods that route by task (0 is the first)"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace the export that --output holds")
     export.add_argument(
         "--quick", action="store_true", help="the embedded tasks and model at the size of train --quick"

@@ -164,7 +164,9 @@ def export(options: argparse.Namespace) -> str:
         encoder = Encoder(tokenizer, _max_length(options, base))
         gates = export_command.calibration_batches(encoder, tasks, options.eval_batch_size)
     model = _load_adapter(base, options.adapter)
-    layers = export_lora(model, output, gates, per_expert=options.per_expert, overwrite=options.overwrite)
+    layers = export_lora(
+        model, output, gates, per_expert=options.per_expert, overwrite=options.overwrite, task=options.task_id
+    )
     load = f"PeftModel.from_pretrained(base_model, {str(output)!r})"
     return f"{export_command.table(layers)}\n\nwritten to {output}; load it without mosld: peft.{load}"
 

@@ -1,8 +1,9 @@
 """From a mixture to a plain LoRA, in PEFT's own files.
 
-    with fixed gates c [E]:   s sum_e c_e B_e A = s B' A,   B' = sum_e c_e B_e   [D_out, R]
+    with fixed gates c:   s B M(c) A;   for MoSLD  s sum_e c_e B_e A = s B' A,   B' = sum_e c_e B_e   [D_out, R]
 
-A is shared, so the sum has rank R: an ordinary LoRA of the same r and alpha, exactly.
+A is shared, so MoSLD's sum has rank R: an ordinary LoRA of the same r and alpha, exactly. Other mixtures have the smaller
+of A's rows and B's columns for a rank, with M multiplied into the other.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoSLDConfig
-from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates
+from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates, fixed_matrix
 from .layer import MoSLDAdapter, MoSLDLinear
 from .tuner import MoSLDPeftLinear
 
@@ -38,10 +39,12 @@ def export_lora(
     adapter_name: str | None = None,
     per_expert: bool = False,
     overwrite: bool = False,
+    task: int | None = None,
 ) -> dict[str, LayerGates]:
     """Write the mixtures of `model`, with gates that no longer depend on the token, as a LoRA that plain PEFT loads.
 
-    model: a PeftModel or any model with MoSLD layers of one r and one alpha, placed by PEFT or by hand; left unchanged.
+    model: a PeftModel or any model with MoSLD layers of one r and one alpha, placed by PEFT or by hand; left unchanged. Of
+        any mixture: where gates are the same for all tokens anyway (router "none" or "constant") the LoRA is exact.
     output_dir: gets adapter_config.json, adapter_model.safetensors and export.json, all at once or not at all.
     gates: "uniform" (1 / E each); E weights, for every layer; layer name -> E weights; or an iterable of calibration
         batches (the model's arguments as a dict, input_ids and attention_mask say), which gives each layer the mean of
@@ -49,6 +52,7 @@ def export_lora(
     adapter_name: which of PEFT's adapters; needed when several are active.
     per_expert: also one LoRA an expert, in output_dir/expert_0 and so on; layers without that expert are left out.
     overwrite: replace an earlier export in output_dir. Anything else there is never replaced.
+    task: which task's LoRA, for methods that route by task; with that task's own gates, exactly.
 
     Returns layer name (in the base model) -> LayerGates: the gates and, from batches, what is lost by fixing them.
     The LoRA has the mixture's r, alpha and dtype; B is summed in float64 and rounded once.
@@ -62,14 +66,16 @@ def export_lora(
     layers = adapted_layers(base, adapter_name)
     origin = _peft_config(model, layers)
     check_one_lora(layers, origin)
-    fixed = fix_gates(model, layers, gates)
+    if per_expert and not all(a.mixture.kind.per_expert for _, a in layers.values()):
+        raise ValueError("per_expert needs a gate for each expert, which this mixing has not")
+    fixed = fix_gates(model, layers, gates, task)
     with _written_at_once(folder, overwrite) as aside:
         mean = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
-        _save(aside, base, layers, mean, origin)
+        _save(aside, base, layers, mean, origin, task)
         for expert in range(max(len(gate) for gate in mean.values()) if per_expert else 0):
             alone = {name: nn.functional.one_hot(torch.tensor(expert), len(gate)).double()
                      for name, gate in mean.items() if expert < len(gate)}  # fmt: skip
-            _save(aside / EXPERT.format(expert), base, layers, alone, origin)
+            _save(aside / EXPERT.format(expert), base, layers, alone, origin, task)
         report = {"layers": {name: asdict(layer) for name, layer in fixed.items()}}
         (aside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return fixed
@@ -140,13 +146,29 @@ def _peft_config(model: nn.Module, layers: Layers) -> MoSLDConfig | None:
     return (getattr(model, "peft_config", None) or {}).get(name)
 
 
-def _save(folder: Path, base: nn.Module, layers: Layers, gates: dict[str, Tensor], origin: MoSLDConfig | None) -> None:
+def _save(
+    folder: Path,
+    base: nn.Module,
+    layers: Layers,
+    gates: dict[str, Tensor],
+    origin: MoSLDConfig | None,
+    task: int | None,
+) -> None:
     """The LoRA of the layers in `gates` as PEFT's two files."""
     folder.mkdir(exist_ok=True)
-    _, first = next(iter(layers.values()))
+    scale = next(iter(layers.values()))[1].scale
+    tensors, ranks = {}, {}
+    for name, gate in gates.items():
+        down, up = _folded(layers[name][1], gate, task)
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up
+        ranks[name] = len(down)
+    most = max(ranks.values(), key=list(ranks.values()).count)  # of most layers; the others are listed
+    others = {name: rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(
-        r=first.r,
-        lora_alpha=int(first.alpha) if first.alpha == int(first.alpha) else first.alpha,  # pyright: ignore  PEFT divides it
+        r=most,
+        lora_alpha=_alpha(scale, most),  # pyright: ignore[reportArgumentType]  PEFT divides it
+        rank_pattern=others,
+        alpha_pattern={name: _alpha(scale, rank) for name, rank in others.items()},
         lora_dropout=0.0,
         target_modules=target_modules(base, gates),
         fan_in_fan_out=all(_is_conv1d(layers[name][0]) for name in gates),
@@ -157,19 +179,21 @@ def _save(folder: Path, base: nn.Module, layers: Layers, gates: dict[str, Tensor
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same export gives the same bytes
     config.save_pretrained(str(folder))
-    tensors = {}
-    for name, gate in gates.items():
-        adapter = layers[name][1]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.shared_a.weight.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _folded(adapter, gate)
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
 
 
-def _folded(adapter: MoSLDAdapter, gates: Tensor) -> Tensor:
-    """gates [E] -> sum_e gates_e B_e [D_out, R], in the adapter's dtype"""
-    packed = adapter.expert_b.weight.detach().cpu()
-    experts = packed.double().view(len(packed), adapter.num_experts, adapter.r)
-    return torch.einsum("oer,e->or", experts, gates).to(packed.dtype).contiguous()
+def _alpha(scale: float, rank: int) -> float:
+    alpha = scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _folded(adapter: MoSLDAdapter, gates: Tensor, task: int | None) -> tuple[Tensor, Tensor]:
+    """gates [n] -> A [rank, D_in] and B [D_out, rank] of the LoRA, in the adapter's dtype"""
+    down, up = (part.weight.detach().cpu().contiguous() for part in (adapter.shared_a, adapter.expert_b))
+    matrix = fixed_matrix(adapter, gates, task)  # [R_out, R_in]
+    if len(down) <= up.shape[1]:
+        return down, (up.double() @ matrix).to(up.dtype).contiguous()
+    return (matrix @ down.double()).to(down.dtype).contiguous(), up
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Gates that do not depend on the token, where they come from, and what is lost by fixing them.
 
-    c = mean_t g_t                     [E]       one set of gates for all tokens
-    h_t = g_t (x) z_t                  [E R]     the routed update of a token is s B h_t
-    d_t = h_t - P z_t                  [E R]     what is lost; P = c (x) I_R stacks c_e I_R
+    c = mean_t g_t                     one set of gates for all tokens
+    h_t = M(g_t) z_t                   [R_out]   the routed update of a token is s B h_t
+    d_t = h_t - P z_t                  [R_out]   what is lost; P = M(c), for MoSLD c (x) I_R, which stacks c_e I_R
     update_error = |B d| / |B h|                 Frobenius norms over all tokens
 
 The norms need sums over tokens alone: sum d d^T = sum h h^T - P sum z h^T - (P sum z h^T)^T + P (sum z z^T) P^T. So one
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mosld_kernels.reference import gates_from_logits
+from mosld_kernels.reference import router_dtype
 
 from .layer import MoSLDAdapter
+from .routing import Routing, gates_for, given_gates
 from .tuner import MoSLDPeftLinear
 
 Gates = str | Sequence[float] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -33,8 +34,8 @@ PREFIX = "base_model.model."  # of a layer's name in a PeftModel
 class LayerGates:
     """The fixed gates of one layer and, where they were taken from tokens, what is lost by fixing them.
 
-    gates: E weights, one an expert.
-    gate_variance: E variances of the routed gates over the tokens; their sum is the mean squared distance from `gates`.
+    gates: one an expert; of mixings without a gate for each expert all numbers of M that are gates, row by row.
+    gate_variance: variances of the routed gates over the tokens; their sum is the mean squared distance from `gates`.
     update_error: |fixed - routed| / |routed| of the layer's update, Frobenius norms over the tokens.
     output_error: the same difference over the norm of the layer's whole output.
     tokens: how many were counted; 0 for gates that were given.
@@ -47,12 +48,14 @@ class LayerGates:
     tokens: int = 0
 
 
-def fix_gates(model: nn.Module, layers: Layers, gates: Gates) -> dict[str, LayerGates]:
-    """Layer name -> LayerGates. Forms and errors of `gates` as in `mosld.export_lora`."""
+def fix_gates(model: nn.Module, layers: Layers, gates: Gates, task: int | None = None) -> dict[str, LayerGates]:
+    """Layer name -> LayerGates. Forms and errors of `gates` and `task` as in `mosld.export_lora`."""
+    if task is not None or any(a.mixture.wants_tasks for _, a in layers.values()):
+        return _of_task(layers, gates, task)
     if isinstance(gates, str):
         if gates != "uniform":
             raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
-        return {name: LayerGates([1 / a.num_experts] * a.num_experts) for name, (_, a) in layers.items()}
+        return {name: LayerGates(_uniform(a)) for name, (_, a) in layers.items()}
     given: Any = gates
     if isinstance(given, Mapping):
         return _by_layer(layers, given)
@@ -64,6 +67,56 @@ def fix_gates(model: nn.Module, layers: Layers, gates: Gates) -> dict[str, Layer
     return calibrate(model, layers, weights)
 
 
+def gate_shape(adapter: MoSLDAdapter) -> torch.Size:
+    """Of one token's gates as the mixing wants them: (E,), and for mixings with a gate function of their own what it makes."""
+    m = adapter.mixture
+    count = m.kind.gates(m)
+    if m.kind.gate is None:
+        return torch.Size((count,))
+    weight = adapter.shared_a.weight
+    with torch.no_grad():
+        return m.kind.gate(torch.zeros(count, dtype=weight.dtype, device=weight.device), adapter).shape
+
+
+@torch.no_grad()
+def _uniform(adapter: MoSLDAdapter) -> list[float]:
+    m = adapter.mixture
+    if m.router in ("none", "constant"):  # fixed already
+        weight = adapter.shared_a.weight
+        return given_gates(adapter, weight, weight.double()).cpu().tolist()
+    if m.mixing in ("dense", "select"):
+        raise ValueError(f"mixing={m.mixing!r} has no uniform gates: give calibration batches")
+    return [1 / m.num_experts] * gate_shape(adapter).numel()
+
+
+@torch.no_grad()
+def _of_task(layers: Layers, gates: Gates, task: int | None) -> dict[str, LayerGates]:
+    """The gates of one task, which are the same for all its tokens."""
+    fixed = {}
+    for name, (_, adapter) in layers.items():
+        m = adapter.mixture
+        if not m.wants_tasks:
+            raise ValueError(f"task={task} is for methods that route by task; {name} has router={m.router!r}")
+        if m.router != "task" or not (isinstance(gates, str) and gates == "uniform"):
+            raise ValueError(
+                "a method that routes by task is exported for one task, task=..., with that task's own gates"
+            )
+        if not isinstance(task, int) or not 0 <= task < (m.num_tasks or 0):
+            raise ValueError(
+                f"task must be in [0, num_tasks={m.num_tasks}) for a method that routes by task, got {task!r}: each task is "
+                "a LoRA of its own"
+            )
+        before, adapter.routing = adapter.routing, Routing(task_ids=torch.tensor([task]))
+        try:
+            weight = adapter.shared_a.weight
+            fixed[name] = LayerGates(
+                gates_for(adapter, weight.new_zeros(1, weight.shape[1]).double())[0].cpu().tolist()
+            )
+        finally:
+            adapter.routing = before
+    return fixed
+
+
 def _by_layer(layers: Layers, given: Mapping[str, Any]) -> dict[str, LayerGates]:
     named = {name.removeprefix(PREFIX): weights for name, weights in given.items()}
     if "input_ids" in named:
@@ -73,15 +126,17 @@ def _by_layer(layers: Layers, given: Mapping[str, Any]) -> dict[str, LayerGates]
         raise ValueError(
             f"gates must have every adapted layer and no other: unknown are {unknown}, missing are {missing}"
         )
-    return {name: LayerGates(_checked(name, named[name], a.num_experts)) for name, (_, a) in layers.items()}
+    return {name: LayerGates(_checked(name, named[name], a)) for name, (_, a) in layers.items()}
 
 
-def _checked(name: str, weights: Any, num_experts: int) -> list[float]:
+def _checked(name: str, weights: Any, adapter: MoSLDAdapter) -> list[float]:
+    count = gate_shape(adapter).numel()
     values = weights.tolist() if hasattr(weights, "tolist") else weights
     if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
         raise ValueError(f"gates of {name} must be a sequence of numbers, got {weights!r}")
-    if len(values) != num_experts:
-        raise ValueError(f"gates of {name} must be num_experts={num_experts} weights, got {len(values)}")
+    if len(values) != count:
+        wanted = f"num_experts={count}" if adapter.mixture.kind.per_expert else str(count)
+        raise ValueError(f"gates of {name} must be {wanted} weights, got {len(values)}")
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"gates of {name} must be finite, got {list(values)}")
     return [float(value) for value in values]
@@ -140,12 +195,16 @@ class _Moments:
         self.handle = module.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, args: tuple, out: Tensor) -> None:
-        adapter, x = self.adapter, args[0]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        hidden = self._real(F.linear(x.to(wide), adapter.shared_a.weight.to(wide)))  # [tokens, R]
-        assert adapter.router_logits is not None  # the layer has just run
-        gates = self._real(gates_from_logits(adapter.router_logits, adapter.top_k))  # [tokens, E]
-        mixed = (gates.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)  # [tokens, E * R]
+        adapter, m, x = self.adapter, self.adapter.mixture, args[0]
+        wide = router_dtype(x.dtype)
+        hidden = F.linear(x.to(wide), adapter.shared_a.weight.to(wide))  # [..., R_in]
+        gates = gates_for(adapter, x)
+        mixer = None if adapter.mixer is None else adapter.mixer.weight.to(wide)
+        mixed = self._real(m.kind.mix(hidden, gates, mixer))  # [tokens, R_out]
+        hidden = self._real(hidden)
+        inner = len(gate_shape(adapter))
+        gates = gates.expand(*x.shape[:-1], *gates.shape[-inner:]).flatten(-inner)
+        gates = self._real(gates)  # [tokens, n]
         new = (
             gates.sum(0),
             gates.square().sum(0),
@@ -167,7 +226,7 @@ class _Moments:
     def gates(self) -> LayerGates:
         gates, squares, mixed, cross, hidden, out = self.sums
         mean = gates / self.tokens
-        spread = torch.kron(mean.unsqueeze(1), torch.eye(self.adapter.r, dtype=torch.float64))  # P [E * R, R]
+        spread = fixed_matrix(self.adapter, mean)  # P [R_out, R_in]
         crossed = spread @ cross
         lost = mixed - crossed - crossed.T + spread @ hidden @ spread.T
         expert_b = self.adapter.scale * self.adapter.expert_b.weight.detach().cpu().double()
@@ -180,6 +239,14 @@ class _Moments:
             output_error=_ratio(error, float(out.sqrt())),
             tokens=self.tokens,
         )
+
+
+def fixed_matrix(adapter: MoSLDAdapter, gates: Tensor, task: int | None = None) -> Tensor:
+    """gates, as many as LayerGates has -> M [R_out, R_in] in float64 on the CPU"""
+    mixer = None if adapter.mixer is None else adapter.mixer.weight.detach().cpu().double()
+    if mixer is not None and adapter.mixture.kind.per_task:
+        mixer = mixer[task]
+    return adapter.mixture.matrix(gates.double().view(gate_shape(adapter)), mixer)
 
 
 def _ratio(error: float, norm: float) -> float:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mosld_kernels.gating import top_p_gates
-from mosld_kernels.reference import gates_from_logits
+from mosld_kernels.reference import gates_from_logits, router_dtype
 
 if TYPE_CHECKING:
     from .layer import MoSLDAdapter
@@ -132,6 +133,17 @@ def gates_of(adapter: "MoSLDAdapter", logits: Tensor) -> Tensor:
     if m.gate == "top_p":
         return top_p_gates(logits, m.top_p)
     return gates_from_logits(logits, m.chosen)
+
+
+def gates_for(adapter: "MoSLDAdapter", x: Tensor) -> Tensor:
+    """x [..., D_in] -> the gates that the layer gives its tokens in eval mode, as the mixing wants them, in the routing's dtype"""
+    m, dtype = adapter.mixture, router_dtype(x.dtype)
+    x = x.to(dtype)
+    z = F.linear(x, adapter.shared_a.weight.to(dtype))
+    if not m.routes:
+        return given_gates(adapter, x, z)
+    logits = F.linear(x, adapter.router.weight.to(dtype)) if m.router == "token" else None
+    return gates_of(adapter, route(adapter, x, z, logits))
 
 
 def given_gates(adapter: "MoSLDAdapter", x: Tensor, z: Tensor) -> Tensor:
