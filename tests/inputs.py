@@ -64,7 +64,9 @@ class Case(NamedTuple):
         return Case(*(tensor.to(dtype) for tensor in self))
 
 
-def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
+def make_case(
+    shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0, *, mixing: str = "expand"
+) -> Case:
     """Values that `dtype` holds exactly, as float64, so that every dtype and the truth start from the same numbers.
 
     Expert choice is not in doubt: tokens whose K-th and next logit are closer than rounding in bfloat16 are redrawn,
@@ -87,7 +89,7 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -
         x=torch.stack(tokens) if tokens else torch.zeros(0, D_in, dtype=torch.float64),
         weight=draw(D_out, D_in, scale=D_in**-0.5),
         bias=draw(D_out),
-        shared_a=draw(R, D_in, scale=D_in**-0.5),
+        shared_a=draw(E * R if mixing == "diagonal" else R, D_in, scale=D_in**-0.5),
         expert_b=draw(D_out, E * R, scale=R**-0.5),
         router_weight=router_weight,
         dout=draw(T, D_out),

@@ -33,25 +33,28 @@ def assert_accurate(
     draws: int = 4,
     bias: bool = True,
     device: str = "cpu",
+    mixing: str = "expand",
     **options,
 ) -> None:
     """Several draws together: in a shape of few elements one draw's error is luck."""
     truth, eager, ours = [], [], []
     for seed in range(draws):
-        exact, case = make_cases(shape, dtype, adapter_dtype or dtype, seed)
-        truth.append(run(reference.mosld_linear, exact, shape, p, bias, device))
-        eager.append(run(reference.mosld_linear, case, shape, p, bias, device))
-        ours.append(run(mosld_linear, case, shape, p, bias, device, **options))
+        exact, case = make_cases(shape, dtype, adapter_dtype or dtype, seed, mixing)
+        truth.append(run(reference.mosld_linear, exact, shape, p, bias, device, mixing=mixing))
+        eager.append(run(reference.mosld_linear, case, shape, p, bias, device, mixing=mixing))
+        ours.append(run(mosld_linear, case, shape, p, bias, device, mixing=mixing, **options))
     for name in truth[0]:
         joined = (torch.cat([draw[name].flatten() for draw in draws]) for draws in (ours, eager, truth))
-        assert_no_less_accurate(*joined, f"{name} {dtype} {adapter_dtype}")
+        assert_no_less_accurate(*joined, f"{name} {dtype} {adapter_dtype} {mixing}")
 
 
-def make_cases(shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int) -> tuple[Case, Case]:
+def make_cases(
+    shape: Shape, dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int, mixing: str = "expand"
+) -> tuple[Case, Case]:
     """-> one case in float64, and the same numbers with x and the base in `dtype`, the adapter in `adapter_dtype`"""
     kinds = {dtype, adapter_dtype}
     # Numbers that both hold: bfloat16 has the fewest digits, float16 the next.
     held = next((kind for kind in (torch.bfloat16, torch.float16) if kind in kinds), dtype)
-    exact = make_case(shape, held, seed)
+    exact = make_case(shape, held, seed, mixing=mixing)
     adapter = {name: getattr(exact, name).to(adapter_dtype) for name in NAMES[1:]}
     return exact, exact.to(dtype)._replace(**adapter)
