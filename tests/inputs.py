@@ -64,9 +64,7 @@ class Case(NamedTuple):
         return Case(*(tensor.to(dtype) for tensor in self))
 
 
-def make_case(
-    shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0, *, mixing: str = "expand"
-) -> Case:
+def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0, *, mixing: str = "expand") -> Case:
     """Values that `dtype` holds exactly, as float64, so that every dtype and the truth start from the same numbers.
 
     Expert choice is not in doubt: tokens whose K-th and next logit are closer than rounding in bfloat16 are redrawn,
