@@ -105,7 +105,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _sizes(launch: Launch) -> str:
-    shown = ("R", "E", "C", "EXPANDS", "PLANES", "DROPS", "CASTS_B", "PRECISION")
+    shown = ("R", "Z", "E", "C", "EXPANDS", "DIAGONAL", "PLANES", "DROPS", "CASTS_B", "PRECISION")
     return " ".join(f"{name}={value}" for name, value in launch.constants if name in shown)
 
 
@@ -159,6 +159,8 @@ def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:
 
 
 MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (64, 8), (48, 5), (24, 33), (16, 32), (8, 64), (128, 64))
+# With an A for each expert, as far as the rows of all of them go.
+DIAGONAL = ((8, 8), (4, 8), (16, 4), (5, 3), (2, 64), (1, 17), (128, 1), (64, 2), (40, 3), (16, 8), (7, 18))
 TOKENS = (8192, 256)  # a full chip, and one that needs planes
 AWKWARD = (  # sizes of one, which a compiler takes for constants, and rows that no vector of 16 bytes divides
     LayerShape(1, 4096, 4096, 16, 8, 2),
@@ -174,6 +176,10 @@ def grid(archs: Sequence[int] = ARCHS, quick: bool = False) -> list[Problem]:
     for arch, (R, E), T in itertools.product(archs, () if quick else MIXTURES, TOKENS):
         shape = LayerShape(T, 4096, 4096, R, E, min(2, E))
         problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
+    for arch, (R, E), T in itertools.product(archs, () if quick else DIAGONAL, TOKENS):
+        shape = LayerShape(T, 4096, 4096, R, E, min(2, E))
+        for dtype in ("bfloat16", "float32"):
+            problems.append(Problem(shape, dtype, "float32", arch, mixing="diagonal"))
     for arch, shape in itertools.product(archs, () if quick else AWKWARD):
         problems += [Problem(shape, dtype, "float32", arch) for dtype in ("bfloat16", "float32")]
     for arch in archs:

@@ -24,13 +24,15 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 class Problem(NamedTuple):
-    """One layer in one dtype, adapters in another, for one architecture. precision: "ieee", or "tf32" for float32."""
+    """One layer in one dtype, adapters in another, for one architecture. precision: "ieee", or "tf32" for float32.
+    mixing: "expand", or "diagonal" for an A for each expert."""
 
     shape: LayerShape
     dtype: str
     adapter_dtype: str
     arch: int
     precision: str = "ieee"
+    mixing: str = "expand"
 
 
 class Launch(NamedTuple):
@@ -105,10 +107,11 @@ def launches(problem: Problem) -> tuple[list[Launch], list[Launch]]:
     T, D_in, D_out, R, E, K = problem.shape
     dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     empty = functools.partial(torch.empty, device="meta")
-    a, b, router = (empty(size, dtype=adapter_dtype) for size in ((R, D_in), (D_out, E * R), (E, D_in)))
+    rows = E * R if problem.mixing == "diagonal" else R
+    a, b, router = (empty(size, dtype=adapter_dtype) for size in ((rows, D_in), (D_out, E * R), (E, D_in)))
     x, weight, bias = empty(T, D_in, dtype=dtype), empty(D_out, D_in, dtype=dtype), empty(D_out, dtype=dtype)
     inputs = autograd.Inputs(x, weight, bias, a, b, router, empty(1, dtype=torch.int64))
-    settings = autograd.Settings(K, 2.0, 0.1, "triton")
+    settings = autograd.Settings(K, 2.0, 0.1, "triton", problem.mixing)
     with recording(problem) as forward:
         out, logits, hidden, gates = autograd.forward(inputs, settings)
     with recording(problem) as backward:

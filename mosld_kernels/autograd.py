@@ -5,6 +5,9 @@ anything of size [T, D_out] or [T, E, D_out].
     dl = g * (dg - sum_e g_e dg_e)    on the chosen experts, plus what arrives for the logits
     dB = dy^T h                       [dA~ | dWr] = [dz | dl]^T x        dA = keep * dA~ / (1 - p)
     dx = dy W0 + dz A~ + dl Wr
+
+With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e, z_e>, dz_e = s g_e u_e; all else is the same.
+Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
 """
 
 import contextlib
@@ -21,7 +24,7 @@ class Inputs(NamedTuple):
     x: Tensor  # [T, D_in]
     weight: Tensor | None  # [D_out, D_in]; None leaves the base product out
     bias: Tensor | None  # [D_out]
-    shared_a: Tensor  # [R, D_in]
+    shared_a: Tensor  # [R or E * R, D_in]
     expert_b: Tensor  # [D_out, E * R]
     router_weight: Tensor  # [E, D_in]
     seed: Tensor | None  # int64 [1]
@@ -32,6 +35,7 @@ class Settings(NamedTuple):
     scale: float
     dropout_p: float
     backend: str = "eager"  # or "triton": which set of steps; the closed form is the same
+    mixing: str = "expand"  # or "diagonal": one A for all experts, or one for each
 
 
 def _steps(backend: str) -> Any:  # either module: both have the same functions
@@ -43,11 +47,12 @@ def _steps(backend: str) -> Any:  # either module: both have the same functions
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> out [T, D_out], logits [T, E], hidden [T, R], gates [T, E]"""
+    """-> out [T, D_out], logits [T, E], hidden [T, R or E * R], gates [T, E]"""
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
-    steps, p = _steps(settings.backend), settings.dropout_p
+    top_k, scale, p, backend, mixing = settings
+    steps = _steps(backend)
     down_weight, expert_b, _ = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype)
-    hidden, logits, gates, mixed = steps.down(x, down_weight, shared_a.shape[0], settings.top_k, settings.scale)
+    hidden, logits, gates, mixed = steps.down(x, down_weight, shared_a.shape[0], top_k, scale, mixing)
     return steps.up(x, weight, bias, mixed, expert_b), logits, hidden, gates
 
 
@@ -66,7 +71,8 @@ def backward(
     """
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_router = needs
-    steps, top_k, scale = _steps(settings.backend), settings.top_k, settings.scale
+    top_k, scale, p, backend, mixing = settings
+    steps = _steps(backend)
     if dout is None:
         dout = x.new_zeros(x.shape[0], expert_b.shape[0])
     dout = dout.contiguous()
@@ -76,11 +82,11 @@ def backward(
     if needs_bias and bias is not None:
         dbias = dout.sum(0)
     if needs_b:
-        dexpert_b = steps.grad_expert_b(dout, hidden, gates, top_k, scale, expert_b.dtype)
+        dexpert_b = steps.grad_expert_b(dout, hidden, gates, top_k, scale, expert_b.dtype, mixing)
     if needs_x or needs_a or needs_router:
-        p, dtype = settings.dropout_p, shared_a.dtype
+        dtype = shared_a.dtype
         down_weight, expert_b, keep = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype, needs_x)
-        dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, top_k, scale)
+        dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, top_k, scale, mixing)
         if needs_a or needs_router:
             dshared_a, drouter = steps.down_backward(dprojected, x, keep, p, shared_a.shape[0], dtype)
         if down_weight is not None:
@@ -114,4 +120,4 @@ class MoSLDFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         with no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
-        return *grads, None, None, None, None, None
+        return *grads, None, *(None for _ in ctx.settings)  # the seed's and the settings'

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import autograd
 from .autograd import Inputs, MoSLDFunction, Settings
 from .dropout import check_seed
-from .reference import router_dtype
+from .reference import check_mixing, expert_rank, router_dtype
 
 BACKENDS = ("auto", "eager", "triton")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ except (ImportError, ValueError):  # ValueError: a stand-in for the module, with
 INTERPRETED_FLOATS = (torch.float32, torch.float16)  # Triton's interpreter computes bfloat16 wrongly, without a word
 LEAST_CAPABILITY = 8  # major version, of the NVIDIA GPUs that the kernels are compiled for
 MOST_SCALE = torch.finfo(torch.float32).max
-MOST_RANK = 128
+MOST_RANK = 128  # rows of A, those of all experts together
 MOST_EXPERTS = 64
 
 
@@ -44,24 +44,29 @@ def mosld_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
+    mixing: str = "expand",
 ) -> tuple[Tensor, Tensor]:
     """A frozen linear layer with a mixture of LoRA experts that share A: y = x W0^T + b0 + s sum_k g_k B_k A~ x.
 
     x: [..., D_in]; any leading shape, also with no tokens; float32, bfloat16, float16 or float64.
     weight: [D_out, D_in] and bias: [D_out] or None, the base layer, in x's dtype.
-    shared_a: [R, D_in], the shared down-projection A.
+    shared_a: [R, D_in], the shared down-projection A; with mixing "diagonal" [E * R, D_in], an A for each expert:
+        `shared_a.view(E, R, D_in)[e]` is expert e's.
     expert_b: [D_out, E * R], the experts' up-projections side by side; `expert_b.view(D_out, E, R)[:, e]` is expert e.
     router_weight: [E, D_in], no bias. The three adapter tensors share one dtype, which may differ from x's: they are
         cast to it, and their gradients come back in their own.
     top_k: experts chosen per token, K in [1, E]; equal logits go to the lower index.
     scale: s = alpha / R.
-    dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2), one mask for all tokens and experts.
+    dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2), one mask for all tokens; for all
+        experts too where they share A, else over the elements of all A's, `keep_mask(seed, (E * R, D_in), dropout_p)`.
     seed: int64 [1] on x's device, needed when dropout_p > 0: the mask is a pure function of it. Draw it with torch's
         generator, as in `torch.randint(2**62, (1,), device=x.device)`.
     backend: "eager" (torch products, any device), "triton" (kernels for NVIDIA GPUs from compute capability 8.0; x and
-        adapters in float32, bfloat16 or float16, R up to 128, E up to 64; raises where it cannot run; on CPU tensors
-        it runs only under Triton's interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU, else
-        eager). float32 products follow torch's float32 matmul precision: TF32 only where it was asked for.
+        adapters in float32, bfloat16 or float16, A of up to 128 rows, E up to 64; raises where it cannot run; on CPU
+        tensors it runs only under Triton's interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU,
+        else eager). float32 products follow torch's float32 matmul precision: TF32 only where it was asked for.
+    mixing: "expand" (one A for all experts: y = x W0^T + b0 + s sum_k g_k B_k A~ x) or "diagonal" (an A for each, as in
+        MoLA, LoRAMoE and MoELoRA: y = x W0^T + b0 + s sum_k g_k B_k A~_k x).
 
     returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and router_logits [..., E] in float32
         (float64 for float64 x); both carry gradients for x, the adapter tensors, and weight and bias where they
@@ -69,7 +74,7 @@ def mosld_linear(
     raises ValueError for shapes, dtypes, devices or values that do not fit, with the rule and the value, and
         RuntimeError for a backend that cannot run here.
     """
-    settings = Settings(top_k, scale, dropout_p, backend)
+    settings = Settings(top_k, scale, dropout_p, backend, mixing)
     return _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings)
 
 
@@ -84,12 +89,13 @@ def mosld_delta(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
+    mixing: str = "expand",
 ) -> tuple[Tensor, Tensor]:
     """The update alone, s sum_k g_k B_k A~ x, for a base layer that is not a plain weight.
 
     Arguments, shapes, results and errors are those of `mosld_linear` without weight and bias.
     """
-    settings = Settings(top_k, scale, dropout_p, backend)
+    settings = Settings(top_k, scale, dropout_p, backend, mixing)
     return _run(x, None, None, shared_a, expert_b, router_weight, seed, settings)
 
 
@@ -100,7 +106,8 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     dtype = _product_dtype(x)
     _check_dtypes(inputs, dtype)
     # float: an integer scale would compile kernels of its own.
-    settings = settings._replace(scale=float(settings.scale), backend=_choose_backend(inputs, dtype, settings.backend))
+    backend = _choose_backend(inputs, dtype, settings.backend, settings.mixing)
+    settings = settings._replace(scale=float(settings.scale), backend=backend)
     if dtype != x.dtype or autocasts(x):  # casts are the first thing that runs
         cast = {name: getattr(inputs, name) for name in ("x", "weight", "bias")}
         inputs = inputs._replace(**{name: t.to(dtype) for name, t in cast.items() if t is not None})
@@ -131,11 +138,11 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str) -> str:
+def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str, mixing: str) -> str:
     """ "auto" takes Triton where it runs on a GPU; "triton" runs or raises with the reason."""
     if asked == "eager" or (asked == "auto" and (inputs.x.device.type != "cuda" or _interprets())):
         return "eager"
-    obstacle = _triton_obstacle(inputs, dtype)
+    obstacle = _triton_obstacle(inputs, dtype, mixing)
     if obstacle and asked == "triton":
         raise RuntimeError(f"backend='triton' cannot run: {obstacle}; backend='eager' can")
     return "eager" if obstacle else "triton"
@@ -145,14 +152,17 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_obstacle(inputs: Inputs, dtype: torch.dtype) -> str | None:
+def _triton_obstacle(inputs: Inputs, dtype: torch.dtype, mixing: str) -> str | None:
     """Why the kernels cannot take this call with products in `dtype`, or None."""
     device, shared_a, experts = inputs.x.device, inputs.shared_a, inputs.router_weight.shape[0]
     for name, used in (("x", dtype), ("shared_a, expert_b and router_weight", shared_a.dtype)):
         if used not in TRITON_FLOATS:
             return f"{name} must be float32, bfloat16 or float16, got {used}"
-    if shared_a.shape[0] > MOST_RANK or experts > MOST_EXPERTS:
-        return f"R must be at most {MOST_RANK} and E at most {MOST_EXPERTS}, got R={shared_a.shape[0]}, E={experts}"
+    rows, diagonal = shared_a.shape[0], mixing == "diagonal"
+    if rows > MOST_RANK or experts > MOST_EXPERTS:
+        what = "E * R" if diagonal else "R"  # the rows of A, which one program holds
+        where = " with mixing='diagonal'" if diagonal else ""
+        return f"{what} must be at most {MOST_RANK} and E at most {MOST_EXPERTS}{where}, got {what}={rows}, E={experts}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not _interprets()):
@@ -170,6 +180,7 @@ def _triton_obstacle(inputs: Inputs, dtype: torch.dtype) -> str | None:
 def _check_settings(settings: Settings) -> None:
     if settings.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {settings.backend!r}")
+    check_mixing(settings.mixing)
     for name, value in (("dropout_p", settings.dropout_p), ("scale", settings.scale)):
         if not isinstance(value, (int, float)):
             raise ValueError(f"{name} must be a number, got {value!r}")
@@ -189,16 +200,20 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
             _expect_dense(tensor, name)
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
         raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
+    rows_rule = "[E * R, D_in]" if settings.mixing == "diagonal" else "[R, D_in]"
     if not (shared_a.dim() == expert_b.dim() == router_weight.dim() == 2):
         raise ValueError(
-            "shared_a [R, D_in], expert_b [D_out, E * R] and router_weight [E, D_in] must have two dimensions, got "
+            f"shared_a {rows_rule}, expert_b [D_out, E * R] and router_weight [E, D_in] must have two dimensions, got "
             f"{list(shared_a.shape)}, {list(expert_b.shape)}, {list(router_weight.shape)}"
         )
     d_in, d_out = x.shape[-1], expert_b.shape[0]
-    rank, num_experts = shared_a.shape[0], router_weight.shape[0]
+    rows, num_experts = shared_a.shape[0], router_weight.shape[0]
+    if settings.mixing == "diagonal" and num_experts and rows % num_experts:
+        raise ValueError(f"shared_a must be {rows_rule} with E={num_experts}, got {list(shared_a.shape)}")
+    rank = expert_rank(rows, max(1, num_experts), settings.mixing)
     if rank < 1 or num_experts < 1 or d_out < 1:
         raise ValueError(f"R, E and D_out must be at least 1, got R={rank}, E={num_experts}, D_out={d_out}")
-    _expect(shared_a, "shared_a", "[R, D_in]", (rank, d_in))
+    _expect(shared_a, "shared_a", rows_rule, (rows, d_in))
     _expect(router_weight, "router_weight", "[E, D_in]", (num_experts, d_in))
     _expect(expert_b, "expert_b", f"[D_out, E * R] with E={num_experts}, R={rank}", (d_out, num_experts * rank))
     if weight is not None:
@@ -261,15 +276,17 @@ def _linear_op(
     scale: float,
     dropout_p: float,
     backend: str,
+    mixing: str = "expand",  # programs exported before there was another have none
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> out [T, D_out], logits [T, E], and for backward hidden [T, R], gates [T, E]"""
+    """-> out [T, D_out], logits [T, E], and for backward hidden [T, R or E * R], gates [T, E]"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     with autograd.no_autocast(x.device.type):
-        return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend))
+        return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend, mixing))
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p, backend):
+def _(x, weight, bias, shared_a, expert_b, router_weight, seed, top_k, scale, dropout_p, backend,
+      mixing="expand"):  # fmt: skip
     tokens, num_experts = x.shape[0], router_weight.shape[0]
     routed = router_dtype(x.dtype)
     return (
@@ -297,11 +314,12 @@ def _linear_backward_op(
     scale: float,
     dropout_p: float,
     backend: str,
+    mixing: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    settings = Settings(top_k, scale, dropout_p, backend)
+    settings = Settings(top_k, scale, dropout_p, backend, mixing)
     with autograd.no_autocast(x.device.type):
         grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
@@ -309,24 +327,24 @@ def _linear_backward_op(
 
 @_linear_backward_op.register_fake
 def _(dout, dlogits, hidden, gates, x, weight, bias, shared_a, expert_b, router_weight, seed,
-      top_k, scale, dropout_p, backend, needs):  # fmt: skip
+      top_k, scale, dropout_p, backend, mixing, needs):  # fmt: skip
     wanted = zip((x, weight, bias, shared_a, expert_b, router_weight), needs, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, need in wanted if need]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, top_k, scale, dropout_p, backend = inputs
+    tensors, settings = inputs[:7], inputs[7:]
     _, _, hidden, gates = output
     ctx.mark_non_differentiable(hidden, gates)
     ctx.save_for_backward(hidden, gates, *tensors)
-    ctx.settings = Settings(top_k, scale, dropout_p, backend)
+    ctx.settings = Settings(*settings)
 
 
 def _backward(ctx, dout, dlogits, dhidden, dgates):
     hidden, gates, *tensors = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:6]]
     grads = iter(torch.ops.mosld.linear_backward(dout, dlogits, hidden, gates, *tensors, *ctx.settings, needs))
-    return *(next(grads) if need else None for need in needs), None, None, None, None, None
+    return *(next(grads) if need else None for need in needs), None, *(None for _ in ctx.settings)
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,8 @@
 """The steps (down, mix, up and their gradients) as torch products: the path for CPU and for whatever Triton cannot run.
 
-T tokens, D_in and D_out features, R rank, E experts, K chosen. `down_weight` is A with its dropout applied above the
-router's weight, [R + E, D_in], so that one pass over x gives both projections. Products run in x's dtype; routing
+T tokens, D_in and D_out features, R rank, E experts, K chosen, Z columns of `hidden`, one a row of A: Z is R with mixing
+"expand" (one A for all experts) and E * R with "diagonal" (one for each). `down_weight` is A with its dropout applied above the
+router's weight, [Z + E, D_in], so that one pass over x gives both projections. Products run in x's dtype; routing
 and everything of size [T, E] or [T, R] runs in float32 (float64 where x is float64) and is rounded once. On a CPU,
 mixtures with very many experts take the steps of `grouped` instead of a dense product with [T, E * R].
 """
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from . import grouped
 from .dropout import draw_keep, drop_elements
 from .products import mm, mm_sum
-from .reference import gates_from_logits, router_dtype
+from .reference import by_expert, gates_from_logits, router_dtype
 
 FEW_TOKENS = 512  # up to so many, turning dB around takes longer than the product
 
@@ -27,8 +28,8 @@ def prepare(
     dtype: torch.dtype,
     needs_down: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
-    -> down_weight [R + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
+    """shared_a [Z, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
+    -> down_weight [Z + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
     and what `down_backward` wants to know of the kept elements of A: here the mask itself"""
     keep = draw_keep(seed, shared_a.shape, p)
     down_weight = None
@@ -38,22 +39,23 @@ def prepare(
 
 
 def down(
-    x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float
+    x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | grouped.Rows]:
-    """x [T, D_in], down_weight [R + E, D_in]
-    -> hidden [T, R], logits [T, E], gates [T, E], and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z
+    -> hidden [T, Z], logits [T, E], gates [T, E], and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
     projected = mm(x, down_weight.t())
-    hidden = projected[:, :rank].contiguous()
-    logits = projected[:, rank:].to(router_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
+    hidden = projected[:, :rows].contiguous()
+    logits = projected[:, rows:].to(router_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
     gates = gates_from_logits(logits, top_k)
-    return hidden, logits, gates, mix(hidden, gates, top_k, scale)
+    return hidden, logits, gates, mix(hidden, gates, top_k, scale, mixing)
 
 
-def mix(hidden: Tensor, gates: Tensor, top_k: int, scale: float) -> Tensor | grouped.Rows:
-    """hidden [T, R], gates [T, E] -> scale * gate * hidden, rounded once: [T, E * R], or its rows sorted by expert"""
-    if grouped.pays(hidden, gates.shape[1], top_k):
+def mix(hidden: Tensor, gates: Tensor, top_k: int, scale: float, mixing: str) -> Tensor | grouped.Rows:
+    """hidden [T, Z], gates [T, E] -> scale * gate * hidden, rounded once: [T, E * R], or its rows sorted by expert"""
+    experts = gates.shape[1]
+    if grouped.pays(hidden, experts, top_k, mixing):
         return grouped.mix(hidden, gates, top_k, scale)
-    return ((scale * gates).unsqueeze(2) * hidden.unsqueeze(1)).flatten(1).to(hidden.dtype)
+    return ((scale * gates).unsqueeze(2) * by_expert(hidden, experts, mixing)).flatten(1).to(hidden.dtype)
 
 
 def up(x: Tensor, weight: Tensor | None, bias: Tensor | None, mixed: Tensor | grouped.Rows, expert_b: Tensor) -> Tensor:
@@ -74,16 +76,22 @@ def up_backward(
     dlogits: Tensor | None,
     top_k: int,
     scale: float,
+    mixing: str = "expand",
 ) -> Tensor:
-    """dout [T, D_out], expert_b [D_out, E * R], hidden [T, R], gates [T, E], dlogits [T, E] or None
-    -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype"""
-    if grouped.pays(hidden, gates.shape[1], top_k):
+    """dout [T, D_out], expert_b [D_out, E * R], hidden [T, Z], gates [T, E], dlogits [T, E] or None
+    -> dprojected [T, Z + E] = [dhidden | dlogits] in dout's dtype"""
+    experts = gates.shape[1]
+    if grouped.pays(hidden, experts, top_k, mixing):
         dhidden, drouted = grouped.up_backward(dout, expert_b, hidden, gates, top_k, scale)
     else:
-        u = mm(dout, expert_b).to(gates.dtype).view(*gates.shape, hidden.shape[1])  # [T, E, R]
-        # Batched products rather than sums of products: nothing more of size [T, E * R] is written and read.
-        dgates = scale * torch.bmm(u, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
-        dhidden = torch.bmm((scale * gates).unsqueeze(1), u).squeeze(1)
+        u = mm(dout, expert_b).to(gates.dtype).view(*gates.shape, expert_b.shape[1] // experts)  # [T, E, R]
+        if mixing == "diagonal":
+            dgates = scale * (u * by_expert(hidden, experts, mixing)).sum(2)
+            dhidden = u.mul_((scale * gates).unsqueeze(2)).flatten(1)
+        else:
+            # Batched products rather than sums of products: nothing more of size [T, E * R] is written and read.
+            dgates = scale * torch.bmm(u, hidden.to(gates.dtype).unsqueeze(2)).squeeze(2)
+            dhidden = torch.bmm((scale * gates).unsqueeze(1), u).squeeze(1)
         # Zero where the gate is zero, so the experts not chosen need no index.
         drouted = gates * (dgates - (gates * dgates).sum(1, keepdim=True))
     if dlogits is not None:
@@ -91,9 +99,17 @@ def up_backward(
     return torch.cat((dhidden, drouted), dim=1).to(dout.dtype)
 
 
-def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, top_k: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
-    mixed = mix(hidden, gates, top_k, scale)
+def grad_expert_b(
+    dout: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    top_k: int,
+    scale: float,
+    dtype: torch.dtype,
+    mixing: str = "expand",
+) -> Tensor:
+    """dout [T, D_out], hidden [T, Z], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`"""
+    mixed = mix(hidden, gates, top_k, scale, mixing)
     if not isinstance(mixed, Tensor):
         return grouped.grad_expert_b(dout, mixed, gates.shape[1], dtype)
     if dout.shape[0] <= FEW_TOKENS:
@@ -103,17 +119,17 @@ def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, top_k: int, scale
 
 
 def down_backward(
-    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rank: int, dtype: torch.dtype
+    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """dprojected [T, R + E], x [T, D_in], keep as `prepare` returned it
-    -> dshared_a [R, D_in], drouter_weight [E, D_in], both in `dtype`"""
-    ddown = mm(dprojected.t(), x)  # [R + E, D_in]
+    """dprojected [T, Z + E], x [T, D_in], keep as `prepare` returned it, rows = Z
+    -> dshared_a [Z, D_in], drouter_weight [E, D_in], both in `dtype`"""
+    ddown = mm(dprojected.t(), x)  # [Z + E, D_in]
     # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
-    da = ddown[:rank].clone() if keep is None else ddown[:rank]  # dropping copies by itself
-    return drop_elements(da, keep, p, dtype), ddown[rank:].to(dtype, copy=True)
+    da = ddown[:rows].clone() if keep is None else ddown[:rows]  # dropping copies by itself
+    return drop_elements(da, keep, p, dtype), ddown[rows:].to(dtype, copy=True)
 
 
 def grad_x(dout: Tensor, weight: Tensor | None, dprojected: Tensor, down_weight: Tensor) -> Tensor:
-    """dout [T, D_out], weight [D_out, D_in], dprojected [T, R + E], down_weight [R + E, D_in] -> dx [T, D_in]"""
+    """dout [T, D_out], weight [D_out, D_in], dprojected [T, Z + E], down_weight [Z + E, D_in] -> dx [T, D_in]"""
     update = (dprojected, down_weight)
     return mm(*update) if weight is None else mm_sum((dout, weight), update)

@@ -43,9 +43,14 @@ class Rows(NamedTuple):
     rows: Tensor  # [N, ROWS, R]
 
 
-def pays(hidden: Tensor, experts: int, top_k: int) -> bool:
-    """Whether sorting beats a dense product for hidden [T, R]: decided by sizes, so it is the same in backward."""
+def pays(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bool:
+    """Whether sorting beats a dense product for hidden [T, R]: decided by sizes, so it is the same in backward.
+
+    Never with an A for each expert, whose dense products with A are as wide as those with B: not built.
+    """
     tokens, rank = hidden.shape
+    if mixing != "expand":
+        return False
     if hidden.device.type != "cpu" or (hidden.dtype == torch.bfloat16 and _has_matrix_unit()):
         return False
     rows = tokens * top_k + ROWS * experts

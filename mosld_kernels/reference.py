@@ -7,8 +7,12 @@
     h  = s * g (x) z                          [T, E * R]   mix: h[t, e * R + r] = s * g[t, e] * z[t, r]
     y  = x W0^T + b0 + h B^T                  [T, D_out]   up
 
-This is Eq. 1 to 3 of MoSLD (arXiv 2412.08946) with the down-projection shared: softmax, top-k and renormalisation
-together equal the softmax over the K largest logits.
+With mixing "diagonal" every expert has an A of its own, and only their gates mix them (MoLA, LoRAMoE, MoELoRA):
+
+    A~ and its mask  [E * R, D_in]      z  [T, E * R]      h[t, e * R + r] = s * g[t, e] * z[t, e * R + r]
+
+The first is Eq. 1 to 3 of MoSLD (arXiv 2412.08946) with the down-projection shared: softmax, top-k and renormalisation
+together equal the softmax over the K largest logits. `shared_a` is A in both; `.view(E, R, D_in)[e]` is expert e's.
 """
 
 import torch
@@ -17,6 +21,7 @@ from torch.nn import functional as F
 
 from .dropout import draw_keep, drop_elements
 
+MIXINGS = ("expand", "diagonal")  # one A for all experts, or one for each
 MOST_MAXIMA = 4  # K up to which K maxima beat a sort
 FEWEST_LOGITS = 2048  # below, the number of calls is the cost, and a sort is one call
 
@@ -66,6 +71,23 @@ def router_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check_mixing(mixing: object) -> None:
+    if mixing not in MIXINGS:
+        raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {mixing!r}")
+
+
+def expert_rank(rows: int, experts: int, mixing: str) -> int:
+    """R, the rank of one expert, where A has `rows` rows: R of them, or E * R with an A for each expert."""
+    return rows // experts if mixing == "diagonal" else rows
+
+
+def by_expert(hidden: Tensor, experts: int, mixing: str) -> Tensor:
+    """hidden [..., R] -> [..., 1, R], the same for all experts; or hidden [..., E * R] -> [..., E, R], each expert's"""
+    if mixing == "diagonal":
+        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))
+    return hidden.unsqueeze(-2)
+
+
 def mosld_delta(
     x: Tensor,
     shared_a: Tensor,
@@ -76,13 +98,15 @@ def mosld_delta(
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    mixing: str = "expand",
 ) -> tuple[Tensor, Tensor]:
     """The update alone, h B^T, and the router logits. Arguments and shapes as in `mosld_kernels.mosld_delta`."""
+    check_mixing(mixing)
     keep = draw_keep(seed, shared_a.shape, dropout_p)
     hidden = F.linear(x, drop_elements(shared_a, keep, dropout_p, x.dtype))
     logits = F.linear(x, router_weight.to(x.dtype)).to(router_dtype(x.dtype))
     gates = gates_from_logits(logits, top_k).to(x.dtype)
-    mixed = scale * (gates.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)
+    mixed = scale * (gates.unsqueeze(-1) * by_expert(hidden, gates.shape[-1], mixing)).flatten(-2)
     return F.linear(mixed, expert_b.to(x.dtype)), logits
 
 
@@ -99,9 +123,10 @@ def mosld_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "reference",
+    mixing: str = "expand",
 ) -> tuple[Tensor, Tensor]:
     """y and the router logits. Arguments and shapes as in `mosld_kernels.mosld_linear`; `backend` is ignored."""
     delta, logits = mosld_delta(
-        x, shared_a, expert_b, router_weight, top_k=top_k, scale=scale, dropout_p=dropout_p, seed=seed
+        x, shared_a, expert_b, router_weight, top_k=top_k, scale=scale, dropout_p=dropout_p, seed=seed, mixing=mixing
     )
     return F.linear(x, weight, bias) + delta, logits

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """T tokens, D_in and D_out features, R rank, E experts, K chosen."""
+    """T tokens, D_in and D_out features, R rank, E experts, K chosen; mixing: one A for all experts, or one for each."""
 
     T: int
     D_in: int
@@ -15,9 +15,16 @@ class Shape(NamedTuple):
     R: int
     E: int
     K: int
+    mixing: str = "expand"
+
+    @property
+    def rows(self) -> int:
+        """Of A: of the shared one, or of all together."""
+        return self.E * self.R if self.mixing == "diagonal" else self.R
 
     def __str__(self) -> str:
-        return "-".join(f"{name}{size}" for name, size in self._asdict().items())
+        sizes = "-".join(f"{name}{size}" for name, size in zip(self._fields[:6], self, strict=False))
+        return sizes if self.mixing == "expand" else f"{sizes}-{self.mixing}"
 
 
 SHAPES = [
@@ -35,6 +42,7 @@ SHAPES = [
     Shape(257, 64, 64, 8, 8, 2),  # many tokens
     Shape(40, 24, 56, 24, 2, 2),  # full rank
 ]
+DIAGONAL_SHAPES = [shape._replace(mixing="diagonal") for shape in SHAPES]
 
 # Where kernels differ from products: tiles that do not divide anything, sums in planes, experts in several blocks.
 KERNEL_SHAPES = [
@@ -45,6 +53,18 @@ KERNEL_SHAPES = [
     Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
     Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
     Shape(33, 16, 16, 1, 64, 64),  # the most experts, all chosen
+    *(
+        shape._replace(mixing="diagonal")
+        for shape in (
+            *(shape for shape in SHAPES if shape.E * shape.R <= 128),
+            Shape(20, 24, 40, 128, 1, 1),  # the most rows of A: of one expert,
+            Shape(33, 16, 16, 2, 64, 64),  # of the most experts,
+            Shape(17, 20, 18, 40, 3, 2),  # and of experts in several blocks, rank not a power of two
+            Shape(9, 20, 18, 9, 13, 2),  # the last block of experts not full
+            Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
+            Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
+        )
+    ),
 ]
 
 
@@ -70,7 +90,7 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -
     Expert choice is not in doubt: tokens whose K-th and next logit are closer than rounding in bfloat16 are redrawn,
     since two correct programs may choose differently there.
     """
-    T, D_in, D_out, R, E, K = shape
+    T, D_in, D_out, R, E, K, _ = shape
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -87,7 +107,7 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -
         x=torch.stack(tokens) if tokens else torch.zeros(0, D_in, dtype=torch.float64),
         weight=draw(D_out, D_in, scale=D_in**-0.5),
         bias=draw(D_out),
-        shared_a=draw(R, D_in, scale=D_in**-0.5),
+        shared_a=draw(shape.rows, D_in, scale=D_in**-0.5),
         expert_b=draw(D_out, E * R, scale=R**-0.5),
         router_weight=router_weight,
         dout=draw(T, D_out),

@@ -18,7 +18,7 @@ def run(function, case: Case, shape: Shape, p=0.2, bias=True, device="cpu", **op
     if not bias:
         inputs[2] = None
     seed = torch.tensor([SEED], device=device)
-    y, logits = function(*inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, **options)
+    y, logits = function(*inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, mixing=shape.mixing, **options)
     trained = [inputs[place] for place in PLACES]
     incoming = (case.dout.to(device, y.dtype), case.dlogits.to(device, logits.dtype))
     grads = torch.autograd.grad((y, logits), trained, incoming)

@@ -1,7 +1,8 @@
 """One pass over x: z = x A~^T and l = x Wr^T together, then top-k, softmax and mix while both are in registers.
 
-    hidden [T, R]    logits [T, E]    gates [T, E]    mixed[t, e * R + r] = scale * gates[t, e] * hidden[t, r]
+    hidden [T, Z]    logits [T, E]    gates [T, E]    mixed[t, e * R + r] = scale * gates[t, e] * hidden[t, r]
 
+Z, the rows of A, is R; with an A for each expert (DIAGONAL) it is E * R, and hidden[t, e * R + r] stands in the last formula.
 With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program writes its
 partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
@@ -20,10 +21,11 @@ from .launch import cdiv, on, padded, planes_for, precision, tile_for
 @triton.jit
 def _route(
     hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale,
-    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    Z: tl.constexpr, E: tl.constexpr, DIAGONAL: tl.constexpr, TOP_K: tl.constexpr,
+    Z_PAD: tl.constexpr, E_PAD: tl.constexpr,
 ):  # fmt: skip
-    """hidden [BLOCK_T, R_PAD], logits [BLOCK_T, E_PAD], t int64 [BLOCK_T] -> stores all four results"""
-    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    """hidden [BLOCK_T, Z_PAD], logits [BLOCK_T, E_PAD], t int64 [BLOCK_T] -> stores all four results"""
+    z, e = tl.arange(0, Z_PAD), tl.arange(0, E_PAD)
     mask_t, mask_e = t[:, None] < T, (t[:, None] < T) & (e[None, :] < E)
     tl.store(logits_ptr + t[:, None] * E + e[None, :], logits, mask=mask_e)
 
@@ -40,36 +42,43 @@ def _route(
 
     # From here on z is what is saved for backward, so that mixed can be made again bit for bit.
     hidden = hidden.to(hidden_ptr.dtype.element_ty)
-    mask_r = mask_t & (r[None, :] < R)
-    tl.store(hidden_ptr + t[:, None] * R + r[None, :], hidden, mask=mask_r)
-    for expert in range(E):
-        gate = scale * tl.sum(tl.where(e[None, :] == expert, gates, 0.0), axis=1)
-        columns = expert * R + r[None, :]
-        tl.store(mixed_ptr + t[:, None] * (E * R) + columns, gate[:, None] * hidden.to(tl.float32), mask=mask_r)
+    mask_z = mask_t & (z[None, :] < Z)
+    tl.store(hidden_ptr + t[:, None] * Z + z[None, :], hidden, mask=mask_z)
+    if DIAGONAL:
+        spread = tl.zeros(hidden.shape, tl.float32)  # each column's gate
+        for expert in range(E):
+            gate = scale * tl.sum(tl.where(e[None, :] == expert, gates, 0.0), axis=1)
+            spread = tl.where(z[None, :] // (Z // E) == expert, gate[:, None], spread)
+        tl.store(mixed_ptr + t[:, None] * Z + z[None, :], spread * hidden.to(tl.float32), mask=mask_z)
+    else:
+        for expert in range(E):
+            gate = scale * tl.sum(tl.where(e[None, :] == expert, gates, 0.0), axis=1)
+            columns = expert * Z + z[None, :]
+            tl.store(mixed_ptr + t[:, None] * (E * Z) + columns, gate[:, None] * hidden.to(tl.float32), mask=mask_z)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _down_kernel(
     x_ptr, down_weight_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, planes_ptr,
     T, D_IN, stride_x_t, stride_x_d, scale, span, PLANES: tl.constexpr,
-    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    Z: tl.constexpr, E: tl.constexpr, DIAGONAL: tl.constexpr, TOP_K: tl.constexpr,
+    Z_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, plane) projects BLOCK_T tokens over `span` input features."""
     first_t, first_d = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.program_id(1) * span
     dt, dd = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
+    z, e = tl.arange(0, Z_PAD), tl.arange(0, E_PAD)
     # 64-bit offsets: T * D_in may pass 2^31, and so may one tile's share of a view whose rows lie far apart.
     x_tile = x_ptr + (first_t + dt)[:, None] * stride_x_t + (first_d + dd)[None, :].to(tl.int64) * stride_x_d
-    a_tile = down_weight_ptr + first_d + r[None, :] * D_IN + dd[:, None]
-    router_tile = down_weight_ptr + R * D_IN + first_d + e[None, :] * D_IN + dd[:, None]
-    mask_t, mask_r, mask_e = first_t + dt[:, None] < T, r[None, :] < R, e[None, :] < E
+    a_tile = down_weight_ptr + first_d + z[None, :] * D_IN + dd[:, None]
+    router_tile = down_weight_ptr + Z * D_IN + first_d + e[None, :] * D_IN + dd[:, None]
+    mask_t, mask_z, mask_e = first_t + dt[:, None] < T, z[None, :] < Z, e[None, :] < E
 
-    hidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    hidden = tl.zeros((BLOCK_T, Z_PAD), tl.float32)
     logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
     for d in range(first_d, min(first_d + span, D_IN), BLOCK_D):
         x = tl.load(x_tile, mask=mask_t & (d + dd[None, :] < D_IN), other=0.0)
-        a = tl.load(a_tile, mask=mask_r & (d + dd[:, None] < D_IN), other=0.0)
+        a = tl.load(a_tile, mask=mask_z & (d + dd[:, None] < D_IN), other=0.0)
         router = tl.load(router_tile, mask=mask_e & (d + dd[:, None] < D_IN), other=0.0)
         hidden = tl.dot(x, a, hidden, input_precision=PRECISION)
         logits = tl.dot(x, router, logits, input_precision=PRECISION)
@@ -81,42 +90,49 @@ def _down_kernel(
     if PLANES == 1:
         _route(
             hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale,
-            R, E, TOP_K, R_PAD, E_PAD,
+            Z, E, DIAGONAL, TOP_K, Z_PAD, E_PAD,
         )  # fmt: skip
     else:
-        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (R + E)
-        tl.store(row + r[None, :], hidden, mask=mask_t & mask_r)
-        tl.store(row + R + e[None, :], logits, mask=mask_t & mask_e)
+        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (Z + E)
+        tl.store(row + z[None, :], hidden, mask=mask_t & mask_z)
+        tl.store(row + Z + e[None, :], logits, mask=mask_t & mask_e)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _down_sum_kernel(
     planes_ptr, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, T, scale, PLANES: tl.constexpr,
-    R: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, R_PAD: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    Z: tl.constexpr, E: tl.constexpr, DIAGONAL: tl.constexpr, TOP_K: tl.constexpr,
+    Z_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Adds the planes in order, then routes."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
-    hidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    z, e = tl.arange(0, Z_PAD), tl.arange(0, E_PAD)
+    hidden = tl.zeros((BLOCK_T, Z_PAD), tl.float32)
     logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
     for plane in range(PLANES):
-        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (R + E)
-        hidden += tl.load(row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
-        logits += tl.load(row + R + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
-    _route(hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale, R, E, TOP_K, R_PAD, E_PAD)
+        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (Z + E)
+        hidden += tl.load(row + z[None, :], mask=(t[:, None] < T) & (z[None, :] < Z), other=0.0)
+        logits += tl.load(row + Z + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
+    _route(
+        hidden, logits, t, T, hidden_ptr, logits_ptr, gates_ptr, mixed_ptr, scale, Z, E, DIAGONAL, TOP_K, Z_PAD, E_PAD
+    )
 
 
-def down(x: Tensor, down_weight: Tensor, rank: int, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, D_in], down_weight [R + E, D_in] -> hidden [T, R], logits [T, E], gates [T, E], mixed [T, E * R]"""
-    (tokens, d_in), experts = x.shape, len(down_weight) - rank
-    hidden, mixed = x.new_empty(tokens, rank), x.new_empty(tokens, experts * rank)
+def down(
+    x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z -> hidden [T, Z], logits [T, E], gates [T, E], mixed [T, E * R]"""
+    (tokens, d_in), experts, diagonal = x.shape, len(down_weight) - rows, mixing == "diagonal"
+    hidden, mixed = x.new_empty(tokens, rows), x.new_empty(tokens, rows if diagonal else experts * rows)
     logits, gates = (x.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
-    tile = tile_for("down", tokens, d_in, 0, rank + experts, x)
+    tile = tile_for("down", tokens, d_in, 0, rows + experts, x)
     blocks, steps = cdiv(tokens, tile.tokens), cdiv(d_in, tile.features)
     planes = planes_for(tile.blocks(tokens), steps, x)
-    partial = x.new_empty(planes, tokens, rank + experts, dtype=torch.float32) if planes > 1 else logits
-    results, sizes = (hidden, logits, gates, mixed), (rank, experts, top_k, padded(rank, 16), padded(experts, 16))
+    partial = x.new_empty(planes, tokens, rows + experts, dtype=torch.float32) if planes > 1 else logits
+    results, sizes = (
+        (hidden, logits, gates, mixed),
+        (rows, experts, diagonal, top_k, padded(rows, 16), padded(experts, 16)),
+    )
     with on(x):
         _down_kernel[(blocks, planes)](
             x, down_weight, *results, partial, tokens, d_in, *x.stride(), scale,

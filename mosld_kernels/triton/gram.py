@@ -1,7 +1,9 @@
 """Sums over tokens, left^T right, for the adapter's gradients; one kernel serves both.
 
     dB            = dout^T mixed            [D_out, E * R]    mixed is made again from hidden and gates, in registers
-    [dA~ | dWr]^T = x^T dprojected          [D_in, R + E]     dA = keep * dA~ / (1 - p), drawn again from the seed
+    [dA~ | dWr]^T = x^T dprojected          [D_in, Z + E]     dA = keep * dA~ / (1 - p), drawn again from the seed
+
+Z, the rows of A and the columns of hidden, is R, or with an A for each expert (DIAGONAL) E * R.
 
 The features of `left` are the rows of a program's tile, so that the tensor cores get a tall operand however small the
 rank is. When the features alone give too few programs, the tokens are split into planes: each program writes its
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold, triton_keep
+from ..reference import expert_rank
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
 from .up import _expert_columns, expert_block
 
@@ -26,16 +29,16 @@ keep_elements = triton_keep()
 @triton.jit
 def _store(
     grad, f, columns, exists, F, C: tl.constexpr, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share,
-    R: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
+    Z: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """grad [BLOCK_F, BLOCK_C], f [BLOCK_F] -> stores dB [F, C], or dA [R, F] with its dropout and drouter [C - R, F]"""
+    """grad [BLOCK_F, BLOCK_C], f [BLOCK_F] -> stores dB [F, C], or dA [Z, F] with its dropout and drouter [C - Z, F]"""
     mask = (f[:, None] < F) & exists[None, :]
     if EXPANDS:
         tl.store(b_or_a_ptr + f[:, None].to(tl.int64) * C + columns[None, :], grad, mask=mask)
     else:
         n = columns[None, :].to(tl.int64) * F + f[:, None]
-        in_a = columns[None, :] < R
-        tl.store(router_ptr + n - R * F, grad, mask=mask & (columns[None, :] >= R))
+        in_a = columns[None, :] < Z
+        tl.store(router_ptr + n - Z * F, grad, mask=mask & (columns[None, :] >= Z))
         if DROPS:
             grad = tl.where(keep_elements(tl.load(seed_ptr), n, limit), tl.div_rn(grad, kept_share), 0.0)
         tl.store(b_or_a_ptr + n, grad, mask=mask & in_a)
@@ -46,13 +49,15 @@ def _gram_kernel(
     left_ptr, right_ptr, gates_ptr, b_or_a_ptr, router_ptr, planes_ptr, seed_ptr,
     T, F, stride_left_t, stride_left_f, scale, span, limit, kept_share, PLANES: tl.constexpr,
     R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-    EXPANDS: tl.constexpr, DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    EXPANDS: tl.constexpr, DIAGONAL: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i, plane) sums over `span` tokens for BLOCK_F features of left and BLOCK_C columns of right.
 
     Columns come first: programs that read the same tiles of left run side by side and share them in the L2 cache.
     """
-    C: tl.constexpr = E * R if EXPANDS else R + E
+    Z: tl.constexpr = E * R if DIAGONAL else R
+    C: tl.constexpr = E * R if EXPANDS else Z + E
     first_f, first_t = tl.program_id(1) * BLOCK_F, tl.program_id(2).to(tl.int64) * span
     df, dt = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_T)
     if EXPANDS:
@@ -73,9 +78,15 @@ def _gram_kernel(
         left = tl.load(left_tile, mask=mask_f & (t[None, :] < last_t), other=0.0)  # [BLOCK_F, BLOCK_T]
         if EXPANDS:
             mask_t = t[:, None] < last_t
-            hidden = tl.load(right_ptr + t[:, None] * R + r[None, :], mask=mask_t & (r[None, :] < R), other=0.0)
+            if DIAGONAL:
+                offsets = t[:, None] * Z + columns[None, :]
+                hidden = tl.load(right_ptr + offsets, mask=mask_t & exists[None, :], other=0.0)
+                hidden = tl.reshape(hidden.to(tl.float32), (BLOCK_T, E_BLOCK, R_PAD))
+            else:
+                hidden = tl.load(right_ptr + t[:, None] * R + r[None, :], mask=mask_t & (r[None, :] < R), other=0.0)
+                hidden = hidden.to(tl.float32)[:, None, :]
             gates = tl.load(gates_ptr + t[:, None] * E + e[None, :], mask=mask_t & (e[None, :] < E), other=0.0)
-            mixed = (scale * gates)[:, :, None] * hidden.to(tl.float32)[:, None, :]
+            mixed = (scale * gates)[:, :, None] * hidden
             right = tl.reshape(mixed.to(left.dtype), (BLOCK_T, BLOCK_C))
         else:
             offsets = t[:, None] * C + columns[None, :]
@@ -85,7 +96,7 @@ def _gram_kernel(
 
     f = first_f + df
     if PLANES == 1:
-        _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, R, EXPANDS, DROPS)
+        _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, Z, EXPANDS, DROPS)
     else:
         row = (tl.program_id(2) * F + f[:, None]).to(tl.int64) * C
         tl.store(planes_ptr + row + columns[None, :], grad, mask=mask_f & exists[None, :])
@@ -94,7 +105,7 @@ def _gram_kernel(
 @triton.jit(do_not_specialize=["limit"])
 def _gram_sum_kernel(
     planes_ptr, b_or_a_ptr, router_ptr, seed_ptr, F, limit, kept_share, PLANES: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
+    C: tl.constexpr, Z: tl.constexpr, EXPANDS: tl.constexpr, DROPS: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the planes in order, then stores."""
@@ -105,7 +116,7 @@ def _gram_sum_kernel(
     for plane in range(PLANES):
         row = (plane * F + f[:, None]).to(tl.int64) * C
         grad += tl.load(planes_ptr + row + columns[None, :], mask=(f[:, None] < F) & exists[None, :], other=0.0)
-    _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, R, EXPANDS, DROPS)
+    _store(grad, f, columns, exists, F, C, b_or_a_ptr, router_ptr, seed_ptr, limit, kept_share, Z, EXPANDS, DROPS)
 
 
 def _gram(
@@ -116,13 +127,15 @@ def _gram(
     rank: int,
     experts: int,
     *,
+    diagonal: bool = False,
     scale: float = 1.0,
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> None:
-    """left [T, F]; right is hidden [T, R] beside gates [T, E], or dprojected [T, R + E]; fills `grads`."""
+    """left [T, F]; right is hidden [T, Z] beside gates [T, E], or dprojected [T, Z + E]; fills `grads`."""
     (tokens, features), expands = left.shape, gates is not None
-    columns = experts * rank if expands else rank + experts
+    rows = experts * rank if diagonal else rank
+    columns = experts * rank if expands else rows + experts
     d_in, d_out = (0, features) if expands else (features, 0)
     tile = tile_for("grad_expert_b" if expands else "grad_down", tokens, d_in, d_out, columns, left)
     if expands:
@@ -140,31 +153,40 @@ def _gram(
         _gram_kernel[(column_blocks, blocks, planes)](
             left, right, gates if expands else right, *grads, partial, seed,
             tokens, features, *left.stride(), scale, cdiv(steps, planes) * tile.tokens, *drop, planes,
-            rank, experts, rank_padded, e_block, block_c, expands, p > 0,
+            rank, experts, rank_padded, e_block, block_c, expands, diagonal, p > 0,
             tile.tokens, tile.features, precision(), **tile.options(),
         )  # fmt: skip
         if planes > 1:
             block_f, block_c = 64, 16
             _gram_sum_kernel[(cdiv(features, block_f), cdiv(columns, block_c))](
-                partial, *grads, seed, features, *drop, planes, columns, rank, expands, p > 0, block_f, block_c,
+                partial, *grads, seed, features, *drop, planes, columns, rows, expands, p > 0, block_f, block_c,
                 num_warps=4,
             )  # fmt: skip
 
 
-def grad_expert_b(dout: Tensor, hidden: Tensor, gates: Tensor, top_k: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """dout [T, D_out], hidden [T, R], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`. Dense, whatever top_k is."""
-    rank, experts = hidden.shape[1], gates.shape[1]
+def grad_expert_b(
+    dout: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    top_k: int,
+    scale: float,
+    dtype: torch.dtype,
+    mixing: str = "expand",
+) -> Tensor:
+    """dout [T, D_out], hidden [T, Z], gates [T, E] -> dexpert_b [D_out, E * R] in `dtype`. Dense, whatever top_k is."""
+    experts = gates.shape[1]
+    rank = expert_rank(hidden.shape[1], experts, mixing)
     grad = dout.new_empty(dout.shape[1], experts * rank, dtype=dtype)
-    _gram(dout, hidden, gates, (grad, grad), rank, experts, scale=scale)
+    _gram(dout, hidden, gates, (grad, grad), rank, experts, diagonal=mixing == "diagonal", scale=scale)
     return grad
 
 
 def down_backward(
-    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rank: int, dtype: torch.dtype
+    dprojected: Tensor, x: Tensor, keep: Tensor | None, p: float, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """dprojected [T, R + E], x [T, D_in], keep as `prepare` returned it
-    -> dshared_a [R, D_in], drouter_weight [E, D_in], both in `dtype`"""
-    features, experts = x.shape[1], dprojected.shape[1] - rank
-    dshared_a, drouter = (x.new_empty(rows, features, dtype=dtype) for rows in (rank, experts))
-    _gram(x, dprojected, None, (dshared_a, drouter), rank, experts, seed=keep, p=p)
+    """dprojected [T, Z + E], x [T, D_in], keep as `prepare` returned it, rows = Z
+    -> dshared_a [Z, D_in], drouter_weight [E, D_in], both in `dtype`"""
+    features, experts = x.shape[1], dprojected.shape[1] - rows
+    dshared_a, drouter = (x.new_empty(length, features, dtype=dtype) for length in (rows, experts))
+    _gram(x, dprojected, None, (dshared_a, drouter), rows, experts, seed=keep, p=p)  # to the sum a row of A is a row
     return dshared_a, drouter

@@ -1,6 +1,6 @@
 """The adapter in the products' dtype, written once so that no product redraws or recasts it.
 
-    down_weight = [keep * A / (1 - p) ; router_weight]     [R + E, D_in]
+    down_weight = [keep * A / (1 - p) ; router_weight]     [Z + E, D_in]    Z rows of A: R, or E * R with an A for each expert
     expert_b    = expert_b                                 [D_out, E * R], written only where its dtype differs
 
 One Philox call an element here costs less than one per program of the pass over x, which would read the mask as often
@@ -53,8 +53,8 @@ def prepare(
     dtype: torch.dtype,
     needs_down: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """shared_a [R, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
-    -> down_weight [R + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
+    """shared_a [Z, D_in], router_weight [E, D_in], expert_b [D_out, E * R], seed int64 [1]
+    -> down_weight [Z + E, D_in] where it is needed, expert_b [D_out, E * R], both in `dtype`;
     and what `down_backward` wants to know of the kept elements of A: here the seed, to draw them again"""
     tiles.check_file()  # here, because this is the first launch of a call
     shared_a, router_weight, expert_b = shared_a.contiguous(), router_weight.contiguous(), expert_b.contiguous()

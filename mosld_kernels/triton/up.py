@@ -3,6 +3,9 @@
     dgates_e = scale * <u_e, hidden>        dhidden = scale * sum_e gates_e u_e
     dlogits  = gates * (dgates - sum_e gates_e dgates_e), plus what arrives for the logits
 
+With an A for each expert (DIAGONAL) hidden and dhidden are [T, E * R], dgates_e = scale * <u_e, hidden_e>, dhidden_e = scale
+* gates_e u_e: nothing is summed over experts, and dhidden is stored as soon as its block of experts is done.
+
 Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over blocks of experts one after the other
 and reads its rows of dout again for each: by then the arithmetic takes longer than the reading. dhidden and dgates are
 linear in u, so that with few tokens D_out is split into planes of these two, added in order by a second kernel.
@@ -16,6 +19,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from ..eager import up
+from ..reference import expert_rank
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
 
 __all__ = ["up", "up_backward"]  # `up` is a product of torch's library here as well
@@ -37,35 +41,39 @@ def _expert_columns(first_expert, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.co
 
 @triton.jit
 def _finish(
-    dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr,
-    R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr,
+    dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr, Z: tl.constexpr, E: tl.constexpr,
+    Z_PAD: tl.constexpr, HAS_DHIDDEN: tl.constexpr, HAS_DLOGITS: tl.constexpr,
 ):  # fmt: skip
-    """dhidden [BLOCK_T, R_PAD], dgates [BLOCK_T, I, J] for experts e [I, J], t int64 [BLOCK_T] -> stores dprojected"""
-    r = tl.arange(0, R_PAD)
+    """dhidden [BLOCK_T, Z_PAD], dgates [BLOCK_T, I, J] for experts e [I, J], t int64 [BLOCK_T] -> stores dprojected"""
+    z = tl.arange(0, Z_PAD)
     mask_e = (t[:, None, None] < T) & (e < E)[None, :, :]
     gates = tl.load(gates_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
     mean = tl.sum(tl.sum(gates * dgates, axis=2), axis=1)
     dlogits = gates * (dgates - mean[:, None, None])  # zero where the gate is zero: no index of the chosen is needed
     if HAS_DLOGITS:
         dlogits += tl.load(dlogits_ptr + t[:, None, None] * E + e[None, :, :], mask=mask_e, other=0.0)
-    row = dprojected_ptr + t[:, None] * (R + E)
-    tl.store(row + r[None, :], dhidden, mask=(t[:, None] < T) & (r[None, :] < R))
-    tl.store(row[:, :, None] + R + e[None, :, :], dlogits, mask=mask_e)
+    row = dprojected_ptr + t[:, None] * (Z + E)
+    if HAS_DHIDDEN:
+        tl.store(row + z[None, :], dhidden, mask=(t[:, None] < T) & (z[None, :] < Z))
+    tl.store(row[:, :, None] + Z + e[None, :, :], dlogits, mask=mask_e)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _up_backward_kernel(
     dout_ptr, expert_b_ptr, hidden_ptr, gates_ptr, dlogits_ptr, dprojected_ptr, planes_ptr,
     T, D_OUT, scale, span, PLANES: tl.constexpr, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr,
-    E_BLOCK: tl.constexpr, E_BLOCKS: tl.constexpr, E_BLOCKS_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr,
+    E_BLOCK: tl.constexpr, E_BLOCKS: tl.constexpr, E_BLOCKS_PAD: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_DLOGITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, plane) sums over `span` output features for BLOCK_T tokens."""
+    Z: tl.constexpr = E * R if DIAGONAL else R
     first_t, first_o = tl.program_id(0).to(tl.int64) * BLOCK_T, tl.program_id(1) * span
     dt, do, r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_O), tl.arange(0, R_PAD)
     t = first_t + dt
     mask_t, mask_r = t[:, None] < T, (t[:, None] < T) & (r[None, :] < R)
-    hidden = tl.load(hidden_ptr + t[:, None] * R + r[None, :], mask=mask_r, other=0.0).to(tl.float32)
+    if not DIAGONAL:
+        hidden = tl.load(hidden_ptr + t[:, None] * R + r[None, :], mask=mask_r, other=0.0).to(tl.float32)
     dhidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
     block, in_block = tl.arange(0, E_BLOCKS_PAD)[:, None], tl.arange(0, E_BLOCK)[None, :]
     dgates = tl.zeros((BLOCK_T, E_BLOCKS_PAD, E_BLOCK), tl.float32)
@@ -84,36 +92,51 @@ def _up_backward_kernel(
         u = tl.reshape(u, (BLOCK_T, E_BLOCK, R_PAD))
         e = b * E_BLOCK + tl.arange(0, E_BLOCK)
         gates = tl.load(gates_ptr + t[:, None] * E + e[None, :], mask=mask_t & (e[None, :] < E), other=0.0)
-        dhidden += tl.sum(u * (scale * gates)[:, :, None], axis=1)
-        dgate = scale * tl.sum(u * hidden[:, None, :], axis=2)  # [BLOCK_T, E_BLOCK]
+        if DIAGONAL:
+            mask_c = mask_t & exists[None, :]
+            hidden = tl.load(hidden_ptr + t[:, None] * Z + columns[None, :], mask=mask_c, other=0.0).to(tl.float32)
+            dgate = scale * tl.sum(u * tl.reshape(hidden, (BLOCK_T, E_BLOCK, R_PAD)), axis=2)  # [BLOCK_T, E_BLOCK]
+            u = tl.reshape(u * (scale * gates)[:, :, None], (BLOCK_T, E_BLOCK * R_PAD))
+            if PLANES == 1:
+                row = dprojected_ptr + t[:, None] * (Z + E)
+            else:
+                row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (Z + E)
+            tl.store(row + columns[None, :], u, mask=mask_c)
+        else:
+            dhidden += tl.sum(u * (scale * gates)[:, :, None], axis=1)
+            dgate = scale * tl.sum(u * hidden[:, None, :], axis=2)  # [BLOCK_T, E_BLOCK]
         dgates = tl.where((block == b)[None, :, :], dgate[:, None, :], dgates)
 
     e = block * E_BLOCK + in_block  # [E_BLOCKS_PAD, E_BLOCK]
     if PLANES == 1:
-        _finish(dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr, R, E, R_PAD, HAS_DLOGITS)
+        _finish(
+            dhidden, dgates, e, t, T, gates_ptr, dlogits_ptr, dprojected_ptr, Z, E, R_PAD, not DIAGONAL, HAS_DLOGITS
+        )
     else:
-        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (R + E)
-        tl.store(row + r[None, :], dhidden, mask=mask_r)
-        tl.store(row[:, :, None] + R + e[None, :, :], dgates, mask=(t[:, None, None] < T) & (e < E)[None, :, :])
+        row = planes_ptr + (tl.program_id(1).to(tl.int64) * T + t[:, None]) * (Z + E)
+        if not DIAGONAL:
+            tl.store(row + r[None, :], dhidden, mask=mask_r)
+        tl.store(row[:, :, None] + Z + e[None, :, :], dgates, mask=(t[:, None, None] < T) & (e < E)[None, :, :])
 
 
 @triton.jit(do_not_specialize=["T"])
 def _up_backward_sum_kernel(
-    planes_ptr, gates_ptr, dlogits_ptr, dprojected_ptr, T, PLANES: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
-    R_PAD: tl.constexpr, E_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr, BLOCK_T: tl.constexpr,
+    planes_ptr, gates_ptr, dlogits_ptr, dprojected_ptr, T, PLANES: tl.constexpr, Z: tl.constexpr, E: tl.constexpr,
+    Z_PAD: tl.constexpr, E_PAD: tl.constexpr, HAS_DLOGITS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Adds the planes in order, then finishes."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r, e = tl.arange(0, R_PAD), tl.arange(0, E_PAD)
-    dhidden = tl.zeros((BLOCK_T, R_PAD), tl.float32)
+    z, e = tl.arange(0, Z_PAD), tl.arange(0, E_PAD)
+    dhidden = tl.zeros((BLOCK_T, Z_PAD), tl.float32)
     dgates = tl.zeros((BLOCK_T, E_PAD), tl.float32)
     for plane in range(PLANES):
-        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (R + E)
-        dhidden += tl.load(row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
-        dgates += tl.load(row + R + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
+        row = planes_ptr + (tl.cast(plane, tl.int64) * T + t[:, None]) * (Z + E)
+        dhidden += tl.load(row + z[None, :], mask=(t[:, None] < T) & (z[None, :] < Z), other=0.0)
+        dgates += tl.load(row + Z + e[None, :], mask=(t[:, None] < T) & (e[None, :] < E), other=0.0)
     _finish(
-        dhidden, dgates[:, None, :], e[None, :], t, T, gates_ptr, dlogits_ptr, dprojected_ptr, R, E, R_PAD, HAS_DLOGITS
-    )
+        dhidden, dgates[:, None, :], e[None, :], t, T, gates_ptr, dlogits_ptr, dprojected_ptr,
+        Z, E, Z_PAD, True, HAS_DLOGITS,
+    )  # fmt: skip
 
 
 def expert_block(rank: int, experts: int, columns: int) -> tuple[int, int, int]:
@@ -131,27 +154,29 @@ def up_backward(
     dlogits: Tensor | None,
     top_k: int,
     scale: float,
+    mixing: str = "expand",
 ) -> Tensor:
-    """dout [T, D_out], expert_b [D_out, E * R], hidden [T, R], gates [T, E], dlogits [T, E] or None
-    -> dprojected [T, R + E] = [dhidden | dlogits] in dout's dtype. Dense over the experts, whatever top_k is."""
-    (tokens, d_out), rank, experts = dout.shape, hidden.shape[1], gates.shape[1]
-    dprojected = dout.new_empty(tokens, rank + experts)
+    """dout [T, D_out], expert_b [D_out, E * R], hidden [T, Z], gates [T, E], dlogits [T, E] or None
+    -> dprojected [T, Z + E] = [dhidden | dlogits] in dout's dtype. Dense over the experts, whatever top_k is."""
+    (tokens, d_out), rows, experts = dout.shape, hidden.shape[1], gates.shape[1]
+    rank, diagonal = expert_rank(rows, experts, mixing), mixing == "diagonal"
+    dprojected = dout.new_empty(tokens, rows + experts)
     tile = tile_for("up_backward", tokens, 0, d_out, experts * rank, dout)
     rank_padded, block, blocks = expert_block(rank, experts, tile.columns)
     steps = cdiv(d_out, tile.features)
     planes = planes_for(tile.blocks(tokens), steps, dout)
-    partial = dout.new_empty(planes, tokens, rank + experts, dtype=float32) if planes > 1 else gates
+    partial = dout.new_empty(planes, tokens, rows + experts, dtype=float32) if planes > 1 else gates
     has_dlogits, dlogits = dlogits is not None, gates if dlogits is None else dlogits.contiguous()
     with on(dout):
         _up_backward_kernel[(cdiv(tokens, tile.tokens), planes)](
             dout, expert_b, hidden, gates, dlogits, dprojected, partial,
             tokens, d_out, scale, cdiv(steps, planes) * tile.features, planes, rank, experts, rank_padded,
-            block, blocks, padded(blocks), has_dlogits, tile.tokens, tile.features, precision(), **tile.options(),
+            block, blocks, padded(blocks), diagonal, has_dlogits, tile.tokens, tile.features, precision(), **tile.options(),
         )  # fmt: skip
         if planes > 1:
             block_t = 16
             _up_backward_sum_kernel[(cdiv(tokens, block_t),)](
-                partial, gates, dlogits, dprojected, tokens, planes, rank, experts, rank_padded, padded(experts, 16),
+                partial, gates, dlogits, dprojected, tokens, planes, rows, experts, padded(rows, 16), padded(experts, 16),
                 has_dlogits, block_t, num_warps=4, maxnreg=128,
             )  # fmt: skip
     return dprojected

@@ -20,14 +20,15 @@ MEBIBYTE = 2**20
 
 def layer(shape, dtype=torch.bfloat16, adapter_dtype=torch.float32):
     """-> inputs of one call, of these sizes and random, without make_case's care for ties; and the gradient for y"""
-    T, D_in, D_out, R, E, _ = shape
+    T, D_in, D_out, _, E, _, _ = shape
     torch.manual_seed(0)
 
     def draw(*sizes, dtype=dtype, scale=1.0):
         return (scale * torch.randn(*sizes, device="cuda")).to(dtype)
 
     adapter = [
-        draw(*size, dtype=adapter_dtype, scale=size[1] ** -0.5) for size in ((R, D_in), (D_out, E * R), (E, D_in))
+        draw(*size, dtype=adapter_dtype, scale=size[1] ** -0.5)
+        for size in ((shape.rows, D_in), (D_out, E * shape.R), (E, D_in))
     ]
     inputs = [draw(T, D_in), draw(D_out, D_in, scale=D_in**-0.5), draw(D_out), *adapter]
     return [tensor.requires_grad_(i in PLACES) for i, tensor in enumerate(inputs)], draw(T, D_out)
@@ -36,7 +37,9 @@ def layer(shape, dtype=torch.bfloat16, adapter_dtype=torch.float32):
 def step(inputs, dout, shape, seed=None, p=0.1, function=mosld_linear, backend="triton"):
     """-> y, logits and the four gradients"""
     seed = torch.tensor([SEED], device="cuda") if seed is None else seed
-    y, logits = function(*inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, backend=backend)
+    y, logits = function(
+        *inputs, top_k=shape.K, scale=2.0, dropout_p=p, seed=seed, mixing=shape.mixing, backend=backend
+    )
     return y, logits, *torch.autograd.grad(y, [inputs[place] for place in PLACES], dout)
 
 
@@ -49,14 +52,28 @@ def test_no_less_accurate_than_eager(shape, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [Shape(500, 4096, 14336, 16, 8, 2), Shape(300, 14336, 4096, 16, 8, 2), Shape(130, 4096, 4096, 128, 64, 4)],
+    [
+        Shape(500, 4096, 14336, 16, 8, 2),
+        Shape(300, 14336, 4096, 16, 8, 2),
+        Shape(130, 4096, 4096, 128, 64, 4),
+        Shape(500, 4096, 14336, 8, 8, 2, "diagonal"),
+        Shape(300, 14336, 4096, 32, 4, 2, "diagonal"),
+    ],
     ids=str,
 )
 def test_no_less_accurate_than_eager_on_real_sizes(shape, dtype):
     assert_accurate(shape, dtype, torch.float32, draws=1, device="cuda", backend="triton")
 
 
-@pytest.mark.parametrize("shape", [Shape(8192, 4096, 4096, 16, 8, 2), Shape(100, 4096, 4096, 8, 8, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(8192, 4096, 4096, 16, 8, 2),
+        Shape(100, 4096, 4096, 8, 8, 2),
+        Shape(8192, 4096, 4096, 8, 8, 2, "diagonal"),
+    ],
+    ids=str,
+)
 def test_the_same_bits_twice(shape):
     inputs, dout = layer(shape)
     for first, second in zip(step(inputs, dout, shape), step(inputs, dout, shape), strict=True):

@@ -63,9 +63,9 @@ def test_wide_mixtures_are_sorted_in_all_three_places_and_narrow_ones_are_not(mo
     for name, value in truth.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     plans.clear()
-    narrow = WIDE._replace(E=8)
-    run(mosld_linear, make_case(narrow), narrow)
-    assert not plans
+    for other in (WIDE._replace(E=8), WIDE._replace(mixing="diagonal")):  # an A for each expert: not built
+        run(mosld_linear, make_case(other), other)
+        assert not plans
 
 
 def test_nothing_is_sorted_elsewhere_than_on_a_cpu_nor_without_tokens():

@@ -41,6 +41,11 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=reference.MIXINGS)
+def mixing(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _exact_bfloat16(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED_FLOATS", dispatch.TRITON_FLOATS)
@@ -68,10 +73,19 @@ def test_random_sizes(seed):
     assert_accurate(shape, torch.float32, draws=2, backend="triton")
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes_with_an_a_for_each_expert(seed):
+    draw = random.Random(100 + seed).randint
+    experts = draw(1, 64) if seed % 2 else draw(1, 9)
+    rank = draw(1, dispatch.MOST_RANK // experts)
+    shape = Shape(draw(1, 40), draw(1, 90), draw(1, 90), rank, experts, draw(1, experts), "diagonal")
+    assert_accurate(shape, torch.float32, draws=2, backend="triton")
+
+
 @pytest.mark.parametrize("p", [0.0, 0.999, 1.0])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_every_dropout_with_and_without_bias(p, bias):
-    assert_accurate(Shape(33, 17, 31, 3, 5, 2), torch.float32, p=p, bias=bias, backend="triton")
+def test_every_dropout_with_and_without_bias(p, bias, mixing):
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2, mixing), torch.float32, p=p, bias=bias, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -85,12 +99,14 @@ def test_every_dropout_with_and_without_bias(p, bias):
     ],
     ids=str,
 )
-def test_adapters_in_another_dtype(dtype, adapter_dtype):
-    assert_accurate(Shape(65, 33, 129, 16, 3, 3), dtype, adapter_dtype, backend="triton")
-    assert_accurate(Shape(33, 17, 31, 3, 5, 2), dtype, adapter_dtype, backend="triton")
+def test_adapters_in_another_dtype(dtype, adapter_dtype, mixing):
+    assert_accurate(Shape(65, 33, 129, 16, 3, 3, mixing), dtype, adapter_dtype, backend="triton")
+    assert_accurate(Shape(33, 17, 31, 3, 5, 2, mixing), dtype, adapter_dtype, backend="triton")
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], KERNEL_SHAPES[13], KERNEL_SHAPES[16]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [SHAPES[1], KERNEL_SHAPES[13], KERNEL_SHAPES[16], KERNEL_SHAPES[-2], KERNEL_SHAPES[-4]], ids=str
+)
 def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatch):
     # The smallest tiles: several in every direction, sums in planes, experts in several blocks.
     tile = dict(tokens=16, features=16, columns=16, warps=4, stages=2)
@@ -185,9 +201,9 @@ def test_equal_logits_go_to_the_lower_index():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_token_stays_alone(bad, dtype):
+def test_a_bad_token_stays_alone(bad, dtype, mixing):
     # Even R + E: torch's bfloat16 product on CPU reads one element past a row of odd length, and NaN there is no zero.
-    shape = Shape(21, 40, 24, 4, 6, 2)
+    shape = Shape(21, 40, 24, 4, 6, 2, mixing)
     case = make_case(shape, dtype).to(dtype)
     clean = run(mosld_linear, case, shape, backend="triton")
     case.x[7, 3] = bad
@@ -198,18 +214,18 @@ def test_a_bad_token_stays_alone(bad, dtype):
     assert not soiled["y"][7].isfinite().any()
 
 
-def test_a_token_does_not_depend_on_its_batch():
+def test_a_token_does_not_depend_on_its_batch(mixing):
     torch.manual_seed(1)
     x, down_weight = torch.randn(60, 70), torch.randn(12, 70)
-    whole = down(x, down_weight, 8, 2, 1.0)
+    whole = down(x, down_weight, 8, 2, 1.0, mixing)
     # Not bit for bit here: the interpreter multiplies with NumPy, which on some processors sums a row in an order that
     # depends on where in the tile it is.
-    for part, all_tokens in zip(down(x[17:50], down_weight, 8, 2, 1.0), whole, strict=True):
+    for part, all_tokens in zip(down(x[17:50], down_weight, 8, 2, 1.0, mixing), whole, strict=True):
         torch.testing.assert_close(part, all_tokens[17:50], rtol=1e-5, atol=1e-5)
 
 
-def test_non_contiguous_inputs_and_gradients():
-    shape = Shape(12, 10, 14, 3, 4, 2)
+def test_non_contiguous_inputs_and_gradients(mixing):
+    shape = Shape(12, 10, 14, 3, 4, 2, mixing)
     case = make_case(shape).to(torch.float32)
     plain = [tensor.detach() for tensor in case[:6]]
     strided = [t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in plain]
@@ -217,7 +233,9 @@ def test_non_contiguous_inputs_and_gradients():
     grads = []
     for inputs in (plain, strided, sliced):
         inputs = [tensor.detach().requires_grad_(i in PLACES) for i, tensor in enumerate(inputs)]
-        y, _ = mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.2, seed=torch.tensor([SEED]), backend="triton")
+        y, _ = mosld_linear(
+            *inputs, top_k=2, scale=2.0, mixing=mixing, dropout_p=0.2, seed=torch.tensor([SEED]), backend="triton"
+        )
         y.sum().backward()  # its incoming gradient has stride 0
         grads.append([inputs[place].grad for place in PLACES])
     for others in grads[1:]:
@@ -248,13 +266,13 @@ def test_rows_that_lie_more_than_2_31_elements_apart(rows, stride):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (5,), (3, 4, 5), (1,), (2,), (0, 1, 2, 3, 4, 5)], ids=str)
-def test_only_the_wanted_gradients_come_and_they_are_right(wanted):
-    shape = Shape(9, 6, 7, 3, 4, 2)
+def test_only_the_wanted_gradients_come_and_they_are_right(wanted, mixing):
+    shape = Shape(9, 6, 7, 3, 4, 2, mixing)
     case, grads = make_case(shape).to(torch.float32), []
     for function, options in ((mosld_linear, dict(backend="triton")), (reference.mosld_linear, {})):
         inputs = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(case[:6])]
         seed = torch.tensor([SEED])
-        y, _ = function(*inputs, top_k=2, scale=2.0, dropout_p=0.3, seed=seed, **options)
+        y, _ = function(*inputs, top_k=2, scale=2.0, mixing=mixing, dropout_p=0.3, seed=seed, **options)
         y.backward(case.dout)
         assert [tensor.grad is not None for tensor in inputs] == [i in wanted for i in range(6)]
         grads.append([tensor.grad for tensor in inputs if tensor.grad is not None])
@@ -262,25 +280,25 @@ def test_only_the_wanted_gradients_come_and_they_are_right(wanted):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
-def test_only_x_the_seed_hidden_and_gates_are_saved_beside_the_parameters():
-    shape = Shape(40, 24, 56, 4, 8, 2)
+def test_only_x_the_seed_hidden_and_gates_are_saved_beside_the_parameters(mixing):
+    shape = Shape(40, 24, 56, 4, 8, 2, mixing)
     inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
     seed, saved = torch.tensor([SEED]), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.2, seed=seed, backend="triton")
+        mosld_linear(*inputs, top_k=2, scale=2.0, mixing=mixing, dropout_p=0.2, seed=seed, backend="triton")
     given = {tensor.data_ptr() for tensor in (*inputs, seed)}
     new = sorted(tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in given)
-    assert new == [(40, 4), (40, 8)]
+    assert new == sorted([(40, shape.rows), (40, 8)])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_redraws_the_same_mask(reentrant):
-    shape = Shape(12, 10, 14, 3, 4, 2)
+def test_checkpointing_redraws_the_same_mask(reentrant, mixing):
+    shape = Shape(12, 10, 14, 3, 4, 2, mixing)
     case = make_case(shape).to(torch.float32)
 
     def forward(*inputs):
         seed = torch.randint(2**62, (1,))
-        return mosld_linear(*inputs, top_k=2, scale=2.0, dropout_p=0.4, seed=seed, backend="triton")[0]
+        return mosld_linear(*inputs, top_k=2, scale=2.0, mixing=mixing, dropout_p=0.4, seed=seed, backend="triton")[0]
 
     grads = []
     for wrapped in (forward, lambda *inputs: checkpoint(forward, *inputs, use_reentrant=reentrant)):
@@ -292,40 +310,43 @@ def test_checkpointing_redraws_the_same_mask(reentrant):
         assert torch.equal(plain, recomputed)
 
 
-def test_autocast_runs_the_products_in_its_dtype():
-    shape = Shape(12, 16, 14, 4, 4, 2)
+def test_autocast_runs_the_products_in_its_dtype(mixing):
+    shape = Shape(12, 16, 14, 4, 4, 2, mixing)
     inputs = [tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(shape)[:6])]
     with torch.autocast("cpu", torch.bfloat16):
-        y, logits = mosld_linear(*inputs, top_k=2, scale=2.0, backend="triton")
-        truth, _ = mosld_linear(*inputs, top_k=2, scale=2.0, backend="eager")
+        y, logits = mosld_linear(*inputs, top_k=2, scale=2.0, mixing=mixing, backend="triton")
+        truth, _ = mosld_linear(*inputs, top_k=2, scale=2.0, mixing=mixing, backend="eager")
     assert y.dtype == torch.bfloat16 and logits.dtype == torch.float32
     torch.testing.assert_close(y, truth, rtol=0.05, atol=0.05)
     y.float().sum().backward()
     assert all(inputs[place].grad.dtype == torch.float32 for place in PLACES)
 
 
-def test_the_update_alone():
-    shape = Shape(33, 17, 31, 3, 5, 2)
+def test_the_update_alone(mixing):
+    shape = Shape(33, 17, 31, 3, 5, 2, mixing)
     case = make_case(shape).to(torch.float32)
     adapter = (case.x, *case[3:6])
-    options = dict(top_k=2, scale=2.0, dropout_p=0.2, seed=torch.tensor([SEED]))
+    options = dict(top_k=2, scale=2.0, mixing=mixing, dropout_p=0.2, seed=torch.tensor([SEED]))
     ours, truth = mosld_delta(*adapter, **options, backend="triton")[0], reference.mosld_delta(*adapter, **options)[0]
     torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("base", [True, False], ids=["linear", "delta"])
-def test_opcheck(base):
+def test_opcheck(base, mixing):
     inputs = [
-        tensor.float().requires_grad_(i in PLACES) for i, tensor in enumerate(make_case(Shape(7, 6, 5, 3, 4, 2))[:6])
+        tensor.float().requires_grad_(i in PLACES)
+        for i, tensor in enumerate(make_case(Shape(7, 6, 5, 3, 4, 2, mixing))[:6])
     ]
     if not base:
         inputs[1] = inputs[2] = None
-    torch.library.opcheck(torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, 0.3, "triton"))
+    torch.library.opcheck(
+        torch.ops.mosld.linear.default, (*inputs, torch.tensor([SEED]), 2, 1.5, 0.3, "triton", mixing)
+    )
 
 
 @pytest.mark.slow
-def test_compiles_and_exports_without_a_graph_break_and_gives_the_same_bits():
-    shape = Shape(9, 6, 8, 3, 4, 2)
+def test_compiles_and_exports_without_a_graph_break_and_gives_the_same_bits(mixing):
+    shape = Shape(9, 6, 8, 3, 4, 2, mixing)
     case = make_case(shape).to(torch.float32)
     plain = run(mosld_linear, case, shape, backend="triton")
     torch._dynamo.reset()
@@ -336,7 +357,7 @@ def test_compiles_and_exports_without_a_graph_break_and_gives_the_same_bits():
 
     class Module(torch.nn.Module):
         def forward(self, *inputs):
-            return mosld_linear(*inputs, top_k=2, scale=2.0, backend="triton")
+            return mosld_linear(*inputs, top_k=2, scale=2.0, mixing=mixing, backend="triton")
 
     exported = torch.export.export(Module(), tuple(case[:6])).module()
     torch.testing.assert_close(exported(*case[:6])[0], Module()(*case[:6])[0], rtol=0, atol=0)
@@ -369,16 +390,25 @@ def test_there_are_no_atomics_and_nothing_passes_between_programs():
         ),
         (dict(rank=129), "R must be at most 128 and E at most 64, got R=129, E=2"),
         (dict(experts=65), "R must be at most 128 and E at most 64, got R=2, E=65"),
+        (
+            dict(rank=13, experts=10, mixing="diagonal"),
+            r"E \* R must be at most 128 and E at most 64 with mixing='diagonal', got E \* R=130, E=10",
+        ),
+        (
+            dict(rank=1, experts=65, mixing="diagonal"),
+            r"E \* R must be at most 128 and E at most 64 with mixing='diagonal', got E \* R=65, E=65",
+        ),
     ],
 )
 def test_what_the_kernels_cannot_take_is_refused_by_name_and_taken_by_eager(change, message):
-    options = dict(dtype=torch.float32, adapter_dtype=torch.float32, rank=2, experts=2) | change
-    rank, experts, adapter_dtype = options["rank"], options["experts"], options["adapter_dtype"]
-    sizes = ((rank, 4), (3, experts * rank), (experts, 4))
+    options = dict(dtype=torch.float32, adapter_dtype=torch.float32, rank=2, experts=2, mixing="expand") | change
+    mixing, adapter_dtype = options["mixing"], options["adapter_dtype"]
+    shape = Shape(5, 4, 3, options["rank"], options["experts"], 1, mixing)
+    sizes = ((shape.rows, 4), (3, shape.E * shape.R), (shape.E, 4))
     x, adapter = torch.ones(5, 4, dtype=options["dtype"]), [torch.ones(size, dtype=adapter_dtype) for size in sizes]
     with pytest.raises(RuntimeError, match=f"backend='triton' cannot run: {message}"):
-        mosld_delta(x, *adapter, top_k=1, scale=1.0, backend="triton")
-    assert mosld_delta(x, *adapter, top_k=1, scale=1.0)[0].shape == (5, 3)
+        mosld_delta(x, *adapter, top_k=1, scale=1.0, backend="triton", mixing=mixing)
+    assert mosld_delta(x, *adapter, top_k=1, scale=1.0, mixing=mixing)[0].shape == (5, 3)
 
 
 def test_on_cpu_only_the_interpreter_runs_the_kernels(monkeypatch):
@@ -397,11 +427,12 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong(dtype, adapter_dtype
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_tensors_without_memory_give_shapes_and_dtypes(backend):
+def test_tensors_without_memory_give_shapes_and_dtypes(backend, mixing):
+    rows = 6 if mixing == "diagonal" else 2
     with FakeTensorMode():
         x, weight = torch.empty(2, 3, 8, dtype=torch.float16), torch.empty(5, 8, dtype=torch.float16)
-        adapter = [torch.empty(size, requires_grad=True) for size in ((2, 8), (5, 6), (3, 8))]
-        y, logits = mosld_linear(x, weight, None, *adapter, top_k=1, scale=1.0, backend=backend)
+        adapter = [torch.empty(size, requires_grad=True) for size in ((rows, 8), (5, 6), (3, 8))]
+        y, logits = mosld_linear(x, weight, None, *adapter, top_k=1, scale=1.0, backend=backend, mixing=mixing)
         y.sum().backward()
     assert y.shape == (2, 3, 5) and y.dtype == torch.float16 and logits.shape == (2, 3, 3)
-    assert [tensor.grad.shape for tensor in adapter] == [(2, 8), (5, 6), (3, 8)]
+    assert [tensor.grad.shape for tensor in adapter] == [(rows, 8), (5, 6), (3, 8)]
