@@ -14,7 +14,7 @@ from .export import export_lora  # noqa: E402
 from .fixed_gates import LayerGates  # noqa: E402
 from .importing import import_lora  # noqa: E402
 from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
-from .router import RouterStats, router_stats  # noqa: E402
+from .router import RouterStats, forget_routing, router_stats  # noqa: E402
 from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "RouterStats",
     "balance_loss",
     "export_lora",
+    "forget_routing",
     "import_lora",
     "router_stats",
 ]

@@ -61,8 +61,9 @@ class MoSLDAdapter(nn.Module):
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features].
     router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the
-    first. owed: a gradient for the logits of a forward that kept none, which the recomputation takes along; set and
-    explained by `balance_loss`. Neither is part of the state: copies and pickles of the module start without them.
+    first and since `forget_routing`. owed: a gradient for the logits of a forward that kept none, which the
+    recomputation takes along; set and explained by `balance_loss`. Neither is part of the state: copies and pickles of
+    the module start without them.
 
     raises ValueError for values that `check_hyperparameters` refuses.
     """

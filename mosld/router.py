@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,32 @@ def running_adapters(model: nn.Module) -> Iterator[tuple[str, MoSLDAdapter]]:
         elif isinstance(module, MoSLDLayer):
             for adapter in module.running_adapters():
                 yield name, adapter
+
+
+def forget_routing(model: nn.Module) -> None:
+    """Every mixture of `model` as before its first forward: what the next forward skips (layerdrop, conditional
+    computation) then counts for nothing in `balance_loss` and the statistics.
+
+    PEFT's models do this by themselves whenever they are called, MoSLDTrainer before every forward. Elsewhere (layers
+    adapted by hand or through transformers' `add_adapter`) call it before each forward that may skip layers, or once
+    `model.register_forward_pre_hook(lambda module, args: forget_routing(module))`.
+    Inside backward, where activation checkpointing runs the same forward again, it does nothing.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        for adapter in _mixtures(model):
+            adapter.router_logits = None
+
+
+def _mixtures(module: nn.Module) -> Iterator[MoSLDAdapter]:
+    """Those that do not run now, too. Not by `modules()`, which takes twice as long: it is done in every forward."""
+    if isinstance(module, MoSLDAdapter):
+        yield module
+    elif isinstance(module, MoSLDLayer):
+        yield from module.mixtures.values()
+        yield from _mixtures(cast(nn.Module, module.base_layer))
+    else:
+        for child in module.children():
+            yield from _mixtures(child)
 
 
 def last_routing(
