@@ -55,8 +55,9 @@ def last_routing(
 ) -> Iterator[tuple[str, MoSLDAdapter, Tensor, Tensor | None]]:
     """Name, adapter, router logits [..., E] and mask [...] of every mixture that ran in the last forward.
 
-    The mask is `attention_mask` where the layer saw such tokens and None elsewhere. Arguments and errors as in
-    `routed_tokens`.
+    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. A layer that saw something else
+        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) gets no mask and keeps all of its tokens.
+    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
     """
     adapters = list(running_adapters(model))
     if not adapters:
@@ -74,17 +75,6 @@ def last_routing(
     for name, adapter, logits in ran:
         fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
         yield name, adapter, logits, attention_mask if fits else None
-
-
-def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
-    """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
-
-    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. Layers that saw something else
-        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) keep all of theirs.
-    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
-    """
-    for name, adapter, logits, mask in last_routing(model, attention_mask):
-        yield name, adapter, logits.flatten(0, -2) if mask is None else logits[mask.to(logits.device).bool()]
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ class RouterStats:
 
 @torch.no_grad()
 def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
-    """Layer name -> RouterStats of the last forward. Arguments and errors as in `routed_tokens`.
+    """Layer name -> RouterStats of the last forward. Arguments and errors as in `last_routing`.
 
     Where several adapters run in one layer, the second is called `<layer> (2)`.
     """
@@ -130,7 +120,7 @@ class RouterUse:
 
     @torch.no_grad()
     def update(self, group: str, model: nn.Module, attention_mask: Tensor | None = None) -> None:
-        """Count the last forward of `model`. Arguments and errors as in `routed_tokens`, names as in `router_stats`."""
+        """Count the last forward of `model`. Arguments and errors as in `last_routing`, names as in `router_stats`."""
         own = self._sums.setdefault(group, {})
         for name, sums in _summed(model, attention_mask):
             own[name] = own[name] + sums if name in own else sums
