@@ -16,7 +16,7 @@ from .fixed_gates import LayerGates  # noqa: E402
 from .importing import import_lora  # noqa: E402
 from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
 from .mixture import register_mixing  # noqa: E402
-from .router import RouterStats, router_stats  # noqa: E402
+from .router import RouterStats, forget_routing, router_stats  # noqa: E402
 from .routing import set_routing  # noqa: E402
 from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
 
@@ -31,6 +31,7 @@ __all__ = [
     "RouterStats",
     "balance_loss",
     "export_lora",
+    "forget_routing",
     "import_lora",
     "presets",
     "register_mixing",

@@ -21,7 +21,7 @@ from torch.autograd import Variable
 from mosld_kernels.reference import top_k_mask
 
 from .layer import MoSLDAdapter
-from .router import routed_tokens, running_adapters
+from .router import last_routing, running_adapters
 
 
 def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, recomputed: bool | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
         transformers marks them. Say True where layers are checkpointed by hand with use_reentrant=True. A layer that
         runs twice inside one such checkpoint gets a wrong gradient: checkpoint its calls apart.
     Layers with K = E are left out: there every expert is always chosen and the loss is constant.
-    raises ValueError and RuntimeError as `routed_tokens`, and RuntimeError when the last forward kept no gradient for
+    raises ValueError and RuntimeError as `last_routing`, and RuntimeError when the last forward kept no gradient for
     a router that is being trained and nothing will be recomputed (torch.no_grad). Where a recomputation was expected
     and did not come, backward raises it.
     """
@@ -40,9 +40,9 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     for _, adapter in owed:
         adapter.router_logits = cast(Tensor, adapter.router_logits).detach().requires_grad_()
     losses, later, total = [], [], None
-    for name, adapter, logits in routed_tokens(model, attention_mask):
+    for name, adapter, logits, mask in last_routing(model, attention_mask):
         if adapter.top_k < adapter.num_experts:
-            (later if (name, adapter) in owed else losses).append(_of_layer(adapter, logits))
+            (later if (name, adapter) in owed else losses).append(_of_layer(adapter, logits, mask))
     if losses:
         total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     if later:
@@ -51,11 +51,21 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     return torch.zeros((), device=next(model.parameters()).device) if total is None else total
 
 
-def _of_layer(adapter: MoSLDAdapter, logits: Tensor) -> Tensor:
-    """logits [tokens, E] -> E sum_e f_e P_e"""
-    tokens = max(len(logits), 1)
-    load = top_k_mask(logits, adapter.top_k).sum(0).to(logits.dtype) / (tokens * adapter.top_k)
-    return adapter.num_experts * (load * logits.softmax(-1).sum(0) / tokens).sum()
+def _of_layer(adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """logits [..., E], mask [...] -> E sum_e f_e P_e over the tokens where the mask is not zero
+
+    Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be NaN.
+    """
+    logits = logits.flatten(0, -2)
+    real = None if mask is None else (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
+    if real is not None:
+        logits = torch.where(real, logits, 0.0)
+    chosen, probability = top_k_mask(logits, adapter.top_k), logits.softmax(-1)
+    if real is not None:
+        chosen, probability = chosen & real, probability * real
+    tokens = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
+    load = chosen.sum(0).to(logits.dtype) / (tokens * adapter.top_k)
+    return adapter.num_experts * (load * probability.sum(0) / tokens).sum()
 
 
 Owed = list[tuple[str, MoSLDAdapter]]  # layers' names beside their mixtures

@@ -56,8 +56,8 @@ class MoSLDAdapter(nn.Module):
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures have
     other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
     router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the
-    first, and where tokens do not choose among experts. owed: a gradient for the logits of a forward that kept none, which
-    the recomputation takes along; set and explained by `balance_loss`. routing: what `mosld.set_routing` gave. None of the
+    first, since `forget_routing`, and where tokens do not choose among experts. owed: a gradient for the logits of a forward that
+    kept none, which the recomputation takes along; set and explained by `balance_loss`. routing: what `mosld.set_routing` gave. None of the
     three is part of the state: copies and pickles of the module start without them.
 
     raises ValueError for values that Mixture refuses.
@@ -131,7 +131,7 @@ class MoSLDAdapter(nn.Module):
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
         dropout_p = 0.0 if seed is None else m.dropout
         settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
-        settings["backend"] = self.backend
+        settings |= {"backend": self.backend, "mixing": m.mixing}
         if weight is None:
             return mosld_delta(x, *tensors, **settings)
         return mosld_linear(x, weight, bias, *tensors, **settings)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,40 @@ def running_adapters(model: nn.Module) -> Iterator[tuple[str, MoSLDAdapter]]:
                 yield name, adapter
 
 
+def forget_routing(model: nn.Module) -> None:
+    """Every mixture of `model` as before its first forward: what the next forward skips (layerdrop, conditional
+    computation) then counts for nothing in `balance_loss` and the statistics.
+
+    PEFT's models do this by themselves whenever they are called, MoSLDTrainer before every forward. Elsewhere (layers
+    adapted by hand or through transformers' `add_adapter`) call it before each forward that may skip layers, or once
+    `model.register_forward_pre_hook(lambda module, args: forget_routing(module))`.
+    Inside backward, where activation checkpointing runs the same forward again, it does nothing.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        for adapter in _mixtures(model):
+            adapter.router_logits = None
+
+
+def _mixtures(module: nn.Module) -> Iterator[MoSLDAdapter]:
+    """Those that do not run now, too. Not by `modules()`, which takes twice as long: it is done in every forward."""
+    if isinstance(module, MoSLDAdapter):
+        yield module
+    elif isinstance(module, MoSLDLayer):
+        yield from module.mixtures.values()
+        yield from _mixtures(cast(nn.Module, module.base_layer))
+    else:
+        for child in module.children():
+            yield from _mixtures(child)
+
+
 def last_routing(
     model: nn.Module, attention_mask: Tensor | None = None
 ) -> Iterator[tuple[str, MoSLDAdapter, Tensor, Tensor | None]]:
     """Name, adapter, router logits [..., E] and mask [...] of every mixture that ran in the last forward.
 
-    The mask is `attention_mask` where the layer saw such tokens and None elsewhere. Arguments and errors as in
-    `routed_tokens`.
+    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. A layer that saw something else
+        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) gets no mask and keeps all of its tokens.
+    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
     """
     adapters = list(running_adapters(model))
     if not adapters:
@@ -47,17 +75,6 @@ def last_routing(
     for name, adapter, logits in ran:
         fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
         yield name, adapter, logits, attention_mask if fits else None
-
-
-def routed_tokens(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[tuple[str, MoSLDAdapter, Tensor]]:
-    """Name, adapter and router logits [tokens, E] of every mixture that ran in the last forward, padding left out.
-
-    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. Layers that saw something else
-        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) keep all of theirs.
-    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
-    """
-    for name, adapter, logits, mask in last_routing(model, attention_mask):
-        yield name, adapter, logits.flatten(0, -2) if mask is None else logits[mask.to(logits.device).bool()]
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class RouterStats:
 
 @torch.no_grad()
 def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
-    """Layer name -> RouterStats of the last forward. Arguments and errors as in `routed_tokens`.
+    """Layer name -> RouterStats of the last forward. Arguments and errors as in `last_routing`.
 
     Where several adapters run in one layer, the second is called `<layer> (2)`.
     """
@@ -103,7 +120,7 @@ class RouterUse:
 
     @torch.no_grad()
     def update(self, group: str, model: nn.Module, attention_mask: Tensor | None = None) -> None:
-        """Count the last forward of `model`. Arguments and errors as in `routed_tokens`, names as in `router_stats`."""
+        """Count the last forward of `model`. Arguments and errors as in `last_routing`, names as in `router_stats`."""
         own = self._sums.setdefault(group, {})
         for name, sums in _summed(model, attention_mask):
             own[name] = own[name] + sums if name in own else sums

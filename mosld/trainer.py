@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
-from .router import RouterStats, RouterUse, running_adapters
+from .router import RouterStats, RouterUse, forget_routing, running_adapters
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")
@@ -53,6 +53,7 @@ class MoSLDTrainerMixin(_Base):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
+        forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
         if balance is not None:

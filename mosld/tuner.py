@@ -3,10 +3,11 @@
 PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
 """
 
+import contextlib
 import difflib
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -25,6 +26,7 @@ from .layer import PARTS, MoSLDAdapter, call_me
 
 NAME = "mosld"
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
+NO_ADAPTER_PER_ROW = "MoSLD has no batches with an adapter per row: adapter_names must not be given"
 
 
 class MoSLDLayer(BaseTunerLayer):
@@ -95,7 +97,7 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
         adapters = self.running_adapters()
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("MoSLD has no batches with an adapter per row: adapter_names must not be given")
+            raise ValueError(NO_ADAPTER_PER_ROW)
         if adapters and not args and not kwargs and _is_plain_linear(self.base_layer, x):
             out = adapters.pop(0)(x, self.base_layer.weight, self.base_layer.bias)
         else:
@@ -122,6 +124,16 @@ class MoSLDModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = MoSLDLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """PEFT enters this around every forward and generation, with its arguments, whatever the kind of PeftModel."""
+        from .router import forget_routing  # which needs the layers above
+
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(NO_ADAPTER_PER_ROW)
+        forget_routing(self.model)
+        yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's, but a name in target_modules that no module has is reported with the nearest names there are.
