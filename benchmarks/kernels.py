@@ -57,7 +57,7 @@ def steps(shape: LayerShape, dtype: torch.dtype) -> list[Step]:
         Step("down, routing and mix", "forward", lambda: eager.down(x, down_weight, R, K, SCALE),
              2 * T * D_in * projected, big_in + T * columns + small),
         Step("  routing alone", "forward", lambda: gates_from_logits(logits, K), 0, 2 * T * E),
-        Step("  mix alone", "forward", lambda: eager.mix(hidden, gates, K, SCALE), 0, T * columns + small),
+        Step("  mix alone", "forward", lambda: eager.mix(hidden, gates, K, SCALE, "expand"), 0, T * columns + small),
         Step("up", "forward", lambda: eager.up(x, None, None, mixed, expert_b), 2 * T * D_out * columns,
              big_out + T * columns),
         Step("frozen layer", "backward", lambda: torch.mm(dout, weight), 2 * T * D_in * D_out,
