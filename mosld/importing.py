@@ -40,7 +40,9 @@ def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: 
 
     base_model: the model that the LoRA was trained on; adapted in place, as by get_peft_model.
     lora_dir: a folder with PEFT's adapter_config.json and adapter_model.safetensors.
-    settings: fields of MoSLDConfig such as num_experts, top_k, dropout; what the LoRA decides cannot be given.
+    settings: fields of MoSLDConfig such as num_experts, top_k, dropout; what the LoRA decides cannot be given. Mixtures
+        that start as a LoRA are those whose gates sum to one between copies of A, of B or of both: mixing "expand",
+        "diagonal" or shared="up".
 
     raises ValueError for a folder that holds no such LoRA, for one that is more than s B A (DoRA, biases, whole modules,
     several ranks), for layers that the model lacks or that differ in size, and for settings that break MoSLDConfig's rules.
@@ -56,14 +58,32 @@ def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: 
         task_type=lora.task_type,
         **settings,
     )
+    repeats = _repeats(config)
     model = get_peft_model(base_model, config)
     assert isinstance(model, PeftModel)
     for name, (_, adapter) in adapted_layers(model.get_base_model()).items():
         shared_a, lora_b = weights[name]
         with torch.no_grad():
-            adapter.shared_a.weight.copy_(shared_a)
-            adapter.expert_b.weight.copy_(lora_b.repeat(1, adapter.num_experts))
+            copies_a, copies_b = (adapter.num_experts if repeated else 1 for repeated in repeats)
+            adapter.shared_a.weight.copy_(shared_a.repeat(copies_a, 1))
+            adapter.expert_b.weight.copy_(lora_b.repeat(1, copies_b))
     return model
+
+
+def _repeats(config: MoSLDConfig) -> tuple[bool, bool]:
+    """Whether A and B are repeated for every expert; raises ValueError for a mixture that does not start as a LoRA."""
+    mixture = config.mixture_of("")
+    repeats = {"expand": (False, True), "diagonal": (True, True), "reduce": (True, False)}.get(mixture.mixing)
+    if repeats is None:
+        raise ValueError(
+            f"a LoRA becomes a mixture with mixing 'expand', 'diagonal' or 'reduce', got {mixture.mixing!r}"
+        )
+    if mixture.router == "external" or (mixture.router == "none" and mixture.num_experts > 1):
+        raise ValueError(
+            f"router={mixture.router!r} with num_experts={mixture.num_experts} has gates that need not sum to one, so that "
+            "the mixture would not start as the LoRA"
+        )
+    return repeats
 
 
 def _read_lora(folder: Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
