@@ -201,23 +201,31 @@ def _dropped(values: Tensor, p: float, seed: Tensor | None, stream: int) -> Tens
     return _DropElements.apply(values, p, seed, stream)  # pyright: ignore
 
 
-# Eight booleans lie in memory as the bytes 0 and 1 of one int64. Multiplied by GATHER their bits meet in the top byte; a
-# byte times REPEAT stands in all eight bytes, of which BIT_OF_BYTE looks at one bit each: a few passes over [T, D / 8].
-GATHER, REPEAT = 0x0102040810204080, 0x0101010101010101
-BIT_OF_BYTE = 0x8040201008040201 - 2**64  # as a signed number
+DIGITS = 24  # of the binary fraction 1 - p: as exact as float32
 
 
 def draw_bits(x: Tensor, p: float) -> Tensor:
-    """A mask for x [T, D] drawn from torch's generator, True with probability 1 - p -> uint8 [ceil(T D / 8)], eight elements a byte"""
-    count = -(-x.numel() // 8) * 8
-    keep = torch.empty(count, dtype=torch.uint8, device=x.device).bernoulli_(1 - p)
-    return ((keep.view(torch.int64) * GATHER) >> 56).bitwise_and_(0xFF).to(torch.uint8)
+    """A mask for x [T, D] drawn from torch's generator -> uint8, eight elements a byte: each bit is 1 with probability 1 - p
+
+    From random words, one for each binary digit of 1 - p, 64 elements at a time: w | r has probability (P(w) + 1) / 2,
+    w & r has P(w) / 2. A tenth of the time that drawing a number for every element takes on a CPU.
+    """
+    level, digits = round((1 - p) * 2**DIGITS), DIGITS
+    words = torch.full((-(-x.numel() // 64),), -1 if level == 2**DIGITS else 0, dtype=torch.int64, device=x.device)
+    if 0 < level < 2**DIGITS:
+        while level % 2 == 0:  # a last digit of 0 does nothing to a word of zeros
+            level, digits = level // 2, digits - 1
+        for digit in range(digits):
+            random = torch.randint_like(words, -(2**63), 2**63 - 1)
+            words = words | random if level >> digit & 1 else words & random
+    return words.view(torch.uint8)
 
 
 def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     """uint8 as `draw_bits` made it -> bool of `shape`"""
-    spread = (bits.to(torch.int64) * REPEAT).bitwise_and_(BIT_OF_BYTE)
-    return (spread.view(torch.uint8) != 0)[: shape.numel()].view(shape)
+    one_each = (1 << torch.arange(8, dtype=torch.uint8, device=bits.device)).unsqueeze(1)
+    # Element e is bit e // n of byte e % n, for n bytes: two passes over neighbours.
+    return (bits & one_each).ne(0).flatten()[: shape.numel()].view(shape)
 
 
 def zeroed(x: Tensor, bits: Tensor | None) -> Tensor:
