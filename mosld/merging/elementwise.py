@@ -1,0 +1,77 @@
+"""Merges that are decided element by element: task arithmetic and TIES. One weight in memory at a time.
+
+task arithmetic    theta = theta_0 + lambda sum_k tau_k                          (arXiv 2212.04089)
+TIES               trim each tau_k to its largest share, elect a sign for every element, average those that agree
+                                                                                 (arXiv 2306.01708)
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Deltas = Callable[[], Iterable[tuple[str, Tensor]]]  # walks the weights anew: name, updates [K, *shape]
+LOW_BITS = 15  # of a float32's 31 bits without the sign, which order magnitudes like integers
+
+
+def summed(walk: Deltas, scales: float | Sequence[float] | Tensor) -> Iterator[tuple[str, Tensor]]:
+    """name -> sum_k scales_k tau_k [*shape], in float32"""
+    for name, taus in walk():
+        weights = torch.as_tensor(scales, dtype=torch.float32).expand(len(taus))
+        yield name, torch.tensordot(weights, taus, dims=1)
+
+
+def ties(walk: Deltas, keep: float = 0.2) -> Iterator[tuple[str, Tensor]]:
+    """name -> the vectors that TIES merges, [K, *shape]: trimmed, and zero where they have not the elected sign.
+
+    keep: share of each vector's elements that trimming leaves, over all its weights together, in (0, 1].
+    """
+    limits = thresholds(walk, keep)
+    for name, taus in walk():
+        limit = limits.view(-1, *[1] * (taus.dim() - 1))
+        trimmed = torch.where(taus.abs() >= limit, taus, 0.0)
+        elected = trimmed.sum(0).sign()
+        yield name, torch.where(trimmed.sign() == elected, trimmed, 0.0)
+
+
+def disjoint_mean(parts: Tensor) -> Tensor:
+    """[K, *shape] as `ties` yields them -> the mean over those that are not zero [*shape]"""
+    return parts.sum(0) / parts.ne(0).sum(0).clamp(min=1)
+
+
+def thresholds(walk: Deltas, keep: float) -> Tensor:
+    """-> [K], the least magnitude among the largest share `keep` of each vector; zero where all are kept.
+
+    Exact, without holding a vector: the bits of a float32's magnitude are ordered as integers, so the upper ones are
+    counted in one walk and the lower ones, where the threshold lies, in a second.
+    raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    upper: Tensor | None = None
+    for _, taus in walk():
+        bits = _magnitude_bits(taus) >> LOW_BITS
+        counts = torch.stack([torch.bincount(own, minlength=1 << (31 - LOW_BITS)) for own in bits])
+        upper = counts if upper is None else upper + counts
+    if upper is None:
+        raise ValueError("there is nothing to merge")
+    wanted = (upper.sum(1) * keep).round().long().clamp(min=1)  # how many are kept
+    above = upper.flip(1).cumsum(1).flip(1)  # [K, bins], elements in this bin or one of larger magnitude
+    place = (above >= wanted.unsqueeze(1)).sum(1) - 1  # the bin that holds the threshold
+    left = wanted - (above.gather(1, place.unsqueeze(1)) - upper.gather(1, place.unsqueeze(1))).squeeze(1)
+    lower = torch.zeros(len(upper), 1 << LOW_BITS, dtype=torch.long)
+    for _, taus in walk():
+        bits = _magnitude_bits(taus)
+        for k, own in enumerate(bits):
+            inside = own[own >> LOW_BITS == place[k]] & ((1 << LOW_BITS) - 1)
+            lower[k] += torch.bincount(inside, minlength=1 << LOW_BITS)
+    above = lower.flip(1).cumsum(1).flip(1)
+    last = (above >= left.unsqueeze(1)).sum(1) - 1
+    limit = ((place << LOW_BITS) | last).to(torch.int32).view(torch.float32)
+    # Zeros are never kept for their magnitude: a threshold of zero keeps all of them, which changes nothing.
+    return limit
+
+
+def _magnitude_bits(taus: Tensor) -> Tensor:
+    """[K, *shape] float32 -> [K, n] int64"""
+    return taus.float().abs().contiguous().view(torch.int32).flatten(1).long()

@@ -1,0 +1,241 @@
+"""Task vectors: what fine-tuning added to a base model, weight by weight.
+
+    tau_k = theta_k - theta_0          of an adapter, per layer: s B A, kept as its two factors
+
+An adapter's vectors stay factored: merging several on one linear layer is our operator with constant gates. A method that
+needs whole matrices asks for one layer at a time (`TaskVector.delta`).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..adapter_file import CONFIG, WEIGHTS, AdapterWeights, read_config
+from ..config import MoSLDConfig
+from ..fixed_gates import PREFIX
+
+CHECKPOINT, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class MergeError(ValueError):
+    """Task vectors that cannot be read or merged; the message names the folder and the layer."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update [out_features, in_features] as up @ down: down [r, in_features], up [out_features, r], scale included."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def whole(self) -> Tensor:
+        """-> the update in float32"""
+        return (self.up.double() @ self.down.double()).float()
+
+
+@dataclass
+class TaskVector:
+    """What one folder adds to the base. name: the folder's. base: the model it was trained on, where recorded.
+
+    factors: of an adapter, layer name in the base model -> Factors. Of a full checkpoint it is None, and `delta` takes the
+    difference from the base's tensor.
+    """
+
+    name: str
+    folder: Path
+    base: str | None = None
+    factors: dict[str, Factors] | None = None
+    files: dict[str, Path] = field(default_factory=dict)  # of a full checkpoint: tensor's name -> its file
+
+    def weights(self) -> list[str]:
+        """The names of the base's tensors that differ: `<layer>.weight` for an adapter."""
+        return list(self.files) if self.factors is None else [f"{layer}.weight" for layer in self.factors]
+
+    def delta(self, weight: str, base: Tensor) -> Tensor | None:
+        """The update of the base's tensor `weight`, whose value is `base`, in float32 and its shape; None without one.
+
+        raises MergeError, naming folder and tensor, for another shape and for values that are not finite.
+        """
+        if self.factors is None:
+            if weight not in self.files:
+                return None
+            with safe_open(self.files[weight], framework="pt") as file:
+                tuned = file.get_tensor(weight)
+            self._check(weight, tuned.shape, base.shape)
+            delta = tuned.float() - base.float().to(tuned.device)
+        else:
+            own = self.factors.get(weight.removesuffix(".weight"))
+            if own is None:
+                return None
+            delta = own.whole()
+            delta = delta if delta.shape == base.shape else delta.T  # Conv1D stores its weight transposed
+            self._check(weight, delta.shape, base.shape)
+        if not torch.isfinite(delta).all():
+            raise MergeError(f"{self.folder} holds values that are not finite in {weight}")
+        return delta
+
+    def _check(self, weight: str, shape: Sequence[int], base: Sequence[int]) -> None:
+        if tuple(shape) != tuple(base):
+            raise MergeError(f"{self.folder} has {list(shape)} for {weight}, the base model {list(base)}")
+
+
+def read_task_vectors(folders: Sequence[str | Path], gates: str = "uniform") -> list[TaskVector]:
+    """Read adapters (PEFT LoRA or MoSLD, of any ranks and targets) or full checkpoints, one folder a task.
+
+    gates: how the gates of a MoSLD adapter are fixed; "uniform" is 1 / E.
+    raises MergeError for fewer than one folder, for a folder that is none of these, for adapters of different bases, and
+    for values that are not finite, naming the folder and the layer.
+    """
+    if not folders:
+        raise MergeError("merging needs at least one adapter or checkpoint, got none")
+    vectors = [_read(Path(folder)) for folder in folders]
+    bases = {vector.base: vector.folder for vector in vectors if vector.base is not None}
+    if len(bases) > 1:
+        told = "; ".join(f"{folder} is of {base}" for base, folder in bases.items())
+        raise MergeError(f"the adapters are of different bases: {told}")
+    names = [vector.name for vector in vectors]
+    for vector in vectors:  # runs/a/adapter and runs/b/adapter
+        if names.count(vector.name) > 1:
+            vector.name = str(vector.folder)
+    return vectors
+
+
+def _read(folder: Path) -> TaskVector:
+    if (folder / CONFIG).is_file():
+        fields = _json(folder / CONFIG)
+        method = fields.get("peft_type")
+        if method == "MOSLD":
+            return _read_mosld(folder)
+        if method == "LORA":
+            return _read_lora(folder)
+        raise MergeError(f"{folder / CONFIG} is of peft_type {method!r}; LORA and MOSLD adapters can be merged")
+    files = _checkpoint_files(folder)
+    if not files:
+        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint")
+    return TaskVector(folder.name, folder, files=files)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise MergeError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise MergeError(f"{path} must hold an object, got {type(fields).__name__}")
+    return fields
+
+
+def _checkpoint_files(folder: Path) -> dict[str, Path]:
+    """tensor's name -> the safetensors file that has it"""
+    if (folder / INDEX).is_file():
+        return {name: folder / file for name, file in _json(folder / INDEX)["weight_map"].items()}
+    if not (folder / CHECKPOINT).is_file():
+        return {}
+    with _opened(folder / CHECKPOINT) as file:
+        return dict.fromkeys(file.keys(), folder / CHECKPOINT)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"{path} is cut off, altered or no safetensors file: {error}") from error
+
+
+def _read_lora(folder: Path) -> TaskVector:
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    for name in ("use_dora", "modules_to_save", "lora_bias"):
+        if getattr(config, name, None):
+            raise MergeError(f"{folder} is more than s B A: it has {name}={getattr(config, name)!r}")
+    if config.bias != "none":
+        raise MergeError(f"{folder} is more than s B A: it has bias={config.bias!r}")
+    if not (folder / WEIGHTS).is_file():
+        raise MergeError(f"{folder} is not a saved adapter: {WEIGHTS} is missing")
+    with _opened(folder / WEIGHTS) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    factors = {}
+    for key, down in tensors.items():
+        layer, is_down, _ = key.removeprefix(PREFIX).partition(".lora_A.")
+        if not is_down:
+            continue
+        up = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if up is None:
+            raise MergeError(f"{folder / WEIGHTS} has no lora_B beside the lora_A of {layer}")
+        rank, alpha = (
+            pattern.get(get_pattern_key(list(pattern), layer), value)
+            for pattern, value in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+        )
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        factors[layer] = _finite(folder, layer, Factors(down, _scaled(up, scale)))
+    if not factors:
+        raise MergeError(f"{folder / WEIGHTS} holds no tensor of a LoRA")
+    return TaskVector(folder.name, folder, config.base_model_name_or_path, factors)
+
+
+def _read_mosld(folder: Path) -> TaskVector:
+    read_config(folder)
+    config = MoSLDConfig.from_pretrained(str(folder))
+    assert isinstance(config, MoSLDConfig)
+    weights, factors = AdapterWeights(folder / WEIGHTS, config.mixture_of), {}
+    for layer in weights.layers:
+        mixture, tensors = config.mixture_of(layer), weights.tensors(layer)
+        if not mixture.kind.per_expert or mixture.wants_tasks:
+            raise MergeError(
+                f"{folder} has mixing={mixture.mixing!r}: export a LoRA of it with `mosld export` and merge that"
+            )
+        mixer = tensors["mixer"].double() if "mixer" in tensors else None
+        matrix = mixture.matrix(_fixed_gates(mixture, tensors), mixer)
+        up = mixture.scale * tensors["expert_b"].double() @ matrix
+        factors[layer] = _finite(folder, layer, Factors(tensors["shared_a"], up.to(tensors["expert_b"].dtype)))
+    return TaskVector(folder.name, folder, config.base_model_name_or_path, factors)
+
+
+def _fixed_gates(mixture: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    if mixture.router == "constant":
+        return tensors["router"][0].double()
+    return torch.full((mixture.num_experts,), 1.0 if mixture.router == "none" else 1 / mixture.num_experts).double()
+
+
+def _scaled(up: Tensor, scale: float) -> Tensor:
+    return (up.double() * scale).to(up.dtype if up.dtype == torch.float64 else torch.float32)
+
+
+def _finite(folder: Path, layer: str, factors: Factors) -> Factors:
+    if not (torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()):
+        raise MergeError(f"{folder} holds values that are not finite in {layer}")
+    return factors
+
+
+def all_weights(vectors: Sequence[TaskVector]) -> list[str]:
+    """The names of the base's tensors that any of `vectors` changes, each once, in order."""
+    return list(dict.fromkeys(name for vector in vectors for name in vector.weights()))
+
+
+def deltas(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """One weight at a time: its name and the updates [K, *shape] of all vectors in float32, zeros where one has none.
+
+    raises MergeError for a layer that the base has not, and as `TaskVector.delta`.
+    """
+    for name in all_weights(vectors):
+        if name not in base:
+            owner = next(vector for vector in vectors if name in vector.weights())
+            raise MergeError(f"{owner.folder} changes {name}, which the base model has not")
+        own = base[name].detach().cpu()
+        if not own.is_floating_point():
+            continue
+        found = [vector.delta(name, own) for vector in vectors]
+        yield name, torch.stack([torch.zeros(own.shape) if delta is None else delta for delta in found])
