@@ -401,13 +401,13 @@ def test_fake_and_meta_tensors_have_the_right_shapes():
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(tensor) for tensor in inputs]
         y, logits = staged_linear(
-            *fake[:5], lambda z, l: mixing.expand(z, l.softmax(-1)), scale=1.5, router_weight=fake[5],
+            *fake[:5], lambda z, logits: mixing.expand(z, logits.softmax(-1)), scale=1.5, router_weight=fake[5],
             dropout=SITES["everywhere"], seed=torch.tensor([SEED]),
         )  # fmt: skip
         assert y.shape == (33, 31) and logits.shape == (33, 5) and y.dtype == torch.float32
     meta = [tensor.to("meta", torch.bfloat16).requires_grad_() for tensor in make_case(ODD)[:6]]
     y, logits = staged_linear(
-        *meta[:5], lambda z, l: mixing.expand(z, l.softmax(-1)), scale=1.5, router_weight=meta[5],
+        *meta[:5], lambda z, logits: mixing.expand(z, logits.softmax(-1)), scale=1.5, router_weight=meta[5],
         dropout=Dropout(x=0.1, z=0.1),
     )  # fmt: skip
     y.sum().backward()
