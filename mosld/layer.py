@@ -106,8 +106,8 @@ class MoSLDAdapter(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without."""
-        parts = [part for part in (self.shared_a, self.expert_b, self.router, self.mixer) if part is not None]
-        if any(isinstance(part.weight, DTensor) for part in parts):
+        parts = (self.shared_a, self.expert_b, self.router, self.tasks, self.mixer)
+        if any(part is not None and isinstance(part.weight, DTensor) for part in parts):
             raise RuntimeError(
                 "shared_a, expert_b and router must be whole while the layer runs, and one of them is a shard: apply "
                 "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
@@ -156,6 +156,7 @@ class MoSLDAdapter(nn.Module):
             mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
             if m.kind.per_task and mixer is not None:
                 mixer = mixer[task_ids(self, x)]
+                mixer = mixer if x.dim() > 1 else mixer.squeeze(0)
             return m.kind.mix(z, gates, mixer)
 
         out, _ = staged_linear(

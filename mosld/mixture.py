@@ -33,7 +33,7 @@ class Mixing:
         broadcast over tokens, or what `gate` returns. See `mosld_kernels.mixing`.
     down, up, gates: rows of A, columns of B, logits of a token, each a function of the Mixture.
     mixer: (Mixture, in_features) -> shape of what the mixing itself trains; None for nothing. per_task: its first size is
-        num_tasks, and `mix` gets [batch, ...], that of each row's task. start: fills a new one, in place.
+        num_tasks, and `mix` gets [batch, ...], that of each row's task (of one vector [...]). start: fills a new one, in place.
     gate: (logits [..., gates], the layer's MoSLDAdapter) -> gates, instead of the Mixture's gate function.
     options: the names that `mixing_options` may have, with their defaults. check: raises ValueError for what is wrong.
     per_expert: whether there is one gate an expert, so that load balance and router statistics mean something.
@@ -136,6 +136,15 @@ class Mixture:
             )
         if kind.gate is not None and not self.routes:
             raise ValueError(f"router={self.router!r} contradicts mixing={self.mixing!r}, which makes gates of logits")
+        if not self.routes:
+            for name, unused in (("temperature", self.temperature != 1), ("router_std", self.router_std is not None)):
+                if unused:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} contradicts router={self.router!r}, which has no logits"
+                    )
+        if self.gate == "top_p" and (kind.gate is not None or not self.routes):
+            which = f"router={self.router!r}" if kind.gate is None else f"mixing={self.mixing!r}"
+            raise ValueError(f"gate='top_p' contradicts {which}, which has gates of its own")
         kind.check(self)
 
     @property
@@ -158,7 +167,7 @@ class Mixture:
     @property
     def chosen(self) -> int:
         """K, experts chosen per token: all of them where the softmax goes over all."""
-        return self.top_k if self.gate == "top_k" and self.kind.gate is None else self.num_experts
+        return self.top_k if self.gate == "top_k" and self.routes and self.kind.gate is None else self.num_experts
 
     @property
     def fused(self) -> bool:
