@@ -20,6 +20,7 @@ from .config_text import read_config, split_names
 from .layer import MoSLDAdapter
 from .presets import PRESETS
 from .routing import Routing
+from .tuner import MoSLDModel
 
 # One layer's trained tensor in an adapted model: <prefix><layer>.mosld_<part>.<adapter>.weight
 _TRAINED = re.compile(r"(?:base_model\.model\.)?(.+?)\.mosld_(\w+)\.")
@@ -53,6 +54,8 @@ def count(model_name: str, configs: Sequence[str] = (), targets: str | None = No
         config = read_config(text, depth_of(base))
         if targets is not None:
             config.target_modules = split_names(targets)
+        elif config.target_modules is None:
+            _check_default_targets(base, model_name)
         methods.append({"config": text, **_count_one(known_models.build(model_name, quick), config, total)})
     return {"model": model_name, "parameters": total, "methods": methods}
 
@@ -61,6 +64,16 @@ def count_config(model_name: str, config: MoSLDConfig) -> dict:
     """`config` on the model of this name -> one of the `methods` of `count`, without its name"""
     base = known_models.build(model_name)
     return _count_one(base, config, sum(p.numel() for p in base.parameters()))
+
+
+def _check_default_targets(base: nn.Module, model_name: str) -> None:
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    if kind not in MoSLDModel.target_module_mapping:
+        names = dict.fromkeys(name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear))
+        raise ValueError(
+            f"PEFT knows no modules to adapt in {model_name} by itself: give --target-modules; its linear layers are called "
+            f"{', '.join(names)}"
+        )
 
 
 def depth_of(model: nn.Module) -> int | None:
