@@ -1,6 +1,7 @@
 """`mosld inspect --config ... --model NAME`: counts are the papers' and our formulas', cost is that of a real layer."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,16 @@ def test_modules_saved_beside_the_adapter_are_counted_apart(tmp_path):
     assert method["trained"] == 96 * 32 + sum(kind["layers"] * kind["trained"] for kind in method["kinds"])
 
 
+def test_a_saved_adapter_counts_as_one_to_be_trained(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    config = presets.mosld(r=2, num_experts=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    method = one(str(tmp_path / "model"), str(tmp_path / "adapter"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert method["trained"] == trained == 2 * (2 * 32 + 6 * 32 + 3 * 32)
+
+
 def test_gates_from_the_caller_cost_no_router(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     method = one(str(tmp_path), "mosld:router=external,dropout=0,balance_coef=0")
@@ -280,6 +291,4 @@ def test_bad_arguments_are_refused(words, message, tmp_path, capsys):
     assert main(["inspect", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("mosld inspect: ")
-    import re
-
     assert re.search(message, err), err
