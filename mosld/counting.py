@@ -255,7 +255,7 @@ def _part_cells(parts: dict[str, int]) -> tuple[str, ...]:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first two columns to the left where they are names, numbers to the right."""
+    """Names to the left, numbers to the right: one column of names for methods, three for kinds of layers."""
     names = 1 if rows[0] == HEADS else 3
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
