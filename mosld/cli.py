@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import commands
+from . import commands, counting
 from .inspection import as_text
 from .run_folder import release
 
@@ -38,6 +38,10 @@ INSPECT_EXAMPLES = """examples:
   mosld inspect runs/mine/adapter
   mosld inspect runs/mine/adapter --model meta-llama/Llama-3.2-1B --task arc=arc_test.jsonl --output runs/mine/inspect
   mosld inspect runs/mosld/adapter --model embedded
+
+before training, from a model's sizes alone, without a download: parameters and cost of every method, or of some
+  mosld inspect --model llama-2-7b
+  mosld inspect --model llama-2-7b --config mosld:num_experts=8/6/4/2 --config malora:r_up=16 --target-modules q_proj,v_proj
 """
 
 
@@ -121,12 +125,24 @@ def _add_export(verbs) -> None:
 
 def _add_inspect(verbs) -> None:
     inspect = verbs.add_parser(
-        "inspect", help="print the sizes, norms and expert use of a saved adapter", epilog=INSPECT_EXAMPLES,
+        "inspect", help="print what a saved adapter holds and uses, or what methods train and cost", epilog=INSPECT_EXAMPLES,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    inspect.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
+    inspect.add_argument("adapter", metavar="ADAPTER", nargs="?", help="folder of a saved adapter")
     model_help = "also run this model, a folder or hub name, or `embedded` for that of mosld train"
     _add_data(inspect, "name=test.jsonl; once per task: count the experts' use on it", model_help)
+    before = inspect.add_argument_group(
+        "before training: no ADAPTER, and --model is a name or a folder with config.json"
+    )
+    before.add_argument(
+        "--config", action="append", default=[], metavar="METHOD",
+        help="a preset such as mosld or hydralora:r=4,num_experts=6, a JSON file of MoSLDConfig's fields, or an adapter's "
+        "folder; once per method (default: every preset)",
+    )  # fmt: skip
+    before.add_argument(
+        "--target-modules",
+        help="comma-separated names, or all-linear (default: the method's, else PEFT's for the model)",
+    )
     inspect.add_argument("--output", help="also write inspect.json here and, with a model, the heat map experts.png")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.add_argument(
@@ -168,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(work, commands.Run):
             commands.train(work)
         elif options.command == "inspect" and not options.json:
-            print(as_text(work))
+            print(counting.as_text(work) if "methods" in work else as_text(work))
         else:
             print(work if isinstance(work, str) else json.dumps(work, indent=2))
     except KeyboardInterrupt:

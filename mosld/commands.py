@@ -12,7 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import export_command
+from . import counting, export_command
 from .adapter_file import AdapterFileError
 from .export import check_output, export_lora
 from .fixed_gates import Gates
@@ -172,10 +172,15 @@ def export(options: argparse.Namespace) -> str:
 
 
 def inspect(options: argparse.Namespace) -> dict:
-    """`mosld inspect`: what a saved adapter holds and, with a model and tasks, which experts it uses for which task."""
+    """`mosld inspect`: what a saved adapter holds and, with a model and tasks, which experts it uses for which task; without
+    an adapter what methods train on a model, and cost."""
     output = Path(options.output) if options.output else None
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}: choose another --output")
+    if options.adapter is None:
+        return _write_report(_count(options), output)
+    if options.config or options.target_modules:
+        raise ValueError("--config and --target-modules are for a method before training: leave out ADAPTER")
     if (options.task or options.quick) and not options.model:
         raise ValueError("--task and --quick need --model: the experts' use is that of a model that runs")
     if options.quick and options.model != "embedded":
@@ -184,12 +189,27 @@ def inspect(options: argparse.Namespace) -> dict:
     if options.model:
         stats, report["tasks"] = _run_adapter(options)
         report["use"] = use_as_json(stats)
+    _write_report(report, output)
+    if output and options.model:
+        loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
+        draw_experts(loads, output / "experts.png", report["top_k"])
+    return report
+
+
+def _count(options: argparse.Namespace) -> dict:
+    if not options.model:
+        raise ValueError("give the folder of an ADAPTER, or --model NAME to count what methods would train on it")
+    if options.task:
+        raise ValueError("--task is for an ADAPTER: a method that is not trained uses no experts yet")
+    if options.quick and options.model != "embedded":
+        raise ValueError("--quick is for --model embedded")
+    return counting.count(options.model, options.config, options.target_modules, options.quick)
+
+
+def _write_report(report: dict, output: Path | None) -> dict:
     if output:
         output.mkdir(parents=True, exist_ok=True)
         (output / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
-        if options.model:
-            loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
-            draw_experts(loads, output / "experts.png", report["top_k"])
     return report
 
 

@@ -26,6 +26,25 @@ def preset(name: str, **overrides: Any) -> MoSLDConfig:
     return PRESETS[name](**overrides)
 
 
+def experts_by_depth(blocks: int, *experts: int) -> dict[str, int]:
+    """A num_experts_pattern: equal parts of a model's blocks, from the first to the last, have these numbers of experts.
+
+    `experts_by_depth(32, 8, 6, 4, 2)` is MoSLD's setting of LLaMA-2-7B. For models whose blocks are called layers, layer, h
+    or block, as in LLaMA, BERT, GPT-2 and T5.
+    raises ValueError for more parts than blocks.
+    """
+    if not 1 <= len(experts) <= blocks:
+        raise ValueError(
+            f"experts must be at least 1 number and at most one for each of {blocks} blocks, got {experts}"
+        )
+    bounds = [part * blocks // len(experts) for part in range(len(experts) + 1)]
+    return {
+        # A block in a block (T5's block.3.layer.0) is not one of the model's.
+        rf"(?<!\d\.)(?:layers|layer|h|block)\.(?:{'|'.join(map(str, range(*ends)))})\..*": number
+        for *ends, number in zip(bounds[:-1], bounds[1:], experts, strict=True)
+    }
+
+
 def _config(defaults: dict[str, Any], overrides: dict[str, Any]) -> MoSLDConfig:
     """mixing_options are overridden one by one, everything else as a whole."""
     options = {**defaults.pop("mixing_options", {}), **overrides.pop("mixing_options", {})}
@@ -45,8 +64,8 @@ def lora(**overrides: Any) -> MoSLDConfig:
 def mosld(**overrides: Any) -> MoSLDConfig:
     """MoSLD (arXiv 2412.08946, Eq. 1 to 3): a shared A with dropout on its elements, top-2 of 8 experts, r 8, alpha 16.
 
-    The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are a num_experts_pattern:
-    {r"layers\\.([0-7])\\.": 8, r"layers\\.([8-9]|1[0-5])\\.": 6, r"layers\\.(1[6-9]|2[0-3])\\.": 4, r"layers\\.(2[4-9]|3[01])\\.": 2}.
+    The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are
+    `num_experts_pattern=presets.experts_by_depth(32, 8, 6, 4, 2)`; its section 5.2 calls the reverse order better.
     The weight of its balance loss is not given; 1e-3 is MoLA's.
     """
     return _config({}, overrides)
@@ -54,13 +73,13 @@ def mosld(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def mosl(**overrides: Any) -> MoSLDConfig:
-    """MoSL: MoSLD without its dropout, the paper's ablation."""
+    """MoSL (arXiv 2412.08946): MoSLD without its dropout, the paper's ablation."""
     return _config(dict(dropout=0.0), overrides)
 
 
 @_preset
 def mosld_up(**overrides: Any) -> MoSLDConfig:
-    """MoSLD (matrix B): the up-projection is shared and its elements are dropped; an A per expert.
+    """MoSLD, matrix B (arXiv 2412.08946): the up-projection is shared and its elements are dropped; an A per expert.
 
     y = W0 x + s B~ sum_k g_k A_k x. The paper says only that the method is "applied to matrix B"; share and drop B is
     our reading. Read literally, its Eq. 3 says the same.
@@ -84,8 +103,8 @@ def hydralora(**overrides: Any) -> MoSLDConfig:
 def mola(**overrides: Any) -> MoSLDConfig:
     """MoLA (arXiv 2402.08562): an A and a B per expert, top-2 renormalised, r 8, alpha 16, dropout 0.05 on x.
 
-    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: a num_experts_pattern. Its code draws
-    the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
+    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: `experts_by_depth(32, 2, 4, 6, 8)`. Its
+    code draws the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
     """
     return _config(dict(mixing="diagonal", dropout=0.0, input_dropout=0.05), overrides)
 

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import bench, report
+from mosld import MoSLDConfig
 from mosld.cli import build_parser
 from mosld.results import table
 
@@ -90,9 +91,16 @@ def test_the_code_for_ones_own_model_runs_on_one(tmp_path, monkeypatch):
     assert len(SELF_CONTAINED) == 2
 
 
+def test_its_pattern_of_experts_matches_layers():
+    (pattern,) = re.findall(r"num_experts_pattern=(\{.*?\})", README)
+    config = MoSLDConfig(num_experts_pattern=eval(pattern))
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(20)]
+    assert [config.experts_of(name) for name in names] == [4] * 8 + [8] * 12
+
+
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
     ours = [_help(name) for name in ("train", "eval", "inspect", "export")]
