@@ -17,7 +17,7 @@ from mosld_kernels import mosld_delta, mosld_linear
 from mosld_kernels.autograd import no_autocast
 from mosld_kernels.staged import Dropout, staged_linear
 
-from .mixture import FIELDS, Mixture
+from .mixture import FIELDS, PARTS, Mixture
 from .owed import settle
 from .routing import Routing, gates_of, given_gates, route, task_ids
 
@@ -62,6 +62,8 @@ class MoSLDAdapter(nn.Module):
     # set it as `backend`, before the forward. Such layers then run in three stages, not in the fused operator.
     keep_hidden = False
 
+    parts = PARTS
+
     shared_a: AdapterWeight
     expert_b: AdapterWeight
     router: AdapterWeight  # None, too, where nobody routes; who asks for it has made sure
@@ -74,7 +76,13 @@ class MoSLDAdapter(nn.Module):
         self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
         self.top_k = m.chosen
         shapes = m.shapes(in_features, out_features)
-        for part in PARTS:
+        if not shapes.keys() <= set(self.parts):
+            of_block = m.kind.block is not None
+            raise ValueError(
+                f"mixing={m.mixing!r} is of {'whole feed-forward blocks' if of_block else 'linear layers'}: it cannot be "
+                f"placed on a {'linear layer' if of_block else 'feed-forward block'}"
+            )
+        for part in self.parts:
             self.register_module(
                 part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
             )
@@ -92,12 +100,12 @@ class MoSLDAdapter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         m = self.mixture
-        _start(self.shared_a.weight, m.down_std)
+        start(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
         if self.router is not None and m.router == "constant":
             nn.init.constant_(self.router.weight, 1 / m.num_experts)
         elif self.router is not None:
-            _start(self.router.weight, m.router_std)
+            start(self.router.weight, m.router_std)
         if self.tasks is not None:
             nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
         if self.mixer is not None:
@@ -105,12 +113,7 @@ class MoSLDAdapter(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without."""
-        parts = [part for part in (self.shared_a, self.expert_b, self.router, self.mixer) if part is not None]
-        if any(isinstance(part.weight, DTensor) for part in parts):
-            raise RuntimeError(
-                "shared_a, expert_b and router must be whole while the layer runs, and one of them is a shard: apply "
-                "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
-            )
+        self._expect_whole()
         keeps_hidden = self.keep_hidden and self.mixture.balances and self.mixture.mixing in ("expand", "diagonal")
         staged = keeps_hidden or not self.mixture.fused
         out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
@@ -129,6 +132,14 @@ class MoSLDAdapter(nn.Module):
         with no_autocast(z.device.type):
             expert_b = self.expert_b.weight.to(z.dtype)
             return expert_b.t() @ expert_b
+
+    def _expect_whole(self) -> None:
+        if any(isinstance(part.weight, DTensor) for part in self._modules.values() if part is not None):  # pyright: ignore
+            raise RuntimeError(
+                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while the "
+                "layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts them "
+                "together, and not to the weights by themselves"
+            )
 
     def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
         """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
@@ -191,11 +202,10 @@ class MoSLDAdapter(nn.Module):
         return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "owed", "routing"))}
 
 
-PARTS = ("shared_a", "expert_b", "router", "tasks", "mixer")  # the tensors that an adapter may train
 _DEFAULT = Mixture()
 
 
-def _start(weight: Tensor, std: float | None) -> None:
+def start(weight: Tensor, std: float | None) -> None:
     """In place: Kaiming-uniform, or normal with a standard deviation."""
     if std is None:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

@@ -20,9 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from .autograd import no_autocast
 from .products import add_mm, mm
-from .staged import draw_bits, zeroed
+from .reference import router_dtype
+from .staged import _Down, _dropped, _Up, draw_bits, zeroed
+
+DOWN_STREAM = 2  # of the mask on A2; that of A1 and A3, one above the other, has stream 0
 
 
 class Settings(NamedTuple):
@@ -50,11 +55,53 @@ class Inputs(NamedTuple):
     chosen: Tensor
 
 
+def down(
+    x: Tensor,
+    gate_a: Tensor,
+    up_a: Tensor,
+    router_weight: Tensor,
+    dropout_a: float,
+    dropout_x: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, D], gate_a and up_a [E * R, D], router_weight [E, D] -> z_gate, z_up [T, E * R], router logits [T, E]
+
+    dropout_a: on elements of the A's, whose mask is a pure function of `seed`, int64 [1]. dropout_x: on x before them, drawn
+    from torch's generator. The logits are in float32 (float64 for float64 x).
+    """
+    keep = draw_bits(x, dropout_x) if dropout_x else None
+    both = _dropped(torch.cat((gate_a, up_a)), dropout_a, seed, 0).to(x.dtype)
+    router_weight = router_weight.to(x.dtype)
+    if _by_hand(x):
+        _, z, logits = _Down.apply(x, both, router_weight, keep)  # pyright: ignore
+    else:
+        z, logits = F.linear(zeroed(x, keep), both), F.linear(x, router_weight)
+    if 0 < dropout_x < 1:
+        z = z / (1 - dropout_x)
+    return z[:, : len(gate_a)], z[:, len(gate_a) :], logits.to(router_dtype(x.dtype))
+
+
+def drop_down_a(down_a: Tensor, dropout_a: float, seed: Tensor | None) -> Tensor:
+    """A2 with its elements dropped"""
+    return _dropped(down_a, dropout_a, seed, DOWN_STREAM)
+
+
+def up(out: Tensor, mixed: Tensor, down_b: Tensor) -> Tensor:
+    """out [T, D], mixed [T, E * R], down_b [D, E * R] -> out + mixed B2^T"""
+    down_b = down_b.to(mixed.dtype)
+    update = _Up.apply(None, None, None, mixed, down_b) if _by_hand(mixed) else F.linear(mixed, down_b)
+    return out + update  # pyright: ignore
+
+
+def _by_hand(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
 def block_mixture(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """-> hidden [T, F], mixed [T, E * R]. Dropout on h draws from torch's generator."""
     slots = range(inputs.chosen.shape[1])
     bits = [draw_bits(inputs.gate, settings.dropout_p) for _ in slots] if settings.dropout_p else []
-    if torch.compiler.is_compiling():
+    if not _by_hand(inputs.gate):
         return _forward(inputs, settings, bits)
     return _Block.apply(settings, *inputs, *bits)  # pyright: ignore
 
@@ -90,7 +137,10 @@ def _expert(inputs: Inputs, settings: Settings, place: Tensor) -> tuple[Tensor, 
 
 def _drop(h: Tensor, bits: list[Tensor], k: int, settings: Settings) -> Tensor:
     """Linear in h, so the same maps the gradient."""
-    return zeroed(h, bits[k]) / (1 - settings.dropout_p) if bits else h
+    if not bits:
+        return h
+    kept = zeroed(h, bits[k])
+    return kept / (1 - settings.dropout_p) if settings.dropout_p < 1 else kept
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -120,9 +170,9 @@ class _Block(torch.autograd.Function):
         dhidden = torch.zeros_like(inputs.gate) if dhidden is None else dhidden
         dmixed = torch.zeros_like(inputs.z_gate) if dmixed is None else settings.scale * dmixed
         grads = [torch.zeros_like(tensor) for tensor in inputs[:-2]]
-        dweights = []
-        for k in range(inputs.chosen.shape[1]):
-            dweights.append(_slot_backward(inputs, settings, bits, k, dhidden, dmixed, Inputs(*grads, None, None)))  # pyright: ignore
+        sums, slots = Inputs(*grads, inputs.weights, inputs.chosen), range(inputs.chosen.shape[1])
+        with no_autocast(dhidden.device.type):
+            dweights = [_slot_backward(inputs, settings, bits, k, dhidden, dmixed, sums) for k in slots]
         return None, *grads, torch.stack(dweights, dim=1), None, *(None for _ in bits)
 
 
