@@ -232,6 +232,12 @@ class MoSLDModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, MoSLDPeftBlock):  # unloading: PEFT's would ask the block for a weight of its own
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

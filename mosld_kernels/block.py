@@ -166,7 +166,8 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dhidden, dmixed):
         count, settings = len(Inputs._fields), ctx.settings
-        inputs, bits = Inputs(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing hands them out a single time
+        inputs, bits = Inputs(*saved[:count]), list(saved[count:])
         dhidden = torch.zeros_like(inputs.gate) if dhidden is None else dhidden
         dmixed = torch.zeros_like(inputs.z_gate) if dmixed is None else settings.scale * dmixed
         grads = [torch.zeros_like(tensor) for tensor in inputs[:-2]]

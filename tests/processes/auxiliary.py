@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from mosld import MoSLDAdapter, contrastive_loss, localized_balance_loss
+from tests.models import checkpoint_layers
 from tests.processes.case import adapted, kept, rows, save
 from tests.processes.fsdp import by_block
 
@@ -22,10 +23,7 @@ CHECKPOINTING = {"off": None, "non-reentrant": False, "reentrant": True}
 def case(checkpointing: str) -> nn.Module:
     model = adapted()
     if checkpointing != "off":
-        model.get_base_model().gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": CHECKPOINTING[checkpointing]}
-        )
-        model.get_base_model().enable_input_require_grads()
+        checkpoint_layers(model.get_base_model(), CHECKPOINTING[checkpointing])
     return model
 
 
