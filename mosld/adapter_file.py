@@ -2,7 +2,7 @@
 
 <layer>.mosld_shared_a.weight [r, in]     <layer>.mosld_expert_b.weight [out, E r]     <layer>.mosld_router.weight [E, in]
 
-and for other mixtures than MoSLD's what `Mixture.shapes` tells.
+and for other mixtures than MoSLD's what `Mixture.shapes` tells. A feed-forward block's begin with mosld_gate_a, mosld_gate_b.
 """
 
 import json
@@ -15,13 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .layer import PARTS
-from .mixture import Mixture
+from .mixture import BLOCK_PARTS, PARTS, Mixture
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
 PEFT_PREFIX = "base_model.model."
-_KEY = re.compile(rf"(.+)\.mosld_({'|'.join(PARTS)})\.weight")
+_KEY = re.compile(rf"(.+)\.mosld_({'|'.join({**dict.fromkeys(PARTS), **dict.fromkeys(BLOCK_PARTS)})})\.weight")
 
 
 class AdapterFileError(ValueError):
@@ -51,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """Sizes of one adapted layer."""
+    """Sizes of one adapted layer; of a feed-forward block its hidden and its intermediate size."""
 
     in_features: int
     out_features: int
@@ -63,7 +62,7 @@ class SavedLayer:
 class AdapterWeights:
     """The tensors of `path`, whose sizes have all been checked, and none of which has been read yet.
 
-    layers: name in the base model -> SavedLayer. others: name -> shape of what was saved beside them (modules_to_save).
+    layers: name in the base model -> SavedLayer. mixtures: name -> Mixture. others: name -> shape of what was saved beside them (modules_to_save).
     raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, or when a size
     is not what `mixture_of` (a layer's name -> its Mixture) says.
     """
@@ -83,8 +82,12 @@ class AdapterWeights:
                 self._keys.setdefault(match[1].removeprefix(PEFT_PREFIX), {})[match[2]] = key
         if not self._keys:
             raise AdapterFileError(f"{path} holds no tensor of a MoSLD adapter")
+        self.mixtures = {
+            name: mixture_of(name).of_linear if keys.keys() & {"shared_a", "expert_b"} else mixture_of(name)
+            for name, keys in self._keys.items()
+        }
         self.layers = {
-            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, mixture_of(name))
+            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, self.mixtures[name])
             for name, keys in self._keys.items()
         }
 
@@ -107,7 +110,8 @@ def _open(path: Path) -> safe_open:
 
 
 def _checked(path: Path, name: str, shapes: dict[str, list[int]], mixture: Mixture) -> SavedLayer:
-    sizes = sum(shapes.get("shared_a", [])[1:2]), sum(shapes.get("expert_b", [])[:1])
+    into, out_of = ("gate_a", "gate_b") if mixture.kind.block else ("shared_a", "expert_b")
+    sizes = sum(shapes.get(into, [])[1:2]), sum(shapes.get(out_of, [])[:1])
     expected = {part: list(shape) for part, shape in mixture.shapes(*sizes).items()}
     if lacking := [part for part in expected if part not in shapes]:
         raise AdapterFileError(f"{path} was altered: {name} lacks {' and '.join(f'mosld_{part}' for part in lacking)}")

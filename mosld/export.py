@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import MoSLDConfig
 from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates, fixed_matrix
 from .layer import MoSLDAdapter, MoSLDLinear
-from .tuner import MoSLDPeftLinear
+from .tuner import MoSLDPeftBlock, MoSLDPeftLinear
 
 CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "export.json"
 EXPERT = "expert_{}"  # the folder of one expert's LoRA
@@ -84,8 +84,14 @@ def export_lora(
 def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
     """Layer name in `base` -> the layer and its mixture, of one adapter.
 
-    raises ValueError when there is none, when adapter_name is unknown, or is needed to choose among active adapters.
+    raises ValueError when there is none, for mixtures of feed-forward blocks, when adapter_name is unknown, or is needed to choose among active adapters.
     """
+    blocks = [name for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)]
+    if blocks:
+        raise ValueError(
+            f"no LoRA equals a mixture of feed-forward blocks, such as the one on {blocks[0]}: there is a nonlinearity "
+            "between its layers, so not even with fixed gates"
+        )
     by_hand = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDLinear)}
     by_peft = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftLinear)}
     if "" in by_hand or (by_hand and by_peft):

@@ -154,3 +154,34 @@ def _selected(logits: Tensor, adapter: Any) -> Tensor:
 )
 def _select(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
     return mixing.dense(z, gates)
+
+
+def _check_block(m: Mixture) -> None:
+    if m.router != "token":
+        raise ValueError(f"router={m.router!r} contradicts mixing='block', whose router is linear on the block's input")
+    for name in ("up_dropout", "hidden_dropout"):
+        if getattr(m, name):
+            raise ValueError(
+                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of what "
+                "goes into A (input_dropout)"
+            )
+
+
+def _block_shapes(m: Mixture, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    rows = _own_sizes(m)
+    return {
+        "gate_a": (rows, hidden), "gate_b": (intermediate, rows), "up_a": (rows, hidden), "up_b": (intermediate, rows),
+        "down_a": (rows, intermediate), "down_b": (hidden, rows), "router": (m.num_experts, hidden),
+    }  # fmt: skip
+
+
+@register_mixing(
+    "block",
+    down=_own_sizes,
+    up=_own_sizes,
+    options={"renormalise": True},
+    check=_check_block,
+    block=_block_shapes,
+)
+def _block(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    raise NotImplementedError("mixing='block' is no mixing matrix: mosld.block computes it")

@@ -131,6 +131,23 @@ def moelora(**overrides: Any) -> MoSLDConfig:
 
 
 @_preset
+def mixlora(**overrides: Any) -> MoSLDConfig:
+    """MixLoRA (TUDB, arXiv 2404.15159): each expert is a whole SwiGLU feed-forward block with LoRAs on its three layers, top-2
+    of 8 by one router per block; plain LoRAs on q, k, v, o. r 16, alpha 32, dropout 0.05 on what goes into A.
+
+    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the balance
+    loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the dropout
+    for every expert and layer anew; here gate and up of all experts see one. Its other routers are gate="top_p", and
+    top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base model. No LoRA equals it.
+    """
+    defaults = dict(
+        mixing="block", r=16, alpha=32, router_std=0.02, dropout=0.0, input_dropout=0.05, balance_coef=2e-3,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "mlp"],
+    )  # fmt: skip
+    return _config(defaults, overrides)
+
+
+@_preset
 def moelora_medical(**overrides: Any) -> MoSLDConfig:
     """MOELoRA, medical (arXiv 2310.18339): 8 experts of rank 1 (in all rank 8), a softmax of an embedding of the task.
 

@@ -1,5 +1,6 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from .router import RouterStats, RouterUse, forget_routing, running_adapters
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")
+AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 _Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
 
 
@@ -22,6 +24,13 @@ class MoSLDTrainerMixin(_Base):
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either.
+
+    auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss: function(model,
+        batch) returns a scalar of the forward that the model just had, as those in `mosld.losses` do. Say
+        {"contrast": (0.1, lambda model, batch: contrastive_loss(model, batch["attention_mask"]))}. Their means over the
+        forwards, before the weight, are in the training logs under their names.
+    auxiliary_columns: columns of the data that these functions read and the model does not take, such as the kind of each
+        row's task: numbers or tensors that the data collator puts together. The model never sees them.
 
     router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
         process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
@@ -36,9 +45,15 @@ class MoSLDTrainerMixin(_Base):
     raises ValueError for another value of router_logs, and under nn.DataParallel.
     """
 
-    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary", **kwargs):
+    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
+                 auxiliary_losses: Mapping[str, tuple[float, AuxiliaryLoss]] | None = None,
+                 auxiliary_columns: Collection[str] = (), **kwargs):  # fmt: skip
         if router_logs not in ROUTER_LOGS:
             raise ValueError(f"router_logs must be one of {', '.join(ROUTER_LOGS)}, got {router_logs!r}")
+        self.auxiliary_losses = dict(auxiliary_losses or {})
+        if taken := self.auxiliary_losses.keys() & {"balance_loss", "loss"}:
+            raise ValueError(f"auxiliary_losses must have names of their own, got {', '.join(sorted(taken))}")
+        self.auxiliary_columns = frozenset(auxiliary_columns)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -54,14 +69,38 @@ class MoSLDTrainerMixin(_Base):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
         forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
-        if balance is not None:
-            penalty = self.balance_coef * balance
-            loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, self._for_the_model(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        losses = self._losses_of_forward(model, inputs) if model.training else {}
+        for weight, own in losses.values():
+            loss = loss + (weight * own).to(loss.device) / self._undivided_steps(num_items_in_batch)
         if self.router_logs != "off" and model.training:
-            self._routing.add(model, attention_mask, balance)
+            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
         return (loss, outputs) if return_outputs else loss
+
+    def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, loss of the last forward), of those with a weight."""
+        losses = {}
+        if self.balance_coef:
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, inputs.get("attention_mask"))
+        for name, (weight, function) in self.auxiliary_losses.items():
+            if weight:
+                losses[name] = weight, function(model, inputs)
+        return losses
+
+    def _for_the_model(self, inputs: Any) -> Any:
+        if not self.auxiliary_columns:
+            return inputs
+        return {name: value for name, value in inputs.items() if name not in self.auxiliary_columns}
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, self._for_the_model(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *sorted(self.auxiliary_columns - set(columns))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
@@ -89,9 +128,9 @@ class _Routing:
 
     def clear(self) -> None:
         self.use, self.forwards = RouterUse(), 0
-        self.balance: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
 
-    def add(self, model: nn.Module, attention_mask: object, balance: Tensor | None) -> None:
+    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, Tensor]) -> None:
         """Count the last forward; where there is nothing to count, training goes on without."""
         if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
             return
@@ -99,17 +138,16 @@ class _Routing:
             self.use.update("", model, attention_mask if isinstance(attention_mask, Tensor) else None)
         except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
             return
-        if balance is not None:
-            self.balance = balance.detach() if self.balance is None else self.balance + balance.detach()
-            self.forwards += 1
+        self.forwards += 1
+        for name, loss in losses.items():
+            self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
 
     def take(self, per_layer: bool) -> dict[str, float]:
         """The log entries, and begin anew."""
-        layers, balance, forwards = self.use.stats().get("", {}), self.balance, self.forwards
+        layers, losses, forwards = self.use.stats().get("", {}), self.losses, self.forwards
         self.clear()
         logs = _entries("router", list(layers.values())) if layers else {}
-        if balance is not None:
-            logs["balance_loss"] = balance.item() / forwards
+        logs |= {name: loss.item() / forwards for name, loss in losses.items()}
         if per_layer:
             for name, stats in layers.items():
                 logs |= _entries(f"router/{name.removeprefix('base_model.model.')}", [stats])

@@ -22,3 +22,10 @@ def perturb(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
+
+
+def checkpoint_layers(base, use_reentrant: bool) -> None:
+    """Activation checkpointing of every layer of a transformers model, by the name that its version has for it."""
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    base.enable_input_require_grads()

@@ -5,7 +5,16 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mosld import MoSLDConfig, MoSLDLinear, MoSLDTrainer, MoSLDTrainerMixin, balance_loss
+from mosld import (
+    MoSLDAdapter,
+    MoSLDConfig,
+    MoSLDLinear,
+    MoSLDTrainer,
+    MoSLDTrainerMixin,
+    balance_loss,
+    contrastive_loss,
+    localized_balance_loss,
+)
 from tests.models import perturb, tiny_llama, token_ids
 
 COEF = 0.5
@@ -22,16 +31,18 @@ def adapted():
     return model
 
 
-def trained(tmp_path, trainer_class=MoSLDTrainer, accumulation=1, arguments=(), **changes):
-    """Router weights after one SGD step of lr 1 on all eight rows."""
+def trained(
+    tmp_path, trainer_class=MoSLDTrainer, accumulation=1, arguments=(), rows=ROWS, parts=("router",), **changes
+):
+    """Router weights, or those of other `parts`, after one SGD step of lr 1 on all eight rows."""
     model, more = adapted(), dict(arguments)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8 // accumulation, learning_rate=1.0,
         gradient_accumulation_steps=accumulation, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **more,
     )  # fmt: skip
-    trainer_class(model=model, args=arguments, train_dataset=ROWS, **changes).train()
-    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "router" in n])
+    trainer_class(model=model, args=arguments, train_dataset=rows, **changes).train()
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if any(part in n for part in parts)])
 
 
 def penalty_by_hand(accumulation):
@@ -127,3 +138,73 @@ def test_the_mixin_serves_any_trainer_and_a_loss_of_ones_own(tmp_path):
     torch.testing.assert_close(plain[0], plain[1], rtol=1e-4, atol=1e-6)
     sizes = [(m - p).norm().item() for m, p in zip(moved, plain, strict=True)]
     assert 0.7 < sizes[1] / sizes[0] < 1.4
+
+
+def columns(rows=ROWS):
+    return [{**row, "kind": i % 2} for i, row in enumerate(rows)]
+
+
+AUXILIARY = {
+    "localized": (0.3, lambda model, batch: localized_balance_loss(model, batch["kind"])),
+    "contrast": (0.2, lambda model, batch: contrastive_loss(model, tokens=1000)),
+}
+
+
+def auxiliary_by_hand(accumulation):
+    model = adapted().train()
+    trained_ones = [p for n, p in model.named_parameters() if "router" in n or "shared_a" in n or "expert_b" in n]
+    order = _trainer_order()
+    rows, kinds = torch.stack([row["input_ids"] for row in ROWS])[order], order % 2
+    for part, kind in zip(rows.chunk(accumulation), kinds.chunk(accumulation), strict=True):
+        model(part)
+        loss = 0.3 * localized_balance_loss(model, kind) + 0.2 * contrastive_loss(model, tokens=1000)
+        (loss / accumulation).backward()
+    return torch.cat([p.grad.flatten() for p in trained_ones])
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_auxiliary_losses_are_added_with_their_weights_in_every_setting(
+    tmp_path, accumulation, checkpointing, monkeypatch
+):
+    """What they add to a step of SGD at lr 1 is the gradient of their weighted mean over micro-batches."""
+    monkeypatch.setattr(MoSLDAdapter, "keep_hidden", True)
+    more = {}
+    if checkpointing != "off":
+        new = hasattr(TrainingArguments, "activation_checkpointing")
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        more = {name: True, f"{name}_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
+    plain, ours = (
+        trained(tmp_path, accumulation=accumulation, arguments=more, rows=columns(), parts=("router", "shared_a", "expert_b"),
+                auxiliary_losses=losses, auxiliary_columns=["kind"], balance_coef=0.0)
+        for losses in ({}, AUXILIARY)
+    )  # fmt: skip
+    expected = auxiliary_by_hand(accumulation)
+    torch.testing.assert_close(plain - ours, expected, rtol=1e-3, atol=1e-5)
+    assert expected.abs().max() > 1e-2
+
+
+def test_auxiliary_losses_are_logged_and_their_columns_stay_out_of_the_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(MoSLDAdapter, "keep_hidden", True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=2, report_to="none",
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", learning_rate=0.0,
+    )  # fmt: skip
+    trainer = MoSLDTrainer(
+        model=adapted(), args=arguments, train_dataset=columns(), eval_dataset=columns(), auxiliary_losses=AUXILIARY,
+        auxiliary_columns=["kind"],
+    )  # fmt: skip
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    model, order, values = adapted().train(), _trainer_order(), []
+    for rows in order.chunk(2):
+        model(torch.stack([row["input_ids"] for row in ROWS])[rows])
+        values.append(localized_balance_loss(model, rows % 2).item())
+    assert logged["localized"] == pytest.approx(sum(values) / 2, rel=1e-4)
+    assert logged["contrast"] > 0 and logged["balance_loss"] > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_an_auxiliary_loss_needs_a_name_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match="names of their own, got balance_loss"):
+        MoSLDTrainer(model=adapted(), auxiliary_losses={"balance_loss": (1.0, balance_loss)})
