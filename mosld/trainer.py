@@ -21,7 +21,8 @@ class MoSLDTrainerMixin(_Base):
         hand. 0 leaves the loss alone.
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
-    gradient is that of the mean over micro-batches and processes, whatever the number of either.
+    gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
+    where a micro-batch takes several; those without gradients do not count.
 
     router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
         process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
@@ -52,15 +53,38 @@ class MoSLDTrainerMixin(_Base):
         self._routing = _Routing()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        arguments: dict[str, Any] = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training:
+            return super().compute_loss(model, inputs, **arguments)
         attention_mask = inputs.get("attention_mask")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
-        if balance is not None:
-            penalty = self.balance_coef * balance
-            loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
-        if self.router_logs != "off" and model.training:
-            self._routing.add(model, attention_mask, balance)
+        forwards: list[Tensor | None] = []
+
+        def after_forward(*_) -> None:
+            # Some trainers run the model again without gradients, for metrics or for outputs that are asked for.
+            if torch.is_grad_enabled():
+                forwards.append(self._balance(model, attention_mask))
+
+        hook = model.register_forward_hook(after_forward)
+        try:
+            result: Any = super().compute_loss(model, inputs, **arguments)
+        finally:
+            hook.remove()
+        if not forwards:  # the trainer ran parts of the model without calling the whole
+            forwards.append(self._balance(model, attention_mask))
+        losses = [balance for balance in forwards if balance is not None]
+        if not losses:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        penalty = self.balance_coef * torch.stack(losses).mean()
+        loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _balance(self, model: nn.Module, attention_mask: Tensor | None) -> Tensor | None:
+        """The balance loss of the last forward, counted for the logs; None where its weight is 0."""
+        balance = balance_loss(model, attention_mask) if self.balance_coef else None
+        if self.router_logs != "off":
+            self._routing.add(model, attention_mask, balance)
+        return balance
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
