@@ -23,7 +23,8 @@ class MoSLDTrainerMixin(_Base):
         hand. 0 leaves the loss alone.
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
-    gradient is that of the mean over micro-batches and processes, whatever the number of either.
+    gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
+    where a micro-batch takes several; those without gradients do not count.
 
     auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss: function(model,
         batch) returns a scalar of the forward that the model just had, as those in `mosld.losses` do. Say
@@ -67,26 +68,40 @@ class MoSLDTrainerMixin(_Base):
         self._routing = _Routing()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        attention_mask = inputs.get("attention_mask")
+        arguments: dict[str, Any] = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training:
+            return super().compute_loss(model, self._for_the_model(inputs), **arguments)
         forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
-        loss, outputs = super().compute_loss(
-            model, self._for_the_model(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        losses = self._losses_of_forward(model, inputs) if model.training else {}
-        for weight, own in losses.values():
+        forwards: list[dict[str, tuple[float, Tensor]]] = []
+
+        def after_forward(*_) -> None:
+            # Some trainers run the model again without gradients, for metrics or for outputs that are asked for.
+            if torch.is_grad_enabled():
+                forwards.append(self._losses_of_forward(model, inputs))
+
+        hook = model.register_forward_hook(after_forward)
+        try:
+            result: Any = super().compute_loss(model, self._for_the_model(inputs), **arguments)
+        finally:
+            hook.remove()
+        if not forwards:  # the trainer ran parts of the model without calling the whole
+            forwards.append(self._losses_of_forward(model, inputs))
+        loss, outputs = result if return_outputs else (result, None)
+        for name, (weight, _) in forwards[0].items():
+            own = torch.stack([losses[name][1] for losses in forwards]).mean()
             loss = loss + (weight * own).to(loss.device) / self._undivided_steps(num_items_in_batch)
-        if self.router_logs != "off" and model.training:
-            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
         return (loss, outputs) if return_outputs else loss
 
     def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
-        """Name -> (weight, loss of the last forward), of those with a weight."""
-        losses = {}
+        """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
+        attention_mask, losses = inputs.get("attention_mask"), {}
         if self.balance_coef:
-            losses["balance_loss"] = self.balance_coef, balance_loss(model, inputs.get("attention_mask"))
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, attention_mask)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
                 losses[name] = weight, function(model, inputs)
+        if self.router_logs != "off":
+            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
         return losses
 
     def _for_the_model(self, inputs: Any) -> Any:

@@ -5,10 +5,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.architectures import ARCHITECTURES
-from tests.library import test_architectures, test_invariances
+from tests.library import test_architectures, test_invariances, test_lm_eval, test_trl
 
 PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "lm_eval", "trl")
+MODULES = (test_architectures, test_invariances, test_lm_eval, test_trl)
 
 
 def _facts(module) -> list[tuple[str, str]]:
@@ -29,7 +30,7 @@ def tables() -> str:
         targets = a.targets if isinstance(a.targets, str) else ", ".join(a.targets)
         lines.append(f"| {name} | {targets.replace('|', ' or ')} | {a.layers} |")
     lines += ["", "| what a test shows | on |", "|---|---|"]
-    lines += [f"| {fact} | {on} |" for module in (test_architectures, test_invariances) for fact, on in _facts(module)]
+    lines += [f"| {fact} | {on} |" for module in MODULES for fact, on in _facts(module)]
     return "\n".join(lines)
 
 

@@ -13,8 +13,8 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
 
 
-def token_ids(rows: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+def token_ids(rows: int = 3, length: int = 7, seed: int = 0, vocabulary: int = 96) -> torch.Tensor:
+    return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def perturb(model: torch.nn.Module) -> None:

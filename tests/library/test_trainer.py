@@ -69,17 +69,21 @@ def test_the_penalty_is_the_mean_over_micro_batches_beside_the_trainers_own_loss
     assert added.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_activation_checkpointing_of_either_kind_changes_nothing(tmp_path, accumulation, use_reentrant):
+def checkpointing(kwargs):
     name = (
         "activation_checkpointing"
         if hasattr(TrainingArguments, "activation_checkpointing")
         else "gradient_checkpointing"
     )
-    checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": use_reentrant}}
+    return {name: True, f"{name}_kwargs": kwargs}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_activation_checkpointing_of_either_kind_changes_nothing(tmp_path, accumulation, use_reentrant):
+    arguments = checkpointing({"use_reentrant": use_reentrant})
     plain = trained(tmp_path, accumulation=accumulation)
-    torch.testing.assert_close(trained(tmp_path, accumulation=accumulation, arguments=checkpointing), plain)
+    torch.testing.assert_close(trained(tmp_path, accumulation=accumulation, arguments=arguments), plain)
 
 
 def test_under_bfloat16_autocast_the_penalty_has_the_same_weight_for_any_accumulation(tmp_path):
@@ -208,3 +212,56 @@ def test_auxiliary_losses_are_logged_and_their_columns_stay_out_of_the_evaluatio
 def test_an_auxiliary_loss_needs_a_name_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="names of their own, got balance_loss"):
         MoSLDTrainer(model=adapted(), auxiliary_losses={"balance_loss": (1.0, balance_loss)})
+
+
+class RunsAgain(Trainer):
+    """As TRL's trainers do: no outputs unless asked for, and another forward without gradients for metrics."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert not return_outputs
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"].flip(1))
+        return loss
+
+
+class InHalves(Trainer):
+    """Runs the model on each half of a batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        halves = [{name: value.chunk(2)[i] for name, value in inputs.items()} for i in (0, 1)]
+        return sum(model(**half).loss for half in halves) / 2
+
+
+class PastTheHooks(Trainer):
+    """Asks the model for its loss in another way than by calling it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model.get_base_model()(**inputs).loss
+
+
+KINDS = {"off": {}, "non-reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of a forward without gradients
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("trainer_class", "parts"), [(RunsAgain, 1), (InHalves, 2), (PastTheHooks, 1)])
+def test_the_penalty_is_that_of_the_forwards_that_are_trained(tmp_path, trainer_class, parts, kind):
+    class Mine(MoSLDTrainerMixin, trainer_class):
+        pass
+
+    arguments = checkpointing(KINDS[kind]) if KINDS[kind] else {}
+    plain, ours = (trained(tmp_path, cls, arguments=arguments) for cls in (trainer_class, Mine))
+    torch.testing.assert_close(plain - ours, penalty_by_hand(parts), rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_that_are_asked_for_in_training_come_with_the_same_loss(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = MoSLDTrainer(model=adapted().train(), args=arguments)
+    ids = token_ids()
+    batch = {"input_ids": ids, "labels": ids}
+    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert torch.equal(trainer.compute_loss(trainer.model, dict(batch)), loss)
+    assert torch.equal(outputs.logits, trainer.model(ids).logits)
+    expected = outputs.loss + COEF * balance_loss(trainer.model)
+    torch.testing.assert_close(loss, expected)
