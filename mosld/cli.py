@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from . import commands
 from .inspection import as_text
+from .methods import METHODS
 from .run_folder import release
 
 TRAIN_EXAMPLES = """examples:
@@ -62,7 +63,10 @@ def _add_train(verbs) -> None:
     _add_data(train, "name=train.jsonl or name=train.jsonl:test.jsonl; once per task")
     train.add_argument("--output", help="folder of the run (default: a new one under runs/)")
     train.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
-    train.add_argument("--method", choices=("mosld", "lora"), default="mosld")
+    train.add_argument(
+        "--method", choices=METHODS, default="mosld", metavar="NAME",
+        help=f"PEFT's LoRA or a preset: {', '.join(METHODS)} (default: mosld)",
+    )  # fmt: skip
     train.add_argument("--no-lora", action="store_true", help="do not train PEFT's LoRA beside the method")
     train.add_argument("--single", action="store_true", help="also train one model a task")
     train.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default: 1)")
@@ -70,13 +74,15 @@ def _add_train(verbs) -> None:
     train.add_argument(
         "--proportions", default="proportional", help="proportional, equal or name=weight,... (default: proportional)"
     )
-    adapter = train.add_argument_group("adapter")
-    adapter.add_argument("--r", type=int, default=8, help="rank (default: 8)")
-    adapter.add_argument("--alpha", type=float, default=16, help="the update is scaled by alpha / r (default: 16)")
-    adapter.add_argument("--num-experts", type=int, default=8, help="experts per layer (default: 8)")
-    adapter.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
-    adapter.add_argument("--dropout", type=float, default=0.1, help="dropout (default: 0.1)")
-    adapter.add_argument("--balance-coef", type=float, default=1e-3, help="weight of the balance loss (default: 0.001)")
+    adapter = train.add_argument_group(
+        "adapter", "Unless given, the method's own; in brackets those of mosld and lora."
+    )
+    adapter.add_argument("--r", type=int, help="rank (8)")
+    adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / r (16)")
+    adapter.add_argument("--num-experts", type=int, help="experts per layer (8)")
+    adapter.add_argument("--top-k", type=int, help="experts per token (2)")
+    adapter.add_argument("--dropout", type=float, help="on elements of the shared factor, of lora on the input (0.1)")
+    adapter.add_argument("--balance-coef", type=float, help="weight of the balance loss (0.001)")
     adapter.add_argument(
         "--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)"
     )

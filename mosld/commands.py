@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import export_command
 from .adapter_file import AdapterFileError
+from .config import MoSLDConfig
 from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
+from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
 from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
@@ -28,10 +30,9 @@ from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
 from .tasks.mixing import parse_proportions
 from .tasks.scoring import candidates, score_tasks
 from .training import (
-    AdapterSettings,
     Recipe,
     Stage,
-    check_targets,
+    count_trained,
     finish,
     finished,
     plan,
@@ -82,7 +83,8 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
     if empty:
         raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
     names = [task.name for task in tasks]
-    recipe = _recipe(options, trainer_words, parse_proportions(options.proportions, names))
+    adapters = _adapters(options, len(tasks))
+    recipe = _recipe(options, adapters, trainer_words, parse_proportions(options.proportions, names))
     stages = plan(
         options.method, compare_lora=not options.no_lora, single=options.single, seeds=options.seeds, task_names=names
     )
@@ -92,8 +94,8 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
     base, tokenizer = _load_model(options)
     encoder = Encoder(tokenizer, _max_length(options, base))
     _check_fit(encoder, tasks)
-    for method in {stage.method for stage in stages}:
-        check_targets(base, method, recipe.adapter)
+    for adapter in recipe.adapters.values():
+        count_trained(base, adapter, len(tasks))
     if PartialState().is_main_process and claim(folder, settings, options.overwrite):
         print(f"going on with the unfinished run in {folder}")
     PartialState().wait_for_everyone()
@@ -138,9 +140,12 @@ def evaluate(options: argparse.Namespace) -> dict:
     model, tokenizer = _load_model(options)
     encoder = Encoder(tokenizer, _max_length(options, model))
     _check_fit(encoder, tasks)
+    on_task = None
     if options.adapter:
         model = _load_adapter(model, options.adapter)
-    scores = {name: asdict(s) for name, s in score_tasks(model, encoder, tasks, options.eval_batch_size).items()}
+        on_task = task_setter(model, tasks, _mixture(model))
+    results = score_tasks(model, encoder, tasks, options.eval_batch_size, on_task=on_task)
+    scores = {name: score.summary() for name, score in results.items()}
     if output:
         output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
@@ -202,18 +207,21 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
     encoder = Encoder(tokenizer, _max_length(options, base))
     _check_fit(encoder, tasks)
     model, use = _load_adapter(base, options.adapter), RouterUse()
-    scores = score_tasks(
-        model, encoder, tasks, options.eval_batch_size, lambda task, mask: use.update(task.name, model, mask)
-    )
-    return use.stats(), {name: asdict(score) for name, score in scores.items()}
+    mixture = _mixture(model)
+    counts = mixture is not None and mixture.balances
+    on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
+    on_task = task_setter(model, tasks, mixture)
+    scores = score_tasks(model, encoder, tasks, options.eval_batch_size, on_batch, on_task=on_task)
+    return use.stats(), {name: score.summary() for name, score in scores.items()}
+
+
+def _mixture(model: PeftModel) -> Mixture | None:
+    """That of the adapter's layers; None of another method's."""
+    config = model.peft_config["default"]
+    return config.mixture_of("") if isinstance(config, MoSLDConfig) else None
 
 
 def _check(options: argparse.Namespace) -> None:
-    Mixture(
-        r=options.r, alpha=options.alpha, num_experts=options.num_experts, top_k=options.top_k, dropout=options.dropout
-    )
-    if options.balance_coef < 0:
-        raise ValueError(f"balance_coef must be at least 0, got {options.balance_coef}")
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     if options.eval_batch_size < 1:
@@ -222,30 +230,38 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
 
 
-def _recipe(options: argparse.Namespace, trainer_words: Sequence[str], proportions: dict[str, float] | str) -> Recipe:
+def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]:
+    """The method's and, unless it is that, PEFT's LoRA beside it; raises ValueError for options that cannot be used."""
+    names = ("r", "alpha", "num_experts", "top_k", "dropout", "balance_coef")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    targets = options.target_modules if options.target_modules == "all-linear" else options.target_modules.split(",")
+    adapters = {options.method: Adapter(options.method, given, targets)}
+    if options.method != LORA and not options.no_lora:
+        beside = {name: value for name, value in given.items() if name in LORA_DEFAULTS}
+        adapters[LORA] = Adapter(LORA, beside, targets)
+    for adapter in adapters.values():
+        adapter.config(num_tasks)
+    return adapters
+
+
+def _recipe(
+    options: argparse.Namespace, adapters: dict[str, Adapter], trainer_words: Sequence[str],
+    proportions: dict[str, float] | str,
+) -> Recipe:  # fmt: skip
     for word, instead in (("--seed", "--seeds N"), ("--output_dir", "--output DIR")):
         if word in (given.partition("=")[0].replace("-", "_").replace("__", "--", 1) for given in trainer_words):
             raise ValueError(f"{word} is set by mosld train: use {instead}")
-    targets = options.target_modules
-    adapter = AdapterSettings(
-        r=options.r,
-        alpha=options.alpha,
-        num_experts=options.num_experts,
-        top_k=options.top_k,
-        dropout=options.dropout,
-        balance_coef=options.balance_coef,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-    )
     trainer = {}
-    for method in ("mosld", "lora"):
+    for method in adapters:
         words = list(COMMON_TRAINER)
         if options.model:
             words += OWN_TRAINER
         else:
-            words += EMBEDDED_TRAINER[method] + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
+            own = EMBEDDED_TRAINER.get(method, EMBEDDED_TRAINER["mosld"])
+            words += own + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
         trainer[method] = [*words, *trainer_words]
         training_arguments(trainer[method], Path("unused"))  # a bad word is reported before anything is trained
-    return Recipe(adapter, trainer, proportions, options.eval_batch_size)
+    return Recipe(adapters, trainer, proportions, options.eval_batch_size)
 
 
 def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
@@ -339,7 +355,8 @@ def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
 
 def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
     options, run_dir = run.options, run.folder
-    charts = draw_charts(methods, options.method, run_dir)
+    mixture = run.recipe.adapters[options.method].mixture(len(run.tasks))
+    charts = draw_charts(methods, options.method, run_dir, mixture.chosen if mixture else 1)
     results = {
         "tasks": methods[options.method]["tasks"],
         "methods": methods,
@@ -365,7 +382,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         )
     print(f"\nwritten to {run_dir}: results.json, adapter, {', '.join(path.name for path in charts)} ({seconds:.0f} s)")
     lines = ["from peft import AutoPeftModelForCausalLM"]
-    if options.method == "mosld":
+    if options.method != LORA:
         lines.insert(0, "import mosld  # makes the method known to PEFT")
     lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({str(run_dir / 'adapter')!r})")
     print(f"load the {display_name(options.method)} adapter:\n\n    " + "\n    ".join(lines))

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from .balance import balance_loss
 from .router import RouterStats, RouterUse, forget_routing, running_adapters
+from .routing import set_routing
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")
@@ -22,6 +23,8 @@ class MoSLDTrainerMixin(_Base):
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either.
+
+    A `task_ids` column of the data, one integer a row, goes to `mosld.set_routing` before every forward, not to the model.
 
     router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
         process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
@@ -53,6 +56,9 @@ class MoSLDTrainerMixin(_Base):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
+        if "task_ids" in inputs:
+            inputs = dict(inputs)
+            set_routing(model, task_ids=inputs.pop("task_ids"))
         forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
@@ -62,6 +68,11 @@ class MoSLDTrainerMixin(_Base):
         if self.router_logs != "off" and model.training:
             self._routing.add(model, attention_mask, balance)
         return (loss, outputs) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns is not None and "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")  # no argument of the model, and not to be dropped as unused
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
