@@ -1,4 +1,4 @@
-"""The command line: `mosld train`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
+"""The command line: `mosld train`, `compare`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import commands
+from . import commands, compare
 from .inspection import as_text
 from .methods import METHODS
 from .run_folder import release
@@ -21,6 +21,17 @@ a task file has one JSON object a line:
 
 every argument of transformers' TrainingArguments can be given as well, for example
   --learning_rate 1e-3 --num_train_epochs 2 --per_device_train_batch_size 4 --bf16 true --gradient_checkpointing true
+"""
+
+COMPARE_EXAMPLES = """examples:
+  mosld compare --quick --setting mixture --seeds 2
+  mosld compare --methods lora,hydralora,mosld --seeds 5 --output runs/three
+  mosld compare --sweep rank=2,4,8,16,32          the paper's ablations: rank, experts by parts of the layers, dropout
+  mosld compare --sweep experts=2-8,8-2,5-5       first and second half; four numbers are quarters
+  mosld compare --methods lora,mosld --sweep learning_rate=2e-3,4e-3,8e-3 --validation 0.1
+
+a finished cell (method, setting, task, seed) is never run again: the same command goes on, and more methods, seeds or
+settings may be added. Every argument of transformers' TrainingArguments can be given as well, for all methods
 """
 
 EVAL_EXAMPLES = """example:
@@ -47,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
     parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,inspect,export}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,eval,inspect,export}")
     _add_train(verbs)
+    _add_compare(verbs)
     _add_eval(verbs)
     _add_inspect(verbs)
     _add_export(verbs)
@@ -86,6 +98,36 @@ def _add_train(verbs) -> None:
     adapter.add_argument(
         "--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)"
     )
+
+
+def _add_compare(verbs) -> None:
+    parser = verbs.add_parser(
+        "compare", help="compare methods on the same tasks, over seeds", epilog=COMPARE_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_data(parser, "name=train.jsonl:test.jsonl; once per task")
+    parser.add_argument("--output", help="folder of the comparison (default: one under runs/)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    parser.add_argument(
+        "--methods", metavar="A,B,...",
+        help=f"of {', '.join(compare.KNOWN)} (default: {','.join(compare.DEFAULT)}; with --sweep {compare.REFERENCE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--setting", choices=("mixture", "single", "both"), default="both",
+        help="one adapter on all tasks, one a task, or both (default)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument(
+        "--sweep", metavar="NAME=V,...", help="each value is a row: rank, experts, dropout, learning_rate"
+    )
+    parser.add_argument("--learning-rates", metavar="A=RATE,...", help="of single methods; --learning_rate is for all")
+    parser.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="score this share of the training examples, held out, instead of the test items: for choosing settings",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a smoke test of the whole way on the embedded tasks")
+    parser.add_argument("--proportions", default="proportional", help="as in mosld train (default: proportional)")
+    parser.add_argument("--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)")
 
 
 def _add_eval(verbs) -> None:
@@ -159,12 +201,14 @@ def _add_data(parser: argparse.ArgumentParser, task_help: str, model_help: str =
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    if options.command != "train" and rest:
+    if options.command not in ("train", "compare") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         try:
             if options.command == "train":
                 work = commands.prepare(options, rest)
+            elif options.command == "compare":
+                work = compare.prepare(options, rest)
             else:
                 verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
                 work = verbs[options.command](options)
@@ -173,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if isinstance(work, commands.Run):
             commands.train(work)
+        elif isinstance(work, compare.Comparison):
+            compare.compare(work)
         elif options.command == "inspect" and not options.json:
             print(as_text(work))
         else:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .run_folder import check_free, claim, file_digest, free_folder, model_state
 from .tasks.base_model import load_base, train_base_apart
 from .tasks.embedded import embedded_tasks
 from .tasks.encode import Encoder
-from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
+from .tasks.examples import Task, TaskFileError, parse_task
 from .tasks.mixing import parse_proportions
 from .tasks.scoring import candidates, score_tasks
 from .training import (
@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
     raises ValueError (TaskFileError, RunFolderError and ModelError among them); nothing is trained or written then.
     """
     _check(options)
-    tasks = _tasks(options)
+    tasks = chosen_tasks(options)
     empty = [task.name for task in tasks if not task.train]
     if empty:
         raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
@@ -91,9 +91,9 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
     settings = _settings(options, recipe)
     folder = Path(options.output) if options.output else free_folder(_run_name(options), settings)
     check_free(folder, settings, options.overwrite)
-    base, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, base))
-    _check_fit(encoder, tasks)
+    base, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, base))
+    check_fit(encoder, tasks)
     for adapter in recipe.adapters.values():
         count_trained(base, adapter, len(tasks))
     if PartialState().is_main_process and claim(folder, settings, options.overwrite):
@@ -136,10 +136,10 @@ def evaluate(options: argparse.Namespace) -> dict:
     output = Path(options.output) if options.output else None
     if output and (output.exists() or not output.parent.is_dir()):
         raise ValueError(f"{output} {'exists' if output.exists() else 'is in no folder'}: choose another --output")
-    tasks = _tasks(options, only_test=True)
-    model, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, model))
-    _check_fit(encoder, tasks)
+    tasks = chosen_tasks(options, only_test=True)
+    model, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, model))
+    check_fit(encoder, tasks)
     on_task = None
     if options.adapter:
         model = _load_adapter(model, options.adapter)
@@ -163,10 +163,10 @@ def export(options: argparse.Namespace) -> str:
         raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
     output = Path(options.output)
     check_output(output, options.overwrite)
-    tasks = _tasks(options) if gates == "calibrate" else []
-    base, tokenizer = _load_model(options)
+    tasks = chosen_tasks(options) if gates == "calibrate" else []
+    base, tokenizer = load_model(options)
     if gates == "calibrate":
-        encoder = Encoder(tokenizer, _max_length(options, base))
+        encoder = Encoder(tokenizer, longest_input(options, base))
         gates = export_command.calibration_batches(encoder, tasks, options.eval_batch_size)
     model = _load_adapter(base, options.adapter)
     layers = export_lora(
@@ -202,10 +202,10 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
     """task -> layer -> its routing of the test items, and task -> score."""
     if options.model == "embedded":  # the other verbs' default
         options = argparse.Namespace(**{**vars(options), "model": None})
-    tasks = _tasks(options, only_test=True)
-    base, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, base))
-    _check_fit(encoder, tasks)
+    tasks = chosen_tasks(options, only_test=True)
+    base, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, base))
+    check_fit(encoder, tasks)
     model, use = _load_adapter(base, options.adapter), RouterUse()
     mixture = _mixture(model)
     counts = mixture is not None and mixture.balances
@@ -230,6 +230,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
 
 
+def refuse_words(words: Sequence[str], instead: Mapping[str, str], program: str) -> None:
+    """raises ValueError for a Trainer's argument that the program sets itself."""
+    given = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in words}
+    for word, better in instead.items():
+        if word in given:
+            raise ValueError(f"{word} is set by {program}: use {better}")
+
+
 def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]:
     """The method's and, unless it is that, PEFT's LoRA beside it; raises ValueError for options that cannot be used."""
     names = ("r", "alpha", "num_experts", "top_k", "dropout", "balance_coef")
@@ -248,9 +256,7 @@ def _recipe(
     options: argparse.Namespace, adapters: dict[str, Adapter], trainer_words: Sequence[str],
     proportions: dict[str, float] | str,
 ) -> Recipe:  # fmt: skip
-    for word, instead in (("--seed", "--seeds N"), ("--output_dir", "--output DIR")):
-        if word in (given.partition("=")[0].replace("-", "_").replace("__", "--", 1) for given in trainer_words):
-            raise ValueError(f"{word} is set by mosld train: use {instead}")
+    refuse_words(trainer_words, {"--seed": "--seeds N", "--output_dir": "--output DIR"}, "mosld train")
     trainer = {}
     for method in adapters:
         words = list(COMMON_TRAINER)
@@ -264,7 +270,7 @@ def _recipe(
     return Recipe(adapters, trainer, proportions, options.eval_batch_size)
 
 
-def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
+def chosen_tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
     if options.task:
         tasks = read_tasks(options.task)
         return [Task(t.name, t.train if t.test else [], t.test or t.train) for t in tasks] if only_test else tasks
@@ -298,7 +304,7 @@ def _run_name(options: argparse.Namespace) -> str:
     return "-".join([options.method, *(["quick"] if options.quick else []), *(["own"] if options.model else [])])
 
 
-def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not options.model:
         with PartialState().main_process_first():
             train_base_apart(quick=options.quick)
@@ -333,14 +339,14 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
 
 
-def _max_length(options: argparse.Namespace, model: PreTrainedModel) -> int:
+def longest_input(options: argparse.Namespace, model: PreTrainedModel) -> int:
     own = getattr(model.config, "max_position_embeddings", None) or LONGEST
     if options.max_length is not None and not 2 <= options.max_length <= own:
         raise ValueError(f"max-length must be in [2, {own}], the model's longest input, got {options.max_length}")
     return options.max_length or min(own, LONGEST)
 
 
-def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
+def check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
     """Every answer fits, before hours of training end at one that does not."""
     for task in tasks:
         try:

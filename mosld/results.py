@@ -87,10 +87,15 @@ def table(methods: dict[str, dict]) -> str:
         rows.append(["deviation between seeds", "", "", "", *spread])
     rows.append(["trained parameters", "", "", "", *[f"{methods[x]['trainable_parameters']:,}" for x in labels]])
     rows.append(["training, seconds", "", "", "", *[f"{methods[label]['train_seconds']:.0f}" for label in labels]])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Text in columns under a head and a line; the first `left` columns are words, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
