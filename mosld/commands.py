@@ -26,7 +26,7 @@ from .run_folder import check_free, claim, file_digest, free_folder, model_state
 from .tasks.base_model import load_base, train_base_apart
 from .tasks.embedded import embedded_tasks
 from .tasks.encode import Encoder
-from .tasks.examples import Task, TaskFileError, parse_task
+from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
 from .tasks.mixing import parse_proportions
 from .tasks.scoring import candidates, score_tasks
 from .training import (
