@@ -4,6 +4,9 @@ run.json       the settings that decide the results; written first
 lock           held by the process that trains here
 stages/        one file per finished stage          checkpoints/   of the stage being trained
 results.json   written last: a folder that has it holds a finished run
+
+A comparison (`mosld compare`) is never finished: the same command with more methods, seeds or settings goes on in it. Its
+`rows`, by name, must agree where both have them.
 """
 
 import hashlib
@@ -11,14 +14,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-PROGRAM = "mosld train"
+TRAIN, COMPARE = "mosld train", "mosld compare"
 LOCK = "lock"
 _locks: list[TextIO] = []  # that this process holds
 OWN = (
@@ -31,6 +34,9 @@ OWN = (
     "accuracy.png",
     "loss.png",
     "experts.png",
+    "compare.json",
+    "compare.md",
+    "parameters.png",
 )
 
 
@@ -38,14 +44,14 @@ class RunFolderError(ValueError):
     """The output folder cannot take this run; the message says what to do."""
 
 
-def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> str:
+def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
     """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
     raises RunFolderError for a folder that holds another run, a finished one, or something else.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
-    state, changed = _state(folder, json.loads(json.dumps(settings)))  # as it is read back
+    state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
     if state == "foreign":
         raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
     if overwrite and state != "new":
@@ -60,17 +66,23 @@ def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = F
     return state
 
 
-def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> bool:
+def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> bool:
     """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
 
     raises RunFolderError as `check_free`.
     """
-    state = check_free(folder, settings, overwrite)
+    state = check_free(folder, settings, overwrite, program)
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     if state == "run":
         _clear(folder)
-    (folder / "run.json").write_text(json.dumps({"program": PROGRAM, **settings}, indent=2) + "\n")
+    written = {"program": program, **settings}
+    if state == "unfinished" and "rows" in settings:
+        before = json.loads((folder / "run.json").read_text())
+        written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
+    aside = folder / "run.tmp"
+    aside.write_text(json.dumps(written, indent=2) + "\n")
+    aside.replace(folder / "run.json")
     return state == "unfinished"
 
 
@@ -93,18 +105,18 @@ def _lock(folder: Path) -> None:
     _locks.append(handle)
 
 
-def free_folder(name: str, settings: Mapping[str, object]) -> Path:
+def free_folder(name: str, settings: Mapping[str, object], program: str = TRAIN) -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is new or holds this very run unfinished."""
     settings = json.loads(json.dumps(settings))
     number = 1
     while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if _state(folder, settings)[0] in ("new", "unfinished"):
+        if _state(folder, settings, program)[0] in ("new", "unfinished"):
             return folder
         number += 1
 
 
-def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
+def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
     if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
         return "new", []
@@ -114,10 +126,16 @@ def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]
         before = json.loads((folder / "run.json").read_text())
     except json.JSONDecodeError:
         return "foreign", []
-    if not isinstance(before, dict) or before.get("program") != PROGRAM:  # another tool's, however it is called
+    if not isinstance(before, dict) or before.get("program") not in (
+        TRAIN,
+        COMPARE,
+    ):  # another tool's, however it is called
         return "foreign", []
-    before.pop("program")
-    changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))
+    if before["program"] != program:
+        changed = [f"it is one of {before['program']}"]
+    old, new = before.get("rows") or {}, cast(dict, settings.get("rows") or {})
+    changed += [f"row {name}" for name in old if name in new and old[name] != new[name]]
     if changed:
         return "other", changed
     return ("finished" if (folder / "results.json").is_file() else "unfinished"), []

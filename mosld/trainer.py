@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from .balance import balance_loss
 from .router import RouterStats, RouterUse, forget_routing, running_adapters
+from .routing import set_routing
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")

@@ -114,7 +114,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
     assert "holds a finished run: choose another --output, or --overwrite" in capsys.readouterr().err
     assert main(words(data, run, "--r", "3", *FAST)) == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (adapter, seeds, single)" in error
+    assert "holds a run with other settings (adapters, seeds, single)" in error
     assert (run / "results.json").read_bytes() == before
 
 
