@@ -4,6 +4,7 @@ A preset is a function: keyword overrides in, MoSLDConfig out. Its values are th
 known; what the sources leave open is said in the docstring. `PRESETS` has all of them by name.
 
 Batch mates, padding and later tokens change nothing, unless the docstring says that a method routes by the whole sequence.
+Methods that route by task follow each row's own task.
 """
 
 from collections.abc import Callable
@@ -220,7 +221,8 @@ def mixlora_conditional(**overrides: Any) -> MoSLDConfig:
     """Conditional Mixture-of-LoRA (multimodal MixLoRA, arXiv 2402.15896): per sequence r of num_experts rows of A and,
     given these, r columns of B, paired by rank order and not weighted.
 
-    Routes on the mean of x over the sequence, padding included, so batch mates may matter through padding. The released
+    Routes on the mean of x over the whole sequence, so later tokens change earlier ones; so does padding, and through it batch
+    mates. With a cache each step of `generate` routes on its own tokens alone: say use_cache=False. The released
     selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a softmax,
     False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight is its weight.
     """

@@ -1,27 +1,28 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
-from .router import RouterStats, RouterUse, forget_routing, running_adapters
-from .routing import set_routing
+from .router import RouterStats, RouterUse, forget_routing, no_choice, running_adapters
+from .task_column import TaskColumnMixin
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")
 AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-_Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
 
 
-class MoSLDTrainerMixin(_Base):
+class MoSLDTrainerMixin(TaskColumnMixin):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
     balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by
-        hand. 0 leaves the loss alone.
+        hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+
+    A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
@@ -44,7 +45,8 @@ class MoSLDTrainerMixin(_Base):
         "layers": these, and the first three of every layer under router/<layer>/.
         "off": nothing.
 
-    raises ValueError for another value of router_logs, and under nn.DataParallel.
+    raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
+    method that has no load to balance.
     """
 
     def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
@@ -62,9 +64,7 @@ class MoSLDTrainerMixin(_Base):
                 f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        self.balance_coef = (
-            _configured_balance_coef(cast(nn.Module, self.model)) if balance_coef is None else balance_coef
-        )
+        self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
         self.router_logs = router_logs
         self._routing = _Routing()
 
@@ -180,6 +180,15 @@ def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
 
 class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
     """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds."""
+
+
+def _balance_coef(model: nn.Module, given: float | None) -> float:
+    adapters = [adapter for _, adapter in running_adapters(model)]
+    if adapters and not any(adapter.mixture.balances for adapter in adapters):
+        if given:
+            raise ValueError(f"balance_coef={given} has {no_choice(adapters[0])}")
+        return 0.0
+    return _configured_balance_coef(model) if given is None else given
 
 
 def _configured_balance_coef(model: nn.Module) -> float:

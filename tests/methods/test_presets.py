@@ -1,0 +1,204 @@
+"""Every preset through PEFT on a small LLaMA: starts as the base, trains, saves, compiles, and leaves others' tokens alone."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+
+from mosld import balance_loss, presets, router_stats, set_routing
+from tests.models import perturb, tiny_llama, token_ids
+
+NAMES = list(presets.PRESETS)
+SMALL = {  # else the preset's own values
+    "mixlora_conditional": {"r": 2, "num_experts": 6},
+    "malora": {"mixing_options": {"r_up": 5}},
+}
+BY_SEQUENCE = ["mixlora_conditional"]
+BY_TASK = ["moelora_medical", "mtl_lora"]
+BALANCING = ["mosld", "mosl", "mosld_up", "hydralora", "mola", "loramoe", "moelora", "malora"]
+DENSE = ["hydralora", "loramoe"]  # every expert is chosen, so there is nothing to balance
+IDS, TASKS = token_ids(rows=3, length=7), torch.tensor([5, 0, 3])
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def adapted(name, trained=True, **changes):
+    config = presets.preset(name, **{"target_modules": ["q_proj", "down_proj"], **SMALL.get(name, {}), **changes})
+    torch.manual_seed(2)
+    model = peft.get_peft_model(tiny_llama(), config)
+    if trained:
+        torch.manual_seed(1)
+        perturb(model)
+        for parameter_name, parameter in model.named_parameters():
+            if name == "mor1e" and "mixer" in parameter_name:
+                parameter.data.mul_(0.05)  # a hundred times that goes into a sigmoid
+    return route(name, model).eval()
+
+
+def route(name, model, tasks=TASKS):
+    if name in BY_TASK:
+        set_routing(model, task_ids=tasks)
+    return model
+
+
+def test_every_preset_is_here():
+    assert set(BY_SEQUENCE) | set(BY_TASK) | set(BALANCING) | {"lora", "mode", "mor1e"} == set(NAMES)
+    for name in NAMES:
+        assert getattr(presets, name) is presets.PRESETS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_it_starts_as_the_base_bit_for_bit_and_trains_the_adapter_alone(name):
+    expected, model = tiny_llama()(IDS).logits, adapted(name, trained=False)
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model.train()(IDS).logits, expected)  # dropout has nothing to scale yet
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".mosld_" in n for n in trained)
+    layers, sizes = 2, {"q_proj": (32, 32), "down_proj": (48, 32)}
+    mixture = model.peft_config["default"].mixture_of("layer")
+    counted = layers * sum(mixture.parameters(*size) for size in sizes.values())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls(name):
+    model = adapted(name, trained=False).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    losses = []
+    for _ in range(12):
+        loss = model(IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5, losses
+    for n, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert not torch.equal(parameter, before[n]), f"{n} never moved"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_saved_and_loaded_into_a_fresh_model_it_is_the_same(name, tmp_path):
+    model = adapted(name)
+    expected = model(IDS).logits
+    model.save_pretrained(str(tmp_path))
+    loaded = route(name, peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path))).eval()
+    assert torch.equal(loaded(IDS).logits, expected)
+    assert (expected - tiny_llama()(IDS).logits).abs().max() > 1e-2
+    assert loaded.peft_config["default"].mixture_of("q_proj") == model.peft_config["default"].mixture_of("q_proj")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_copies_and_pickles_compute_the_same(name):
+    model = adapted(name)
+    expected = model(IDS).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        if name in BY_TASK:  # whose rows were they?
+            with pytest.raises(RuntimeError, match="call mosld.set_routing"):
+                other(IDS)
+        assert torch.equal(route(name, other)(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_batch_mates_and_later_tokens_change_nothing_where_tokens_or_tasks_decide(name):
+    model = adapted(name)
+    whole = model(IDS).logits
+    mates = route(name, model, TASKS[1:2])(IDS[1:2]).logits
+    torch.testing.assert_close(mates[0], whole[1], **CLOSE)
+    earlier = route(name, model)(IDS[:, :4]).logits
+    if name in BY_SEQUENCE:
+        assert (earlier - whole[:, :4]).abs().max() > 1e-3
+    else:
+        torch.testing.assert_close(earlier, whole[:, :4], **CLOSE)
+    told = " ".join(presets.PRESETS[name].__doc__.split())
+    assert ("later tokens change earlier ones" in told) == (name in BY_SEQUENCE)
+
+
+@pytest.mark.parametrize("name", BY_TASK)
+@torch.no_grad()
+def test_each_row_follows_its_own_task(name):
+    model = adapted(name)
+    whole = model(IDS).logits
+    for row in range(3):
+        for task in range(8):
+            set_routing(model, task_ids=task)
+            same = torch.allclose(model(IDS[row : row + 1]).logits[0], whole[row], **CLOSE)
+            assert same == (task == TASKS[row])
+    docs = presets.PRESETS[name].__doc__
+    assert "set_routing" in docs and "num_tasks" in docs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_balance_and_statistics_are_there_where_tokens_choose_and_refused_elsewhere(name):
+    model = adapted(name).train()
+    model(IDS)
+    if name not in BALANCING:
+        for function in (balance_loss, router_stats):
+            with pytest.raises(ValueError, match="there is no load to balance and none to tell of: mixing="):
+                function(model)
+        return
+    stats = router_stats(model)
+    assert len(stats) == 4
+    for own in stats.values():
+        torch.testing.assert_close(own.load.sum(), torch.tensor(1.0))
+        assert own.tokens == IDS.numel()
+    loss = balance_loss(model)
+    if name in DENSE:
+        assert loss == 0
+        return
+    loss.backward()
+    assert loss > 4 * 0.9  # at least 1 a layer, but for chance
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if "router" in n)
+
+
+@pytest.mark.parametrize("name", ["mola", "malora", "mixlora_conditional", "mtl_lora"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_activation_checkpointing_changes_no_gradient(name, use_reentrant):
+    """With dropout on x, and the balance loss where there is one."""
+    grads = []
+    for checkpointing in (False, True):
+        model = adapted(name).train()
+        if checkpointing:
+            base = model.get_base_model()
+            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+            enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(4)
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        if name in BALANCING:
+            loss = loss + 0.5 * balance_loss(model)
+        torch.rand(5)
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_whole_forward_and_backward_are_the_same(name):
+    def run(compile_it):
+        model = adapted(name).train()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        forward = torch.compile(model, fullgraph=True, dynamic=True, backend=counter) if compile_it else model
+        results = []
+        for tasks in (TASKS, TASKS.flip(0)):  # other tasks are no other program
+            route(name, model, tasks)
+            model.zero_grad()
+            torch.manual_seed(6)
+            out = forward(IDS, labels=IDS, use_cache=False)
+            out.loss.backward()
+            results += [out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+        return results, counter.frame_count
+
+    torch._dynamo.reset()
+    expected, _ = run(False)
+    compiled, frames = run(True)
+    assert frames == 1
+    for ours, truth in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(ours, truth, **CLOSE)
