@@ -70,7 +70,7 @@ def down(
     from torch's generator. The logits are in float32 (float64 for float64 x).
     """
     keep = draw_bits(x, dropout_x) if dropout_x else None
-    both = _dropped(torch.cat((gate_a, up_a)), dropout_a, seed, 0).to(x.dtype)
+    both = _dropped(torch.cat((gate_a, up_a)), dropout_a, seed, 0, x.dtype)
     router_weight = router_weight.to(x.dtype)
     if _by_hand(x):
         _, z, logits = _Down.apply(x, both, router_weight, keep)  # pyright: ignore
@@ -83,7 +83,7 @@ def down(
 
 def drop_down_a(down_a: Tensor, dropout_a: float, seed: Tensor | None) -> Tensor:
     """A2 with its elements dropped"""
-    return _dropped(down_a, dropout_a, seed, DOWN_STREAM)
+    return _dropped(down_a, dropout_a, seed, DOWN_STREAM, down_a.dtype)
 
 
 def up(out: Tensor, mixed: Tensor, down_b: Tensor) -> Tensor:
