@@ -160,18 +160,18 @@ class _Block(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         count = len(Inputs._fields)
-        return _forward(Inputs(*tensors[:count]), settings, list(tensors[count:]))
+        return _forward(Inputs._make(tensors[:count]), settings, list(tensors[count:]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dhidden, dmixed):
         count, settings = len(Inputs._fields), ctx.settings
         saved = ctx.saved_tensors  # asked for once: activation checkpointing hands them out a single time
-        inputs, bits = Inputs(*saved[:count]), list(saved[count:])
+        inputs, bits = Inputs._make(saved[:count]), list(saved[count:])
         dhidden = torch.zeros_like(inputs.gate) if dhidden is None else dhidden
         dmixed = torch.zeros_like(inputs.z_gate) if dmixed is None else settings.scale * dmixed
         grads = [torch.zeros_like(tensor) for tensor in inputs[:-2]]
-        sums, slots = Inputs(*grads, inputs.weights, inputs.chosen), range(inputs.chosen.shape[1])
+        sums, slots = Inputs._make((*grads, inputs.weights, inputs.chosen)), range(inputs.chosen.shape[1])
         with no_autocast(dhidden.device.type):
             dweights = [_slot_backward(inputs, settings, bits, k, dhidden, dmixed, sums) for k in slots]
         return None, *grads, torch.stack(dweights, dim=1), None, *(None for _ in bits)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mosld import MoSLDAdapter, MoSLDLinear, contrastive_loss, localized_balance_loss, presets
+from mosld import MoSLDAdapter, MoSLDLinear, contrastive_loss, forget_routing, localized_balance_loss, presets
 from tests.models import perturb, tiny_llama, token_ids
 
 WIDE = torch.float64
@@ -152,6 +152,8 @@ def test_a_sample_of_tokens_is_of_real_ones_and_what_the_seed_says(keeps_hidden)
         values.append(contrastive_loss(own, MASK, tokens=6).item())
     assert values[0] == values[1] != values[2] and all(math.isfinite(value) for value in values)
     whole = contrastive_loss(own, MASK, tokens=100).item()
+    for _ in range(4):  # as many as there are real ones, whichever the seed
+        assert contrastive_loss(own, MASK, tokens=8).item() == pytest.approx(whole)
     own(torch.cat((x[0, :3], x[1])).unsqueeze(0))
     assert contrastive_loss(own).item() == pytest.approx(whole)
     assert contrastive_loss(own, tokens=8).item() == pytest.approx(whole)
@@ -179,6 +181,9 @@ def test_nothing_is_kept_unless_asked_and_copies_start_without(monkeypatch):
     assert own.adapter.hidden is not None and own.adapter.gram is not None
     for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert other.adapter.hidden is None and other.adapter.gram is None
+    forget_routing(own)
+    assert own.adapter.hidden is None and own.adapter.gram is None
+    own(x)
     for name, value in (("temperature", 0), ("tokens", 0)):
         with pytest.raises(ValueError, match=name):
             contrastive_loss(own, **{name: value})

@@ -195,9 +195,11 @@ def test_auxiliary_losses_are_logged_and_their_columns_stay_out_of_the_evaluatio
         use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", learning_rate=0.0,
     )  # fmt: skip
     trainer = MoSLDTrainer(
-        model=adapted(), args=arguments, train_dataset=columns(), eval_dataset=columns(), auxiliary_losses=AUXILIARY,
-        auxiliary_columns=["kind"],
+        model=(model := adapted()), args=arguments, train_dataset=columns(), eval_dataset=columns(),
+        auxiliary_losses=AUXILIARY, auxiliary_columns=["kind"],
     )  # fmt: skip
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     model, order, values = adapted().train(), _trainer_order(), []
@@ -207,6 +209,7 @@ def test_auxiliary_losses_are_logged_and_their_columns_stay_out_of_the_evaluatio
     assert logged["localized"] == pytest.approx(sum(values) / 2, rel=1e-4)
     assert logged["contrast"] > 0 and logged["balance_loss"] > 0
     assert trainer.evaluate()["eval_loss"] > 0
+    assert len(seen) >= 3 and all("kind" not in names for names in seen)
 
 
 def test_an_auxiliary_loss_needs_a_name_of_its_own(tmp_path):

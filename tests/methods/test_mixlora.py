@@ -129,7 +129,7 @@ def test_linear_layers_get_plain_loras_and_blocks_a_router():
 
 def test_it_trains_and_so_do_its_routers_with_the_balance_loss():
     model = adapted(trained=False, input_dropout=0.05).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     before, losses = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, []
     for _ in range(40):
         loss = model(token_ids(), labels=token_ids()).loss
@@ -137,7 +137,7 @@ def test_it_trains_and_so_do_its_routers_with_the_balance_loss():
         (loss + 0.01 * balance_loss(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
     assert all((p != before[n]).any() for n, p in model.named_parameters() if p.requires_grad)
     assert localized_balance_loss(model, [0, 1, 0]).item() > 0
 
