@@ -58,10 +58,14 @@ def test_generate_of_an_encoder_and_a_decoder_whose_batches_differ():
 @torch.no_grad()
 def test_a_sequence_routed_method_generates_without_a_cache_as_it_computes():
     """Each step without a cache sees the whole row so far, which is what a forward of it sees; one with a cache does not."""
-    model = peft.get_peft_model(tiny_llama(), presets.mixlora_conditional(r=2, num_experts=6, target_modules=["q_proj"]))
+    model = peft.get_peft_model(
+        tiny_llama(), presets.mixlora_conditional(r=2, num_experts=6, target_modules=["q_proj"])
+    )
     torch.manual_seed(1)
     perturb(model)
-    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    settings = dict(
+        max_new_tokens=5, min_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     out = model.eval().generate(input_ids=IDS[:1], use_cache=False, **settings)
     for step, logits in enumerate(out.logits):
         whole = model(out.sequences[:, : IDS.shape[1] + step]).logits[:, -1]

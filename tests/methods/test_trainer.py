@@ -112,7 +112,9 @@ def test_collators_make_a_tensor_of_the_column(tmp_path, collator):
 
     class Watching(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append((set(inputs), next(m for m in model.modules() if hasattr(m, "mixtures")).mixtures["default"].routing))
+            seen.append(
+                (set(inputs), next(m for m in model.modules() if hasattr(m, "mixtures")).mixtures["default"].routing)
+            )
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     class Mine(MoSLDTrainerMixin, Watching):
@@ -138,6 +140,8 @@ def test_without_choice_of_experts_the_configured_balance_weight_is_0_and_a_give
     model = adapted(balance_coef=0.25)
     assert trainer(tmp_path, model).balance_coef == 0.0
     assert trainer(tmp_path, model, balance_coef=0.0).balance_coef == 0.0
-    with pytest.raises(ValueError, match="balance_coef=0.1 has no load to balance .*: mixing='task_core' with router='task'"):
+    with pytest.raises(
+        ValueError, match="balance_coef=0.1 has no load to balance .*: mixing='task_core' with router='task'"
+    ):
         trainer(tmp_path, model, balance_coef=0.1)
     assert trainer(tmp_path, adapted("mola", balance_coef=0.25)).balance_coef == 0.25
