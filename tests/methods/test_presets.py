@@ -74,7 +74,7 @@ def test_the_loss_falls(name):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5, losses
+    assert losses[-1] < losses[0] - 0.15, losses
     for n, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert not torch.equal(parameter, before[n]), f"{n} never moved"
@@ -179,26 +179,48 @@ def test_activation_checkpointing_changes_no_gradient(name, use_reentrant):
         torch.testing.assert_close(grads[1][n], grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=n: f"{n}: {m}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_whole_forward_and_backward_are_the_same(name):
-    def run(compile_it):
-        model = adapted(name).train()
+def compiled_and_not(model, function, x, name):
+    """Outputs and gradients of two calls with other tasks, eager and compiled, and how often each call compiled."""
+    results, frames = [], []
+    for compile_it in (False, True):
+        torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        forward = torch.compile(model, fullgraph=True, dynamic=True, backend=counter) if compile_it else model
-        results = []
-        for tasks in (TASKS, TASKS.flip(0)):  # other tasks are no other program
+        forward = torch.compile(function, fullgraph=True, backend=counter) if compile_it else function
+        own = []
+        for tasks in (TASKS, TASKS.flip(0)):
             route(name, model, tasks)
             model.zero_grad()
             torch.manual_seed(6)
-            out = forward(IDS, labels=IDS, use_cache=False)
-            out.loss.backward()
-            results += [out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
-        return results, counter.frame_count
+            out = forward(x)
+            out.square().mean().backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            own.append((out.detach(), grads))
+            frames.append(counter.frame_count)
+        results.append(own)
+    return results, frames[2:]
 
-    torch._dynamo.reset()
-    expected, _ = run(False)
-    compiled, frames = run(True)
-    assert frames == 1
-    for ours, truth in zip(compiled, expected, strict=True):
-        torch.testing.assert_close(ours, truth, **CLOSE)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_layer_is_the_same_forward_and_backward(name):
+    """With the preset's dropout, whose masks come from the same generator. Other tasks are no other program."""
+    model = adapted(name).train()
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(3))
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(place)
+    (eager, compiled), frames = compiled_and_not(model, lambda x: layer(x), x, name)
+    assert frames == [1, 1]
+    assert len(eager[0][1]) == len(layer.mixtures["default"].state_dict())
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    if name in BY_TASK:
+        assert not torch.allclose(eager[0][0], eager[1][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mtl_lora", "mixlora_conditional"])
+def test_a_compiled_model_is_the_same_forward_and_backward(name):
+    model = adapted(name).train()
+    (eager, compiled), frames = compiled_and_not(model, lambda ids: model(ids, use_cache=False).logits, IDS, name)
+    assert frames == [1, 1]
+    assert len(eager[0][1]) == sum(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(compiled, eager, **CLOSE)
