@@ -197,7 +197,7 @@ class Mixture:
         if self.kind.block is None:
             return self
         plain: dict[str, Any] = dict(mixing="expand", mixing_options={}, num_experts=1, top_k=1, router="none")
-        return replace(self, **plain, gate="top_k", temperature=1.0)
+        return replace(self, **plain, gate="top_k", temperature=1.0, router_std=None)
 
     def option(self, name: str) -> Any:
         return self.mixing_options.get(name, self.kind.options[name])

@@ -192,6 +192,7 @@ def test_dropout_falls_on_the_a_s_by_the_seed_and_on_x_once_for_all():
             ((dropped == 0) | torch.isclose(dropped, 2 * whole)).all() and (dropped == 0).any() and (dropped != 0).any()
         )
     assert ((dropped_gate == 0) != (dropped_up == 0)).any()
+    assert ((dropped_gate.T == 0) != (drop_down_a(gate_a, 0.5, seed) == 0)).any()
     torch.manual_seed(0)
     z_gate, z_up, logits = down(x, torch.eye(6, dtype=WIDE), torch.eye(6, dtype=WIDE), router, 0.0, 0.3, None)
     torch.testing.assert_close(logits, x @ router.T)

@@ -119,7 +119,7 @@ def test_llama2_7b_has_as_many_parameters_as_published():
 def test_linear_layers_get_plain_loras_and_blocks_a_router():
     model = adapted()
     attention = model.get_submodule(BLOCK.format(1).replace("mlp", "self_attn.q_proj")).mixtures["default"]
-    assert attention.mixture == presets.lora(r=2, alpha=3, router_std=0.02).mixture_of("q_proj")
+    assert attention.mixture == presets.lora(r=2, alpha=3).mixture_of("q_proj")
     model(token_ids())
     assert list(router_stats(model)) == [BLOCK.format(0), BLOCK.format(1)]
     assert router_stats(model)[BLOCK.format(0)].tokens == 21
