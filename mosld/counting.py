@@ -1,8 +1,9 @@
 """`mosld inspect --config ... --model NAME`: what a method trains and costs, counted on its real modules before any training.
 
 The model is built on the meta device, PEFT adapts it there, and what requires a gradient is counted. Cost is that of one
-adapted layer of each kind, run on meta tensors: the multiplications of its matrix products, and the storage that autograd
-keeps. Both are differences between two lengths of one sequence, so what falls once a sequence or once a call is left out.
+adapted layer of each kind, run on meta tensors, less that of the frozen layer in it: the multiplications of matrix products,
+and the storage that autograd keeps. Both are differences between two lengths of one sequence, so what falls once a sequence
+or once a call is left out.
 """
 
 import re
@@ -17,14 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import known_models
 from .config import MoSLDConfig
 from .config_text import read_config, split_names
-from .layer import MoSLDAdapter
 from .presets import PRESETS
 from .routing import Routing
 from .tuner import MoSLDModel
 
 # One layer's trained tensor in an adapted model: <prefix><layer>.mosld_<part>.<adapter>.weight
 _TRAINED = re.compile(r"(?:base_model\.model\.)?(.+?)\.mosld_(\w+)\.")
-ROUTERS = ("router", "tasks")  # the parts that belong to the router
 LENGTHS = (64, 128)
 
 
@@ -36,12 +35,11 @@ def count(model_name: str, configs: Sequence[str] = (), targets: str | None = No
 
     model, parameters: of the base. methods: for each configuration
         config, trained, share (trained over the base's parameters), parts (shared_a, expert_b, router, tasks, mixer, and
-        others for modules_to_save -> parameters), layers, experts ([fewest, most] of a layer, None without layers that
-        tell), and of all layers together
+        others for modules_to_save -> parameters), layers, experts ([fewest, most] of a layer), and of all layers together
         multiplications: of the adapters over those of the frozen layers adapted, forward, per token.
-        saved_bytes: kept for backward per token beside x, of x in bfloat16.
-        kinds: the same for layers that are alike: name, in_features, out_features, layers, experts, trained and parts of
-        one layer, multiplications per token (not a ratio), saved_bytes. None where a layer cannot be run by itself.
+        saved_bytes: kept for backward per token beyond what the frozen layers and their inputs are, in bfloat16.
+        kinds: the same for layers that are alike: name, in_features, out_features, layers, experts, and of one layer
+        trained, parts, saved_bytes and, per token and not as ratios, multiplications and frozen_multiplications.
 
     raises ValueError for models, presets, fields and target modules that do not exist, listing those that do.
     """
@@ -104,86 +102,88 @@ def _count_one(base: nn.Module, config: MoSLDConfig, total: int) -> dict[str, An
             own[part] = own.get(part, 0) + parameter.numel()
     kinds = list(_kinds(model.base_model.model, layers))  # pyright: ignore
     trained = sum(parts.values())
-    experts = [kind["experts"] for kind in kinds if kind["experts"] is not None]
+    experts = [kind["experts"] for kind in kinds]
+    whole = {key: sum(kind["layers"] * kind[key] for kind in kinds) for key in COSTS}
     return {
         "trained": trained,
         "share": trained / total,
         "parts": parts,
         "layers": len(layers),
-        "experts": [min(experts), max(experts)] if experts else None,
-        "multiplications": _whole(kinds, "multiplications", lambda kind: kind["in_features"] * kind["out_features"]),
-        "saved_bytes": _whole(kinds, "saved_bytes"),
+        "experts": [min(experts), max(experts)],
+        "multiplications": whole["multiplications"] / whole["frozen_multiplications"],
+        "saved_bytes": whole["saved_bytes"],
         "kinds": kinds,
     }
-
-
-def _whole(kinds: Sequence[dict], what: str, frozen: Any = None) -> float | None:
-    """The sum over all layers, over that of `frozen` where it is given; None where a layer's is not known."""
-    if not kinds or any(kind[what] is None for kind in kinds):
-        return None
-    own = sum(kind["layers"] * kind[what] for kind in kinds)
-    return own if frozen is None else own / sum(kind["layers"] * frozen(kind) for kind in kinds)
 
 
 def _kinds(model: nn.Module, layers: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
     """Layers with the same last name, sizes and mixture, counted and measured once."""
     groups: dict[tuple, list[str]] = {}
     for name, parts in layers.items():
-        module = model.get_submodule(name)
-        adapter = _adapter_of(module)
-        sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-        key = name.rpartition(".")[2], *sizes, tuple(parts.items()), None if adapter is None else repr(adapter.mixture)
+        layer: Any = model.get_submodule(name)
+        (adapter,) = layer.mixtures.values()
+        key = (
+            name.rpartition(".")[2],
+            layer.in_features,
+            layer.out_features,
+            repr(adapter.mixture),
+            tuple(parts.items()),
+        )
         groups.setdefault(key, []).append(name)
-    for (name, d_in, d_out, parts, _), names in groups.items():
-        adapter = _adapter_of(model.get_submodule(names[0]))
-        multiplications, saved_bytes = (None, None) if adapter is None else cost_per_token(adapter, d_in)
+    for (name, d_in, d_out, _, parts), names in groups.items():
+        layer = model.get_submodule(names[0])
+        (adapter,) = layer.mixtures.values()
         yield {
             "name": name,
             "in_features": d_in,
             "out_features": d_out,
             "layers": len(names),
-            "experts": None if adapter is None else adapter.num_experts,
+            "experts": adapter.num_experts,
             "trained": sum(size for _, size in parts),
             "parts": dict(parts),
-            "multiplications": multiplications,
-            "saved_bytes": saved_bytes,
+            **dict(zip(COSTS, cost_per_token(layer), strict=True)),
         }
 
 
-def _adapter_of(module: nn.Module) -> MoSLDAdapter | None:
-    """The one mixture of a layer that is a linear one."""
-    own = list(getattr(module, "mixtures", {}).values())
-    return own[0] if len(own) == 1 and isinstance(own[0], MoSLDAdapter) else None
+COSTS = ("multiplications", "frozen_multiplications", "saved_bytes")
 
 
-def cost_per_token(adapter: MoSLDAdapter, in_features: int) -> tuple[float, float]:
-    """Multiplications of the update's matrix products, forward, and bytes kept for backward beside x (bfloat16), per token.
+def cost_per_token(layer: Any) -> tuple[float, float, float]:
+    """COSTS of an adapted layer of a PEFT model, in bfloat16: what the adapter adds to the frozen layer, and that layer's own.
 
-    The update is that of all experts as dense products, as the layer computes it on any device but a CPU with many experts.
+    Experts are counted as they are computed on a GPU: all of them in one product, where the method has one.
     """
-    short, long = (_cost(adapter, in_features, length) for length in LENGTHS)
-    step = LENGTHS[1] - LENGTHS[0]
-    return (long[0] - short[0]) / step, (long[1] - short[1]) / step
-
-
-def _cost(adapter: MoSLDAdapter, in_features: int, length: int) -> tuple[float, float]:
-    device, m = adapter.shared_a.weight.device, adapter.mixture
-    x = torch.empty(1, length, in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
+    (adapter,) = layer.mixtures.values()
+    device, m = next(layer.parameters()).device, adapter.mixture
     gates = torch.empty(1, m.kind.gates(m), device=device) if m.router == "external" else None
     given, adapter.routing = adapter.routing, Routing(torch.zeros(1, dtype=torch.long, device=device), gates)
+    try:
+        ends = [(_cost(layer, layer.in_features, n), _cost(layer.base_layer, layer.in_features, n)) for n in LENGTHS]
+    finally:
+        adapter.routing = given
+    (whole, frozen) = (
+        [(long - short) / (LENGTHS[1] - LENGTHS[0]) for short, long in zip(*lengths, strict=True)]
+        for lengths in zip(*ends, strict=True)
+    )
+    return whole[0] - frozen[0], frozen[0], whole[1] - frozen[1]
+
+
+def _cost(module: nn.Module, in_features: int, length: int) -> tuple[float, float]:
+    """Multiplications and bytes kept of one forward, without the input's."""
+    weight = next(module.parameters())
+    x = torch.empty(1, length, in_features, dtype=torch.bfloat16, device=weight.device, requires_grad=True)
     kept: dict[int, Tensor] = {}  # one a storage, alive so that no other storage takes its place
 
     def keep(tensor: Tensor) -> Tensor:
         kept.setdefault(_storage(tensor), tensor)
         return tensor
 
-    try:
-        counter = FlopCounterMode(display=False)
-        with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = adapter(x)
-    finally:
-        adapter.routing = given
-    del out
+    in_place = {
+        torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # which the counter does not know
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x)
     kept.pop(_storage(x), None)
     return counter.get_total_flops() / 2, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -209,7 +209,7 @@ def as_text(report: dict[str, Any]) -> str:
         *_columns([KIND_HEADS, *(_kind_row(method["config"], kind) for method in methods for kind in method["kinds"])]),
         "",
         "trained: what requires a gradient. multiplied: multiplications of the adapters in percent of those of the frozen",
-        "layers that they adapt, forward, per token. saved: kept for backward beside the layers' inputs, in bfloat16.",
+        "layers that they adapt, forward, per token. saved: kept for backward beyond what the frozen layers keep, in bfloat16.",
     ]
     if others := [f"{m['parts']['others']:,} with {m['config']}" for m in methods if "others" in m["parts"]]:
         lines.append(f"trained as well, by modules_to_save: {', '.join(others)}")
@@ -222,36 +222,35 @@ def _method_row(method: dict[str, Any]) -> tuple[str, ...]:
         method["config"],
         f"{method['trained']:,}",
         f"{100 * method['share']:.3f}",
-        *_part_cells(method["parts"]),
+        *(f"{size:,}" for size in sizes_by_role(method["parts"])),
         str(method["layers"]),
-        " to ".join(map(str, dict.fromkeys(experts))) if experts else "",
-        "" if ratio is None else f"{100 * ratio:.2f}",
-        "" if saved is None else f"{saved:,.0f}",
+        " to ".join(map(str, dict.fromkeys(experts))),
+        f"{100 * ratio:.2f}",
+        f"{saved:,.0f}",
     )
 
 
 def _kind_row(config: str, kind: dict[str, Any]) -> tuple[str, ...]:
-    d_in, d_out, product, saved = (
-        kind[name] for name in ("in_features", "out_features", "multiplications", "saved_bytes")
-    )
     return (
         config,
         kind["name"],
-        "" if d_in is None else f"{d_in} -> {d_out}",
+        f"{kind['in_features']} -> {kind['out_features']}",
         str(kind["layers"]),
-        "" if kind["experts"] is None else str(kind["experts"]),
+        str(kind["experts"]),
         f"{kind['trained']:,}",
-        *_part_cells(kind["parts"]),
-        "" if product is None else f"{100 * product / (d_in * d_out):.2f}",
-        "" if saved is None else f"{saved:,.0f}",
+        *(f"{size:,}" for size in sizes_by_role(kind["parts"])),
+        f"{100 * kind['multiplications'] / kind['frozen_multiplications']:.2f}",
+        f"{kind['saved_bytes']:,.0f}",
     )
 
 
-def _part_cells(parts: dict[str, int]) -> tuple[str, ...]:
-    router = sum(parts.get(part, 0) for part in ROUTERS)
-    return tuple(
-        f"{size:,}" for size in (parts.get("shared_a", 0), parts.get("expert_b", 0), router, parts.get("mixer", 0))
-    )
+def sizes_by_role(parts: dict[str, int]) -> tuple[int, int, int, int]:
+    """Parameters of A, of B, of the router, and of the mixing."""
+
+    def all_of(*ends: str) -> int:
+        return sum(size for part, size in parts.items() if part.endswith(ends))
+
+    return all_of("_a"), all_of("_b"), all_of("router", "tasks"), all_of("mixer")
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mosld.config import MoSLDConfig
-from mosld.counting import ROUTERS as ROUTER_PARTS
-from mosld.counting import count
+from mosld.counting import count, sizes_by_role
 from mosld.mixture import GATES, MIXINGS, ROUTERS, Mixture
 from mosld.presets import PRESETS
 
@@ -35,6 +34,12 @@ FORMS = {
     "dense": Form("G(x), r_up × r", "h = G z", "r rows, shared by all pairs", "r_up columns, shared by all pairs"),
     "select": Form(
         "P_B(x)ᵀ P_A(x), zeros and ones", "h[b_q] = z[a_q], q = 1 to r", "a pool of rows", "a pool of columns"
+    ),
+    "block": Form(
+        "not one: E whole feed-forward blocks",
+        "y = Σ_e g_e W2_e (act(W1_e x) ∘ W3_e x)",
+        "one an expert",
+        "one an expert",
     ),
 }
 OWN_GATES = {
@@ -354,14 +359,11 @@ def shown(arithmetic: str) -> str:
 def _costs() -> str:
     rows = []
     for method in count(MODEL)["methods"]:
-        parts, ratio, saved = method["parts"], method["multiplications"], method["saved_bytes"]
-        router = sum(parts.get(part, 0) for part in ROUTER_PARTS)
-        sizes = (parts.get("shared_a", 0), parts.get("expert_b", 0), router, parts.get("mixer", 0))
         rows.append(
             (
-                f"`{method['config']}`", str(method["layers"]), f"{method['trained']:,}", *(f"{size:,}" for size in sizes),
-                "" if ratio is None else f"{100 * ratio:.2f}",
-                "" if saved is None else f"{saved / method['layers']:,.0f}",
+                f"`{method['config']}`", str(method["layers"]), f"{method['trained']:,}",
+                *(f"{size:,}" for size in sizes_by_role(method["parts"])),
+                f"{100 * method['multiplications']:.2f}", f"{method['saved_bytes'] / method['layers']:,.0f}",
             )
         )  # fmt: skip
     return "\n".join(
@@ -370,7 +372,7 @@ def _costs() -> str:
             "",
             f"On {MODEL}, q and v unless the preset says otherwise. Multiplied: multiplications of the adapters' matrix products over those of the",
             "frozen layers that they adapt, forward, per token, in percent. Saved: bytes that autograd keeps for backward per token and layer,",
-            "beside the layer's input, with torch products in bfloat16. Both are taken from a run of the real layer on the meta device; neither",
+            "beyond what the frozen layer keeps, with torch products in bfloat16. Both are taken from a run of the real layer on the meta device; neither",
             "is a time. What falls once a sequence or once a task is left out. Dropout on x keeps one bit an element, which is most of",
             "what is saved where there is one.",
             "",

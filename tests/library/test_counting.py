@@ -9,10 +9,10 @@ import torch
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mosld import MoSLDAdapter, counting, known_models, presets
+from mosld import counting, known_models, presets, set_routing
 from mosld.cli import main
 from mosld.counting import adapted, cost_per_token, count
-from mosld.routing import Routing, all_adapters
+from mosld.tuner import MoSLDPeftLinear
 from tests.models import tiny_llama
 
 DEMO = Path(__file__).parent.parent.parent / "docs/demo/block.json"
@@ -173,26 +173,30 @@ COSTS = {
 }
 
 
+def adapted_linear(mixture, d, o, device) -> MoSLDPeftLinear:
+    with torch.device(device):
+        layer = MoSLDPeftLinear(torch.nn.Linear(d, o, dtype=torch.bfloat16).requires_grad_(False))
+        layer.update_layer("default", inference_mode=False, **vars(mixture))
+    return layer.train()
+
+
 @pytest.mark.parametrize("name", COSTS)
 def test_cost_per_token_is_that_of_the_formulas(name):
     d, o = 512, 384
     mixture = presets.preset(name).mixture_of("any")
-    with torch.device("meta"):
-        adapter = MoSLDAdapter(d, o, **vars(mixture))
-    multiplications, saved = cost_per_token(adapter, d)
+    multiplications, frozen, saved = cost_per_token(adapted_linear(mixture, d, o, "meta"))
     of_products, of_memory = COSTS[name]
-    assert multiplications == of_products(d, o)
+    assert (multiplications, frozen) == (of_products(d, o), d * o)
     assert of_memory is None or saved == of_memory(d)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_is_kept_for_backward_is_what_a_layer_with_numbers_keeps(name):
     d, o = 64, 48
-    fields = vars(presets.preset(name).mixture_of("any"))
-    with torch.device("meta"):
-        _, told = cost_per_token(MoSLDAdapter(d, o, **fields), d)
-    real, kept = MoSLDAdapter(d, o, **fields), {}
-    real.routing = Routing(task_ids=torch.zeros(1, dtype=torch.long))
+    mixture = presets.preset(name).mixture_of("any")
+    *_, told = cost_per_token(adapted_linear(mixture, d, o, "meta"))
+    real, kept = adapted_linear(mixture, d, o, "cpu"), {}
+    set_routing(real, task_ids=0)
     for length in (32, 96):
         x = torch.randn(1, length, d, dtype=torch.bfloat16, requires_grad=True)
         saved = {}
@@ -238,12 +242,12 @@ def test_gates_from_the_caller_cost_no_router(tmp_path):
     assert method["multiplications"] == pytest.approx(sum(8 * 32 + 64 * o for o in (32, 16)) / (32 * 32 + 32 * 16))
 
 
-def test_measuring_leaves_what_was_set_for_the_next_forward(tmp_path):
-    model = adapted(known_models.build("gpt2"), presets.mosld())
-    adapter = next(adapter for _, adapter in all_adapters(model))
-    adapter.routing = given = Routing()
-    cost_per_token(adapter, 768)
-    assert adapter.routing is given
+def test_measuring_leaves_what_was_set_for_the_next_forward():
+    layer = adapted_linear(presets.mosld().mixture_of("any"), 8, 8, "meta")
+    set_routing(layer, task_ids=3)
+    given = layer.mixtures["default"].routing
+    cost_per_token(layer)
+    assert layer.mixtures["default"].routing is given
 
 
 def test_the_command_prints_tables_and_json(tmp_path, capsys):
