@@ -46,7 +46,7 @@ def mosld(**overrides: Any) -> MoSLDConfig:
     """MoSLD (arXiv 2412.08946, Eq. 1 to 3): a shared A with dropout on its elements, top-2 of 8 experts, r 8, alpha 16.
 
     The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are a num_experts_pattern:
-    {r"layers\\.([0-7])\\.": 8, r"layers\\.([8-9]|1[0-5])\\.": 6, r"layers\\.(1[6-9]|2[0-3])\\.": 4, r"layers\\.(2[4-9]|3[01])\\.": 2}.
+    {r"layers\\.[0-7]\\..*": 8, r"layers\\.([89]|1[0-5])\\..*": 6, r"layers\\.(1[6-9]|2[0-3])\\..*": 4, r"layers\\.(2[4-9]|3[01])\\..*": 2}.
     The weight of its balance loss is not given; 1e-3 is MoLA's.
     """
     return _config({}, overrides)
