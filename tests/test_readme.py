@@ -162,7 +162,7 @@ def test_its_commands_are_understood():
     assert len(lines) == 5
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
-    ours = [_help(name) for name in ("train", "eval", "inspect", "export")]
+    ours = [_help(name) for name in ("train", "compare", "eval", "inspect", "export")]
     known = (*ours, _help("layer", benchmarks._parser()), "--learning_rate", "--help")
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag and not flag.startswith("--benchmark-"):  # pytest-benchmark's

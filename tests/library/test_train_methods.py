@@ -1,5 +1,9 @@
 """The methods by name: a preset's values hold unless an option is given, options without use are refused, tasks are told."""
 
+import ast
+import re
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -125,3 +129,16 @@ def test_another_number_of_tasks_than_was_trained_on_is_refused():
     with pytest.raises(ValueError, match="knows num_tasks=3 of them, got 2: give the tasks that it was trained on"):
         task_setter(torch.nn.Module(), [Task("a", []), Task("b", [])], mixture)
     assert task_setter(torch.nn.Module(), [], MoSLDConfig().mixture_of("")) is None
+
+
+def _pattern_in(text: str) -> dict[str, int]:
+    return ast.literal_eval(re.search(r"\{r\"layers.*?\d\}", text, flags=re.DOTALL)[0])
+
+
+def test_the_documented_patterns_of_experts_match_the_layers_that_they_mean():
+    paper = MoSLDConfig(num_experts=5, num_experts_pattern=_pattern_in(PRESETS["mosld"].__doc__))
+    counts = [paper.experts_of(f"model.layers.{i}.self_attn.q_proj") for i in range(32)]
+    assert counts == [8] * 8 + [6] * 8 + [4] * 8 + [2] * 8
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    config = MoSLDConfig(num_experts_pattern=_pattern_in(readme))
+    assert [config.experts_of(f"model.layers.{i}.mlp.up_proj") for i in (0, 7, 8, 17)] == [4, 4, 8, 8]
