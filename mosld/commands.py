@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import export_command
 from .adapter_file import AdapterFileError
+from .at_once import write_at_once
 from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
@@ -32,6 +33,7 @@ from .training import (
     Recipe,
     Stage,
     check_targets,
+    drop_checkpoints,
     finish,
     finished,
     plan,
@@ -110,6 +112,8 @@ def train(run: Run) -> None:
     results = []
     for stage in run.stages:
         result = finished(run.folder, stage.name)
+        if result is not None and writes:
+            drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
         if result is None:
             folder = adapter_dir(run.folder, stage, run.options.method)
             result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, folder)
@@ -142,7 +146,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         model = _load_adapter(model, options.adapter)
     scores = {name: asdict(s) for name, s in score_tasks(model, encoder, tasks, options.eval_batch_size).items()}
     if output:
-        output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+        write_at_once(output, json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
 
 
@@ -184,10 +188,10 @@ def inspect(options: argparse.Namespace) -> dict:
         report["use"] = use_as_json(stats)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
         if options.model:
             loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
             draw_experts(loads, output / "experts.png", report["top_k"])
+        write_at_once(output / "inspect.json", json.dumps(report, indent=2) + "\n")  # last: with it, all is there
     return report
 
 
@@ -346,9 +350,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         "versions": versions(),
         "seconds": seconds,
     }
-    aside = run_dir / "results.tmp"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(run_dir / "results.json")
+    write_at_once(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     untested = [task.name for task in run.tasks if not task.test]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from .at_once import is_leftover, remove_leftovers, write_at_once
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -21,8 +23,8 @@ except ImportError:  # not on Windows
 PROGRAM = "mosld train"
 LOCK = "lock"
 _locks: list[TextIO] = []  # that this process holds
+# In the order in which they are removed: wherever that stops, what is left is an unfinished run, and known as one.
 OWN = (
-    "run.json",
     "results.json",
     "stages",
     "checkpoints",
@@ -31,6 +33,7 @@ OWN = (
     "accuracy.png",
     "loss.png",
     "experts.png",
+    "run.json",
 )
 
 
@@ -70,7 +73,8 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False)
     _lock(folder)
     if state == "run":
         _clear(folder)
-    (folder / "run.json").write_text(json.dumps({"program": PROGRAM, **settings}, indent=2) + "\n")
+    remove_leftovers(folder)
+    write_at_once(folder / "run.json", json.dumps({"program": PROGRAM, **settings}, indent=2) + "\n")
     return state == "unfinished"
 
 
@@ -106,7 +110,7 @@ def free_folder(name: str, settings: Mapping[str, object]) -> Path:
 
 def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
-    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
         return "new", []
     if not (folder / "run.json").is_file():
         return "foreign", []

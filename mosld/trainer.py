@@ -1,5 +1,6 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
+from .checkpoints import check_adapters, last_whole_checkpoint
 from .router import RouterStats, RouterUse, running_adapters
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
@@ -33,7 +35,11 @@ class MoSLDTrainerMixin(_Base):
         "layers": these, and the first three of every layer under router/<layer>/.
         "off": nothing.
 
-    raises ValueError for another value of router_logs, and under nn.DataParallel.
+    Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
+    `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
+
+    raises ValueError for another value of router_logs, and under nn.DataParallel. `train` raises AdapterFileError, a
+    ValueError, for a checkpoint whose weights were altered, and ValueError where True finds none.
     """
 
     def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary", **kwargs):
@@ -50,6 +56,15 @@ class MoSLDTrainerMixin(_Base):
         )
         self.router_logs = router_logs
         self._routing = _Routing()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(cast(str, self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"output_dir must hold a whole checkpoint to go on from, got {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            check_adapters(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         attention_mask = inputs.get("attention_mask")
