@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import counting, export_command
 from .adapter_file import AdapterFileError
+from .at_once import write_at_once
 from .config import MoSLDConfig
 from .export import check_output, export_lora
 from .fixed_gates import Gates
@@ -33,6 +34,7 @@ from .training import (
     Recipe,
     Stage,
     count_trained,
+    drop_checkpoints,
     finish,
     finished,
     plan,
@@ -112,6 +114,8 @@ def train(run: Run) -> None:
     results = []
     for stage in run.stages:
         result = finished(run.folder, stage.name)
+        if result is not None and writes:
+            drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
         if result is None:
             folder = adapter_dir(run.folder, stage, run.options.method)
             result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, folder)
@@ -147,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     results = score_tasks(model, encoder, tasks, options.eval_batch_size, on_task=on_task)
     scores = {name: score.summary() for name, score in results.items()}
     if output:
-        output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+        write_at_once(output, json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
 
 
@@ -214,7 +218,7 @@ def _count(options: argparse.Namespace) -> dict:
 def _write_report(report: dict, output: Path | None) -> dict:
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_at_once(output / "inspect.json", json.dumps(report, indent=2) + "\n")  # last: with it, all is there
     return report
 
 
@@ -391,9 +395,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         "versions": versions(),
         "seconds": seconds,
     }
-    aside = run_dir / "results.tmp"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(run_dir / "results.json")
+    write_at_once(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     untested = [task.name for task in run.tasks if not task.test]

@@ -11,7 +11,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, AdapterWeights
+from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, write_digest
+from .at_once import folder_beside
 from .mixture import FIELDS, Mixture
 
 
@@ -41,9 +42,9 @@ class MoSLDConfig(PeftConfig):
     target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
         without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
 
-    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.card`). Loaded from a local
-    folder, fields that this version does not know are named in a warning and left out, and the weights beside it are
-    checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
+    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.card`) and the weights' checksum.
+    Loaded from a local folder, fields that this version does not know are named in a warning and left out, and the
+    weights beside it are checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
 
     raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
     """
@@ -150,13 +151,24 @@ class MoSLDConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        folder = Path(save_directory)
         saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
-        super().save_pretrained(str(save_directory), **kwargs)
-        if saved_by_peft:
-            from .card import write_card  # needs this module
+        if not saved_by_peft:
+            (folder / DIGEST).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_beside(folder / CONFIG) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            (aside / CONFIG).replace(folder / CONFIG)
+            # Until here the old checksum refuses PEFT's new weights, which would be a mixture with the old configuration.
+            (folder / DIGEST).unlink(missing_ok=True)
+        if not saved_by_peft:
+            return
+        from .card import write_card  # needs this module
 
-            try:
-                write_card(save_directory)
-            except AdapterFileError as error:
-                # The files are saved as they are, and a card is no reason to stop a training.
-                warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
+        try:
+            write_card(folder)
+        except AdapterFileError as error:
+            # The files are saved as they are, and a card is no reason to stop a training.
+            warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
+        if (folder / WEIGHTS).is_file():
+            write_digest(folder)

@@ -6,12 +6,10 @@ A is shared, so MoSLD's sum has rank R: an ordinary LoRA of the same r and alpha
 of A's rows and B's columns for a rank, with M multiplied into the other.
 """
 
-import contextlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .at_once import folder_at_once
 from .config import MoSLDConfig
 from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates, fixed_matrix
 from .layer import MoSLDAdapter, MoSLDLinear
@@ -69,7 +68,8 @@ def export_lora(
     if per_expert and not all(a.mixture.kind.per_expert for _, a in layers.values()):
         raise ValueError("per_expert needs a gate for each expert, which this mixing has not")
     fixed = fix_gates(model, layers, gates, task)
-    with _written_at_once(folder, overwrite) as aside:
+    # Checked again before it takes its place: calibration may have taken long.
+    with folder_at_once(folder, lambda: check_output(folder, overwrite)) as aside:
         mean = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
         _save(aside, base, layers, mean, origin, task)
         for expert in range(max(len(gate) for gate in mean.values()) if per_expert else 0):
@@ -217,21 +217,3 @@ def target_modules(base: nn.Module, names: Iterable[str]) -> list[str] | str:
         if not any(name in listed or name.endswith(ends) for name in others):
             return sorted(listed)
     return "|".join(re.escape(name) for name in sorted(names))  # a path that is the end of another
-
-
-@contextlib.contextmanager
-def _written_at_once(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its place at the end: one that is killed leaves no half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        check_output(folder, overwrite)  # again: calibration may have taken long
-        if folder.exists():
-            folder.replace(before)
-        aside.replace(folder)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

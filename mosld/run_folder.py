@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO, cast
 
+from .at_once import is_leftover, remove_leftovers, write_at_once
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -24,8 +26,8 @@ except ImportError:  # not on Windows
 TRAIN, COMPARE = "mosld train", "mosld compare"
 LOCK = "lock"
 _locks: list[TextIO] = []  # that this process holds
+# In the order in which they are removed: wherever that stops, what is left is an unfinished run, and known as one.
 OWN = (
-    "run.json",
     "results.json",
     "stages",
     "checkpoints",
@@ -37,6 +39,7 @@ OWN = (
     "compare.json",
     "compare.md",
     "parameters.png",
+    "run.json",
 )
 
 
@@ -76,13 +79,12 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False,
     _lock(folder)
     if state == "run":
         _clear(folder)
+    remove_leftovers(folder)
     written = {"program": program, **settings}
     if state == "unfinished" and "rows" in settings:
         before = json.loads((folder / "run.json").read_text())
         written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
-    aside = folder / "run.tmp"
-    aside.write_text(json.dumps(written, indent=2) + "\n")
-    aside.replace(folder / "run.json")
+    write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
     return state == "unfinished"
 
 
@@ -118,7 +120,7 @@ def free_folder(name: str, settings: Mapping[str, object], program: str = TRAIN)
 
 def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
-    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
         return "new", []
     if not (folder / "run.json").is_file():
         return "foreign", []

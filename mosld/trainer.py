@@ -1,6 +1,7 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
+from .checkpoints import check_adapters, last_whole_checkpoint
 from .router import RouterStats, RouterUse, forget_routing, no_choice, running_adapters
 from .task_column import TaskColumnMixin
 
@@ -45,8 +47,12 @@ class MoSLDTrainerMixin(TaskColumnMixin):
         "layers": these, and the first three of every layer under router/<layer>/.
         "off": nothing.
 
+    Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
+    `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
+
     raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
-    method that has no load to balance.
+    method that has no load to balance. `train` raises AdapterFileError, a ValueError, for a checkpoint whose weights were
+    altered, and ValueError where True finds none.
     """
 
     def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
@@ -67,6 +73,15 @@ class MoSLDTrainerMixin(TaskColumnMixin):
         self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
         self.router_logs = router_logs
         self._routing = _Routing()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(cast(str, self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"output_dir must hold a whole checkpoint to go on from, got {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            check_adapters(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         arguments: dict[str, Any] = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)

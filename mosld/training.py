@@ -28,7 +28,9 @@ from transformers import (
     set_seed,
 )
 
+from .at_once import folder_at_once, write_at_once
 from .card import write_card
+from .checkpoints import last_whole_checkpoint
 from .methods import LORA, Adapter, task_setter
 from .progress import show_progress
 from .router import RouterUse
@@ -127,7 +129,7 @@ def run_stage(
         loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
         train_seconds = time.perf_counter() - start
         if PartialState().is_main_process:  # each process has the whole adapter, and PEFT makes a folder in each
-            model.save_pretrained(str(adapter_dir))
+            save_adapter(model, adapter_dir)
         start, use = time.perf_counter(), RouterUse()
         counts = mixture is not None and mixture.balances
         on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
@@ -149,6 +151,12 @@ def run_stage(
     finally:
         _restore(base, model)
     return result
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """`model.save_pretrained(folder)`, all at once or not at all; what `folder` held before is gone then."""
+    with folder_at_once(folder) as aside:
+        model.save_pretrained(str(aside))
 
 
 def _train(
@@ -173,13 +181,6 @@ def _train(
     with _stop_on_interrupt(trainer):
         trainer.train(resume_from_checkpoint=last)
     return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
 
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
@@ -251,7 +252,10 @@ def finish(run_dir: Path, name: str, result: dict) -> None:
     """Keep a stage's result, then drop its checkpoints; an interruption anywhere leaves the one or the other."""
     path = run_dir / "stages" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result))
-    aside.replace(path)
+    write_at_once(path, json.dumps(result))
+    drop_checkpoints(run_dir, name)
+
+
+def drop_checkpoints(run_dir: Path, name: str) -> None:
+    """Those of a finished stage."""
     shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)
