@@ -12,7 +12,6 @@ the method's, and the initial adapters, whose shapes differ.
 
 import argparse
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
 
 def compare(run: Comparison) -> None:
     """Train and score every cell that is not finished yet, then show and write the results."""
-    start, writes = time.perf_counter(), PartialState().is_main_process
+    writes = PartialState().is_main_process
     base_result = finished(run.folder, "base") or score_base(run.base, run.encoder, run.tasks, run.recipe)
     if writes:
         finish(run.folder, "base", base_result)
@@ -128,7 +127,7 @@ def compare(run: Comparison) -> None:
     if writes:
         titles = {row.name: row.title for row in run.rows}
         data = compare_report.gather(titles, _reference(titles), base_result, run.stages, results)
-        data |= {"settings": run.settings, "versions": versions(), "seconds": time.perf_counter() - start}
+        data |= {"settings": run.settings, "versions": versions()}
         compare_report.write(data, run.folder)
         print(f"\n{compare_report.text(data)}")
         if run.quick:

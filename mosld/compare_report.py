@@ -182,7 +182,18 @@ def _title(data: Mapping[str, Any]) -> str:
 
 
 def _notes(data: Mapping[str, Any]) -> list[str]:
-    return [EQUAL, HOW, *([ONE_SEED] if len(data["seeds"]) == 1 else [])]
+    return [*_verdict(data), EQUAL, HOW, *([ONE_SEED] if len(data["seeds"]) == 1 else [])]
+
+
+def _verdict(data: Mapping[str, Any]) -> list[str]:
+    """Which differences of the average are more than their interval."""
+    averages = [(line, line["difference"]["average"]) for line in data["rows"] if "difference" in line]
+    if not averages:
+        return []
+    apart = [
+        f"{line['title']}, {line['setting']}, {_points(own)}" for line, own in averages if own["low"] * own["high"] > 0
+    ]
+    return [f"Averages whose interval leaves out 0: {'; '.join(apart) or 'none'}, of {len(averages)}."]
 
 
 def _table(data: Mapping[str, Any]) -> list[list[str]]:

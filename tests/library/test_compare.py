@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -19,6 +21,7 @@ from tests.models import tiny_llama
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--use_cpu", "true",
         "--logging_steps", "1", "--warmup_steps", "0.1", "--save_strategy", "no"]  # fmt: skip
+ROOT = Path(__file__).parents[2]
 METHODS = "lora_equal,mtl_lora,mosld"
 
 
@@ -136,8 +139,32 @@ def test_the_page_and_the_charts_tell_compare_json(run):
     low, high = (100 * own["difference"]["average"][end] for end in ("low", "high"))
     assert f"[{low:+.1f}, {high:+.1f}] |" in page and "no evidence" in page
     assert page == compare_report.markdown(told(run))
+    assert "Averages whose interval leaves out 0: none, of 4." in page
     for name in ("accuracy.png", "parameters.png"):
         assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_page_names_the_averages_that_are_more_than_their_interval(run):
+    changed = told(run)
+    for low, high in ((0.01, 0.03), (-0.03, -0.01), (-0.01, 0.01)):
+        line = next(own for own in changed["rows"] if "difference" in own)
+        line["difference"]["average"] = {"mean": (low + high) / 2, "low": low, "high": high}
+        named = f"0: {line['title']}, {line['setting']}, " in compare_report.markdown(changed)
+        assert named == (low * high > 0)
+
+
+def test_the_page_of_the_committed_run_is_that_of_its_file():
+    committed = json.loads((ROOT / "benchmarks/results/compare/compare.json").read_text())
+    page = (ROOT / "docs/compare.md").read_text()
+    table, *_ = compare_report.markdown(committed).split(compare_report.EQUAL)
+    assert table in page and table in (ROOT / "benchmarks/results/compare/compare.md").read_text()
+    (command,) = re.findall(r"^mosld compare --setting.*--num_train_epochs.*$", page, flags=re.MULTILINE)
+    given = command.split()
+    assert given[given.index("--seeds") + 1] == str(len(committed["seeds"]))
+    for row in committed["settings"]["rows"].values():
+        words = row["trainer"]
+        last = len(words) - 1 - words[::-1].index("--num_train_epochs")
+        assert words[last + 1] == given[given.index("--num_train_epochs") + 1]
 
 
 def recorded_cells(monkeypatch, stop_after=None) -> list[str]:
