@@ -357,8 +357,9 @@ def shown(arithmetic: str) -> str:
 
 
 def _costs() -> str:
-    rows = []
-    for method in count(MODEL)["methods"]:
+    rows, methods = [], count(MODEL)["methods"]
+    less = any(method["saved_bytes"] < 0 for method in methods)
+    for method in methods:
         rows.append(
             (
                 f"`{method['config']}`", str(method["layers"]), f"{method['trained']:,}",
@@ -374,7 +375,9 @@ def _costs() -> str:
             "frozen layers that they adapt, forward, per token, in percent. Saved: bytes that autograd keeps for backward per token and layer,",
             "beyond what the frozen layer keeps, with torch products in bfloat16. Both are taken from a run of the real layer on the meta device; neither",
             "is a time. What falls once a sequence or once a task is left out. Dropout on x keeps one bit an element, which is most of",
-            "what is saved where there is one.",
+            "what is saved where there is one."
+            + less
+            * "\nLess than nothing is saved where a method computes again in backward what the frozen layers would keep.",
             "",
             *_table(
                 ("preset", "layers", "trained", "A", "B", "router", "mixer", "multiplied, %", "saved, bytes"), rows
