@@ -233,6 +233,7 @@ def test_under_bfloat16_autocast_it_computes_as_the_bfloat16_block_with_rounded_
     narrow = copy.deepcopy(block).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x.float())
+    assert a.router_logits.dtype == torch.float32  # as in the routing of any layer
     assert out.dtype == torch.bfloat16 and torch.equal(out, narrow(x))
     (out.float().square().sum() + balance_loss(block)).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in a.parameters())
