@@ -165,7 +165,7 @@ def _train(
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=cast(Any, rows),
         data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
     )
     show_progress(trainer, f"train {stage.name}")
