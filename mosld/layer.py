@@ -70,8 +70,9 @@ class MoSLDAdapter(nn.Module):
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
     backend = "auto"
-    # Whether `router_logits` are kept; set it as `backend`. False lets torch.compile(fullgraph=True) go through activation
-    # checkpointing, inside which it allows no such memory; without it there is no balance loss and no statistics.
+    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing torch.compile(fullgraph=True)
+    # takes such a memory only under torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False
+    # lets it through where neither the balance loss nor statistics are wanted.
     keep_logits = True
 
     def __init__(
@@ -124,8 +125,9 @@ class MoSLDAdapter(nn.Module):
         if self.keep_logits:
             self.router_logits = logits
         if self.owed is not None:
-            # A gradient that is owed outside backward is left from one that broke off.
-            if torch._C._current_graph_task_id() != -1 and logits.requires_grad:
+            # A gradient that is owed outside backward is left from one that broke off. A compiled layer cannot ask
+            # whether it is inside; there, `forget_routing` takes away what is left.
+            if (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1) and logits.requires_grad:
                 out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
             self.owed = None
         return out

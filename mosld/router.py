@@ -35,7 +35,7 @@ def forget_routing(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         for adapter in _mixtures(model):
-            adapter.router_logits = None
+            adapter.router_logits = adapter.owed = None
 
 
 def _mixtures(module: nn.Module) -> Iterator[MoSLDAdapter]:
