@@ -55,8 +55,9 @@ class MoSLDAdapter(nn.Module):
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
     backend = "auto"
-    # Whether `router_logits` are kept; set it as `backend`. False lets torch.compile(fullgraph=True) go through activation
-    # checkpointing, inside which it allows no such memory; without it there is no balance loss and no statistics.
+    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing torch.compile(fullgraph=True)
+    # takes such a memory only under torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False
+    # lets it through where neither the balance loss nor statistics are wanted.
     keep_logits = True
     # Whether `hidden` and `gram` are kept, where each expert has a B of its own behind z (mixings "expand" and "diagonal");
     # set it as `backend`, before the forward. Such layers then run in three stages, not in the fused operator.

@@ -83,8 +83,9 @@ class _StandsIn(torch.autograd.Function):
 def settle(adapter: "MoSLDAdapter", out: Tensor, made: Mapping[str, Tensor | None]) -> Tensor:
     """A layer's output, with which what `adapter` is owed goes into the tensors that this forward `made`, by name."""
     owed, adapter.owed = adapter.owed, None
-    # A gradient that is owed outside backward is left from one that broke off.
-    if owed is None or torch._C._current_graph_task_id() == -1:
+    # A gradient that is owed outside backward is left from one that broke off. A compiled layer cannot ask whether it is
+    # inside; there, `forget_routing` takes away what is left.
+    if owed is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
         return out
     paid = [(tensor, owed[name]) for name, tensor in made.items() if name in owed and tensor is not None]
     paid = [(tensor, grad) for tensor, grad in paid if tensor.requires_grad]

@@ -36,6 +36,7 @@ def forget_routing(model: nn.Module) -> None:
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         for adapter in _mixtures(model):
             adapter.forget()
+            adapter.owed = None
 
 
 def _mixtures(module: nn.Module) -> Iterator[MoSLDAdapter]:

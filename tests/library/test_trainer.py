@@ -35,14 +35,16 @@ def trained(
     tmp_path, trainer_class=MoSLDTrainer, accumulation=1, arguments=(), rows=ROWS, parts=("router",), **changes
 ):
     """Router weights, or those of other `parts`, after one SGD step of lr 1 on all eight rows."""
-    model, more = adapted(), dict(arguments)
-    arguments = TrainingArguments(
+    model = adapted()
+    settings = dict(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8 // accumulation, learning_rate=1.0,
         gradient_accumulation_steps=accumulation, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
-        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **more,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
+    arguments = TrainingArguments(**{**settings, **dict(arguments)})
     trainer_class(model=model, args=arguments, train_dataset=rows, **changes).train()
-    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if any(part in n for part in parts)])
+    named = [(n, p) for n, p in model.named_parameters() if any(part in n for part in parts)]
+    return torch.cat([p.detach().flatten().cpu() for _, p in named])
 
 
 def penalty_by_hand(accumulation):
@@ -69,34 +71,32 @@ def test_the_penalty_is_the_mean_over_micro_batches_beside_the_trainers_own_loss
     assert added.abs().max() > 1e-2
 
 
-def checkpointing(kwargs):
-    name = (
-        "activation_checkpointing"
-        if hasattr(TrainingArguments, "activation_checkpointing")
-        else "gradient_checkpointing"
-    )
-    return {name: True, f"{name}_kwargs": kwargs}
+def checkpointing(use_reentrant):
+    """TrainingArguments' for activation checkpointing, which transformers renames."""
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_activation_checkpointing_of_either_kind_changes_nothing(tmp_path, accumulation, use_reentrant):
-    arguments = checkpointing({"use_reentrant": use_reentrant})
     plain = trained(tmp_path, accumulation=accumulation)
-    torch.testing.assert_close(trained(tmp_path, accumulation=accumulation, arguments=arguments), plain)
+    ours = trained(tmp_path, accumulation=accumulation, arguments=checkpointing(use_reentrant))
+    torch.testing.assert_close(ours, plain)
 
 
-def test_under_bfloat16_autocast_the_penalty_has_the_same_weight_for_any_accumulation(tmp_path):
-    added = []
-    for accumulation in (1, 4):
-        plain, ours = (
-            trained(tmp_path, cls, accumulation, arguments={"bf16": True}) for cls in (Trainer, MoSLDTrainer)
-        )
-        added.append(plain - ours)
-        torch.testing.assert_close(
-            added[-1], penalty_by_hand(accumulation), rtol=0.1, atol=0.05 * added[-1].abs().max().item()
-        )
-    assert all(gradient.abs().max() > 1e-2 for gradient in added)
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["no-checkpoints", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_under_bfloat16_autocast_the_penalty_has_the_same_weight(tmp_path, accumulation, use_reentrant):
+    bfloat16_penalty(tmp_path, accumulation, **({} if use_reentrant is None else checkpointing(use_reentrant)))
+
+
+def bfloat16_penalty(folder, accumulation, **arguments):
+    arguments = {"bf16": True, **arguments}
+    plain, ours = (trained(folder, cls, accumulation, arguments=arguments) for cls in (Trainer, MoSLDTrainer))
+    added, expected = plain - ours, penalty_by_hand(accumulation)
+    torch.testing.assert_close(added, expected, rtol=0.1, atol=0.05 * added.abs().max().item())
+    assert added.abs().max() > 1e-2
 
 
 def test_no_weight_is_no_penalty(tmp_path):
@@ -253,7 +253,7 @@ def test_the_penalty_is_that_of_the_forwards_that_are_trained(tmp_path, trainer_
     class Mine(MoSLDTrainerMixin, trainer_class):
         pass
 
-    arguments = checkpointing(KINDS[kind]) if KINDS[kind] else {}
+    arguments = checkpointing(**KINDS[kind]) if KINDS[kind] else {}
     plain, ours = (trained(tmp_path, cls, arguments=arguments) for cls in (trainer_class, Mine))
     torch.testing.assert_close(plain - ours, penalty_by_hand(parts), rtol=1e-4, atol=1e-6)
 
