@@ -30,7 +30,17 @@ from .run_folder import COMPARE, check_free, claim, file_digest, free_folder, mo
 from .tasks.encode import Encoder
 from .tasks.examples import Task, TaskFileError, parse_task
 from .tasks.mixing import parse_proportions
-from .training import Recipe, Stage, count_trained, finish, finished, run_stage, score_base, training_arguments
+from .training import (
+    Recipe,
+    Stage,
+    count_trained,
+    drop_checkpoints,
+    finish,
+    finished,
+    run_stage,
+    score_base,
+    training_arguments,
+)
 
 EQUAL = "lora_equal"  # PEFT's LoRA of the rank whose parameters come nearest to those of the reference
 REFERENCE = "mosld"
@@ -117,6 +127,8 @@ def compare(run: Comparison) -> None:
     with tqdm(total=len(run.stages), desc="compare", unit="cell", disable=not writes) as progress:
         for stage in run.stages:
             result = finished(run.folder, stage.name)
+            if result is not None and writes:
+                drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
             if result is None:
                 adapter_dir = run.folder / "adapters" / stage.name
                 result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, adapter_dir)

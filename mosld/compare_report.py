@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 from matplotlib.figure import Figure
 
+from .at_once import write_at_once
 from .results import SINGLE, aligned
 from .training import Stage
 
@@ -249,10 +250,8 @@ def write(data: Mapping[str, Any], folder: Path) -> None:
     """compare.json, compare.md, accuracy.png, parameters.png"""
     _draw_accuracy(data, folder / "accuracy.png")
     _draw_parameters(data, folder / "parameters.png")
-    (folder / "compare.md").write_text(markdown(data))
-    aside = folder / "compare.tmp"
-    aside.write_text(json.dumps(data, indent=1) + "\n")
-    aside.replace(folder / "compare.json")
+    write_at_once(folder / "compare.md", markdown(data))
+    write_at_once(folder / "compare.json", json.dumps(data, indent=1) + "\n")
 
 
 def _error(line: Mapping[str, Any]) -> tuple[float, float]:

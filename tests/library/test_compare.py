@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy
@@ -16,6 +17,7 @@ from mosld.compare import Row, _layers, _options, plan
 from mosld.compare_report import interval, t_quantile
 from mosld.methods import Adapter
 from mosld.training import Interrupted, count_trained
+from tests.kills import killed_at_every_change
 from tests.library.test_cli import data, words  # noqa: F401  the tiny model and its two tasks
 from tests.models import tiny_llama
 
@@ -142,6 +144,22 @@ def test_the_page_and_the_charts_tell_compare_json(run):
     assert "Averages whose interval leaves out 0: none, of 4." in page
     for name in ("accuracy.png", "parameters.png"):
         assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def write_again(folder):
+    before = told(folder)
+    compare_report.write({**before, "rows": before["rows"][:-1]}, folder)
+
+
+@pytest.mark.slow
+def test_writing_again_that_is_killed_leaves_each_file_whole(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("adapters", "stages"))
+    old, new = told(folder), {**told(folder), "rows": told(folder)["rows"][:-1]}
+    pages = [compare_report.markdown(old), compare_report.markdown(new)]
+    seen = []
+    for _ in killed_at_every_change(write_again, folder):
+        seen.append(([old, new].index(told(folder)), pages.index((folder / "compare.md").read_text())))
+    assert seen == sorted(seen) and {seen[0], seen[-1]} == {(0, 0), (1, 1)}
 
 
 def test_the_page_names_the_averages_that_are_more_than_their_interval(run):
