@@ -159,7 +159,7 @@ def test_its_code_for_trl_trains(tmp_path, monkeypatch, offline):
 
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
     ours = [_help(name) for name in ("train", "compare", "eval", "inspect", "export")]
