@@ -254,6 +254,10 @@ def write(data: Mapping[str, Any], folder: Path) -> None:
     write_at_once(folder / "compare.json", json.dumps(data, indent=1) + "\n")
 
 
+def _sampled(data: Mapping[str, Any]) -> str:
+    return f"95 % intervals over {'seeds and items' if len(data['seeds']) > 1 else 'items alone, one seed'}"
+
+
 def _error(line: Mapping[str, Any]) -> tuple[float, float]:
     """-> mean and half width in percent"""
     return 100 * line["average"]["mean"], 50 * (line["average"]["high"] - line["average"]["low"])
@@ -263,9 +267,7 @@ def _draw_accuracy(data: Mapping[str, Any], path: Path) -> None:
     titles = list(dict.fromkeys(line["title"] for line in data["rows"]))
     settings = list(dict.fromkeys(line["setting"] for line in data["rows"]))
     figure = Figure(figsize=(3 + 1.0 * len(titles), 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        ylabel="average accuracy, %", title="Held-out items, with 95 % intervals over seeds and items"
-    )
+    axes = figure.add_subplot(ylabel="average accuracy, %", title=f"Held-out items, {_sampled(data)}")
     width = 0.8 / len(settings)
     for place, setting in enumerate(settings):
         lines = [line for line in data["rows"] if line["setting"] == setting]
@@ -282,20 +284,16 @@ def _draw_accuracy(data: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_parameters(data: Mapping[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="trained parameters", ylabel="average accuracy, %", xscale="log",
-        title="Accuracy against size, with 95 % intervals over seeds and items",
+        title=f"Accuracy against size, {_sampled(data)}",
     )  # fmt: skip
     for setting, marker in (("mixture", "o"), ("single", "s")):
         lines = [line for line in data["rows"] if line["setting"] == setting]
-        for number, line in enumerate(lines):
+        for line in lines:
             mean, half = _error(line)
-            axes.errorbar(
-                line["trained_parameters"], mean, half, fmt=marker, capsize=3, label=f"{line['title']}, {setting}"
-            )
-            axes.annotate(
-                line["title"], (line["trained_parameters"], mean), (6, 4 + 9 * (number % 3)),
-                textcoords="offset points", fontsize=7,
-            )  # fmt: skip
+            label = f"{line['title']}, {setting}"
+            axes.errorbar(line["trained_parameters"], mean, half, fmt=marker, capsize=3, label=label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=120)
