@@ -230,7 +230,8 @@ def draw_bits(x: Tensor, p: float) -> Tensor:
         while level % 2 == 0:  # a last digit of 0 does nothing to a word of zeros
             level, digits = level // 2, digits - 1
         for digit in range(digits):
-            random = torch.randint_like(words, -(2**63), 2**63 - 1)
+            # Not randint_like: torch.compile takes two such calls with the same arguments for one, and their masks would be equal.
+            random = torch.randint(-(2**63), 2**63 - 1, words.shape, device=x.device)
             words = words | random if level >> digit & 1 else words & random
     return words.view(torch.uint8)
 
