@@ -259,8 +259,7 @@ def test_the_masks_are_drawn_from_torch_and_from_the_seed_and_keep_the_right_sha
     torch.manual_seed(3)
     keep = unpacked(draw_bits(x, 0.3), x.shape)
     torch.manual_seed(3)
-    direct = torch.empty(-(-x.numel() // 8) * 8, dtype=torch.uint8).bernoulli_(0.7)[: x.numel()].view(x.shape).bool()
-    assert torch.equal(keep, direct)
+    assert torch.equal(keep, unpacked(draw_bits(x, 0.3), x.shape))
     assert abs(keep.double().mean() - 0.7) < 0.005
     assert not torch.equal(keep, unpacked(draw_bits(x, 0.3), x.shape))
     seed, shape = torch.tensor([SEED]), (64, 96)
@@ -268,13 +267,32 @@ def test_the_masks_are_drawn_from_torch_and_from_the_seed_and_keep_the_right_sha
     assert abs((a == b).double().mean() - 0.5) < 0.03  # A's and B's are independent
 
 
-@pytest.mark.parametrize("numel", range(18))
-def test_bits_come_back_as_they_were_packed(numel):
-    x = torch.zeros(numel)
-    torch.manual_seed(numel)
-    keep = unpacked(draw_bits(x, 0.5), x.shape)
-    torch.manual_seed(numel)
-    assert keep.tolist() == torch.empty(-(-numel // 8) * 8, dtype=torch.uint8).bernoulli_(0.5)[:numel].bool().tolist()
+@pytest.mark.parametrize("numel", [*range(18), 63, 64, 65, 129])
+def test_a_byte_holds_eight_elements_a_row_of_bytes_apart(numel):
+    bits = torch.randint(0, 256, (-(-numel // 64) * 8,), dtype=torch.uint8)
+    keep = unpacked(bits, torch.Size([numel]))
+    assert keep.tolist() == [bool(bits[e % len(bits)] >> (e // len(bits)) & 1) for e in range(numel)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 1 / 3, 0.5, 0.75, 0.999, 1.0])
+def test_an_element_is_kept_with_the_asked_probability_and_by_itself(p):
+    x = torch.empty(999, 1001)
+    keep = unpacked(draw_bits(x, p), x.shape).double()
+    sigma = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(keep.mean() - (1 - p)) <= 4.5 * sigma + 2**-24
+    if 0 < p < 1:  # neighbours in memory, in a byte, in a word
+        flat = keep.flatten()
+        for apart in (1, 8, 64, x.numel() // 8, x.numel() // 8 + 1):
+            pair = torch.stack((flat[:-apart], flat[apart:]))
+            assert abs(torch.corrcoef(pair)[0, 1]) < 4.5 / x.numel() ** 0.5
+
+
+def test_a_compiled_draw_has_random_words_of_its_own_for_every_digit():
+    """torch.compile takes some random calls with the same arguments for one, which would make 0 or 1 of 0.3."""
+    x = torch.empty(401, 333)
+    compiled = torch.compile(lambda x: (draw_bits(x, 0.3), draw_bits(x, 0.3)), fullgraph=True)
+    first, second = (unpacked(bits, x.shape).double() for bits in compiled(x))
+    assert abs(first.mean() - 0.7) < 0.006 and abs((first == second).double().mean() - 0.58) < 0.006
 
 
 @pytest.mark.parametrize("sites", ["a", "b", "x", "z"])
