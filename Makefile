@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/mosld train
 
 test: $(EXTRAS)
-	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable --numprocesses auto --dist loadfile
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
