@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from mosld import MoSLDConfig, MoSLDTrainer, set_routing
+from mosld import MoSLDConfig, MoSLDTrainer, presets, set_routing
 from mosld.methods import METHODS, Adapter, task_setter
 from mosld.presets import PRESETS, preset
 from mosld.tasks.encode import Encoder
@@ -136,7 +136,8 @@ def _pattern_in(text: str) -> dict[str, int]:
 
 
 def test_the_documented_patterns_of_experts_match_the_layers_that_they_mean():
-    paper = MoSLDConfig(num_experts=5, num_experts_pattern=_pattern_in(PRESETS["mosld"].__doc__))
+    (told,) = re.findall(r"presets\.(experts_by_depth\(.*?\))", PRESETS["mosld"].__doc__)
+    paper = MoSLDConfig(num_experts=5, num_experts_pattern=eval(told, vars(presets)))
     counts = [paper.experts_of(f"model.layers.{i}.self_attn.q_proj") for i in range(32)]
     assert counts == [8] * 8 + [6] * 8 + [4] * 8 + [2] * 8
     readme = (Path(__file__).parents[2] / "README.md").read_text()
