@@ -9,14 +9,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+EXTRAS := .venv/extras
 
 .PHONY: demo test test-gpu check bench tune
 
 demo: $(READY)
 	$(BIN)/mosld train
 
-test: $(READY)
-	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
+test: $(EXTRAS)
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable --numprocesses auto --dist loadfile
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
@@ -36,4 +37,13 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv: a minute where packages are at hand, several where torch is downloaded"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# What the tests can do without: those of lm-evaluation-harness and TRL skip where it does not install.
+$(EXTRAS): $(READY)
+	@echo "installing lm-evaluation-harness and TRL into .venv: another minute"
+	@for extra in eval trl; do \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extra]" \
+			|| echo "the extra $$extra does not install here: its tests will be skipped"; \
+	done
 	touch $@

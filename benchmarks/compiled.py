@@ -159,8 +159,7 @@ def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:
 
 
 MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (64, 8), (48, 5), (24, 33), (16, 32), (8, 64), (128, 64))
-# With an A for each expert, as far as the rows of all of them go.
-DIAGONAL = ((8, 8), (4, 8), (16, 4), (5, 3), (2, 64), (1, 17), (128, 1), (64, 2), (40, 3), (16, 8), (7, 18))
+DIAGONAL = ((8, 8), (16, 4), (4, 8), (5, 3), (16, 8), (4, 32))  # with an A for each expert
 TOKENS = (8192, 256)  # a full chip, and one that needs planes
 AWKWARD = (  # sizes of one, which a compiler takes for constants, and rows that no vector of 16 bytes divides
     LayerShape(1, 4096, 4096, 16, 8, 2),

@@ -25,6 +25,7 @@ def run(names: Sequence[str], dtype: str, peers: Mapping[str, Builder], out: Pat
     settings = {"dropout": DROPOUT, "device": device.type, "peers": list(peers)}
     writer = Writer({"verb": "memory", "machine": machine(), "settings": settings, "tables": []}, out)
     for name, shape in named(LAYERS, names).items():
+        torch._dynamo.reset()  # a compiled peer is compiled for these sizes, as in `compare`
         linear, x, dout = inputs_of(shape, DTYPES[dtype], device)
         rows = []
         for peer in tqdm(peers, desc=f"memory {name}", leave=False):

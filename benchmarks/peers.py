@@ -50,6 +50,10 @@ def mosld_layer(linear: nn.Linear, mixture: Mixture) -> MoSLDLinear:
     return MoSLDLinear.from_linear(linear, alpha=2 * mixture.r, **dataclasses.asdict(mixture))
 
 
+def own_a_layer(linear: nn.Linear, mixture: Mixture) -> MoSLDLinear:
+    return MoSLDLinear.from_linear(linear, alpha=2 * mixture.r, mixing="diagonal", **dataclasses.asdict(mixture))
+
+
 def triton_layer(linear: nn.Linear, mixture: Mixture) -> MoSLDLinear:
     if linear.weight.device.type != "cuda":
         raise Absent("Triton's kernels need an NVIDIA GPU")
@@ -228,6 +232,7 @@ PEERS: dict[str, Builder] = {
     "formula, compiled": compiled(ReferenceLayer),
     "HydraLoRA loop": HydraLoop,
     "MoLA loop": MolaLoop,
+    "ours, an A per expert (MoLA)": own_a_layer,
     **OPTIONAL,
 }
 

@@ -111,6 +111,7 @@ def run(
     settings = {"dropout": DROPOUT, "peers": list(peers), "prompt": PROMPT, "generated": NEW}
     writer = Writer({"verb": "training", "machine": machine(), "settings": settings, "tables": []}, out)
     for name in sizes:
+        torch._dynamo.reset()  # a compiled peer is compiled for these sizes, as in `compare`
         size, base = SIZES[name], base_model(SIZES[name])
         models, failures = {}, []
         tokens = torch.randint(size.vocabulary, (size.batch, size.length))

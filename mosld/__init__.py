@@ -15,6 +15,7 @@ from .export import export_lora  # noqa: E402
 from .fixed_gates import LayerGates  # noqa: E402
 from .importing import import_lora  # noqa: E402
 from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
+from .losses import contrastive_loss, localized_balance_loss  # noqa: E402
 from .mixture import register_mixing  # noqa: E402
 from .router import RouterStats, forget_routing, router_stats  # noqa: E402
 from .routing import set_routing  # noqa: E402
@@ -30,9 +31,11 @@ __all__ = [
     "MoSLDTrainerMixin",
     "RouterStats",
     "balance_loss",
+    "contrastive_loss",
     "export_lora",
     "forget_routing",
     "import_lora",
+    "localized_balance_loss",
     "presets",
     "register_mixing",
     "router_stats",

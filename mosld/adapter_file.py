@@ -2,9 +2,12 @@
 
 <layer>.mosld_shared_a.weight [r, in]     <layer>.mosld_expert_b.weight [out, E r]     <layer>.mosld_router.weight [E, in]
 
-and for other mixtures than MoSLD's what `Mixture.shapes` tells.
+and for other mixtures than MoSLD's what `Mixture.shapes` tells. A feed-forward block's begin with mosld_gate_a, mosld_gate_b.
+Beside them is `adapter_model.sha256`, a checksum of the weights in the form of `sha256sum`; adapters without it are
+taken as they are.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -15,13 +18,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .layer import PARTS
-from .mixture import Mixture
+from .at_once import write_at_once
+from .mixture import BLOCK_PARTS, PARTS, Mixture
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, DIGEST = "adapter_config.json", "adapter_model.safetensors", "adapter_model.sha256"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
 PEFT_PREFIX = "base_model.model."
-_KEY = re.compile(rf"(.+)\.mosld_({'|'.join(PARTS)})\.weight")
+_KEY = re.compile(rf"(.+)\.mosld_({'|'.join({**dict.fromkeys(PARTS), **dict.fromkeys(BLOCK_PARTS)})})\.weight")
 
 
 class AdapterFileError(ValueError):
@@ -51,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """Sizes of one adapted layer."""
+    """Sizes of one adapted layer; of a feed-forward block its hidden and its intermediate size."""
 
     in_features: int
     out_features: int
@@ -63,9 +66,10 @@ class SavedLayer:
 class AdapterWeights:
     """The tensors of `path`, whose sizes have all been checked, and none of which has been read yet.
 
-    layers: name in the base model -> SavedLayer. others: name -> shape of what was saved beside them (modules_to_save).
-    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, or when a size
-    is not what `mixture_of` (a layer's name -> its Mixture) says.
+    layers: name in the base model -> SavedLayer. mixtures: name -> Mixture. others: name -> shape of what was saved beside
+    them (modules_to_save).
+    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, when a size is
+    not what `mixture_of` (a layer's name -> its Mixture) says, or as `check_digest`.
     """
 
     def __init__(self, path: Path, mixture_of: Callable[[str], Mixture]):
@@ -83,10 +87,15 @@ class AdapterWeights:
                 self._keys.setdefault(match[1].removeprefix(PEFT_PREFIX), {})[match[2]] = key
         if not self._keys:
             raise AdapterFileError(f"{path} holds no tensor of a MoSLD adapter")
-        self.layers = {
-            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, mixture_of(name))
+        self.mixtures = {
+            name: mixture_of(name).of_linear if keys.keys() & {"shared_a", "expert_b"} else mixture_of(name)
             for name, keys in self._keys.items()
         }
+        self.layers = {
+            name: _checked(path, name, {part: shapes[key] for part, key in keys.items()}, self.mixtures[name])
+            for name, keys in self._keys.items()
+        }
+        check_digest(path)
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """-> shared_a, expert_b and what else the layer has, by name, as saved"""
@@ -107,7 +116,8 @@ def _open(path: Path) -> safe_open:
 
 
 def _checked(path: Path, name: str, shapes: dict[str, list[int]], mixture: Mixture) -> SavedLayer:
-    sizes = sum(shapes.get("shared_a", [])[1:2]), sum(shapes.get("expert_b", [])[:1])
+    into, out_of = ("gate_a", "gate_b") if mixture.kind.block else ("shared_a", "expert_b")
+    sizes = sum(shapes.get(into, [])[1:2]), sum(shapes.get(out_of, [])[:1])
     expected = {part: list(shape) for part, shape in mixture.shapes(*sizes).items()}
     if lacking := [part for part in expected if part not in shapes]:
         raise AdapterFileError(f"{path} was altered: {name} lacks {' and '.join(f'mosld_{part}' for part in lacking)}")
@@ -120,3 +130,38 @@ def _checked(path: Path, name: str, shapes: dict[str, list[int]], mixture: Mixtu
                 f"{mixture.num_experts} experts make {shape}"
             )
     return SavedLayer(*sizes, mixture.r, mixture.num_experts, mixture.parameters(*sizes))
+
+
+def write_digest(folder: Path) -> None:
+    """Record the checksum of the weights in `folder`, as they are now."""
+    write_at_once(folder / DIGEST, f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}\n")
+
+
+def check_digest(weights: Path) -> None:
+    """raises AdapterFileError when the weights are not those whose checksum lies beside them; without one, all are right.
+
+    `weights`: the file, which is read to its end.
+    """
+    record = weights.with_name(DIGEST)
+    try:
+        lines = record.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    except UnicodeDecodeError:
+        lines = []
+    recorded = next((line.split()[0] for line in lines if line.split()[1:] in ([WEIGHTS], [f"*{WEIGHTS}"])), None)
+    if recorded is None:
+        raise AdapterFileError(f"{record} holds no checksum of {WEIGHTS}: delete it to load the weights unchecked")
+    if recorded.lower() != _sha256(weights):
+        raise AdapterFileError(
+            f"{weights} is not what {DIGEST} beside it was written for: its numbers were altered, or saving over it was "
+            f"cut off. Save or copy it again; where another program changed it on purpose, delete {record}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

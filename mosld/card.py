@@ -16,6 +16,7 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 
 from .adapter_file import WEIGHTS, AdapterWeights, SavedLayer, read_config
+from .at_once import write_at_once
 from .config import MoSLDConfig
 
 BEGIN, END = "<!-- mosld: renewed whenever the adapter is saved -->", "<!-- mosld: end -->"
@@ -52,7 +53,7 @@ def write_card(folder: str | os.PathLike, tasks: Mapping[str, Mapping[str, Any]]
         card.text = before + own + rest.partition(END)[2]
     else:
         card.text = _heading(config) + own + "\n" + _without_template(card.text)
-    card.save(path)
+    write_at_once(path, str(card))
     return path
 
 

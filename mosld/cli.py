@@ -1,4 +1,4 @@
-"""The command line: `mosld train`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
+"""The command line: `mosld train`, `compare`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
 
 import argparse
 import json
@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import commands
+from . import commands, compare, counting
 from .inspection import as_text
+from .methods import METHODS
 from .run_folder import release
 
 TRAIN_EXAMPLES = """examples:
@@ -20,6 +21,17 @@ a task file has one JSON object a line:
 
 every argument of transformers' TrainingArguments can be given as well, for example
   --learning_rate 1e-3 --num_train_epochs 2 --per_device_train_batch_size 4 --bf16 true --gradient_checkpointing true
+"""
+
+COMPARE_EXAMPLES = """examples:
+  mosld compare --quick --setting mixture --seeds 2
+  mosld compare --methods lora,hydralora,mosld --seeds 5 --output runs/three
+  mosld compare --sweep rank=2,4,8,16,32          the paper's ablations: rank, experts by parts of the layers, dropout
+  mosld compare --sweep experts=2-8,8-2,5-5       first and second half; four numbers are quarters
+  mosld compare --methods lora,mosld --sweep learning_rate=2e-3,4e-3,8e-3 --validation 0.1
+
+a finished cell (method, setting, task, seed) is never run again: the same command goes on, and more methods, seeds or
+settings may be added. Every argument of transformers' TrainingArguments can be given as well, for all methods
 """
 
 EVAL_EXAMPLES = """example:
@@ -38,6 +50,10 @@ INSPECT_EXAMPLES = """examples:
   mosld inspect runs/mine/adapter
   mosld inspect runs/mine/adapter --model meta-llama/Llama-3.2-1B --task arc=arc_test.jsonl --output runs/mine/inspect
   mosld inspect runs/mosld/adapter --model embedded
+
+before training, from a model's sizes alone, without a download: parameters and cost of every method, or of some
+  mosld inspect --model llama-2-7b
+  mosld inspect --model llama-2-7b --config mosld:num_experts=8/6/4/2 --config malora:r_up=16 --target-modules q_proj,v_proj
 """
 
 
@@ -46,8 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
     parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,inspect,export}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,eval,inspect,export}")
     _add_train(verbs)
+    _add_compare(verbs)
     _add_eval(verbs)
     _add_inspect(verbs)
     _add_export(verbs)
@@ -62,7 +79,10 @@ def _add_train(verbs) -> None:
     _add_data(train, "name=train.jsonl or name=train.jsonl:test.jsonl; once per task")
     train.add_argument("--output", help="folder of the run (default: a new one under runs/)")
     train.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
-    train.add_argument("--method", choices=("mosld", "lora"), default="mosld")
+    train.add_argument(
+        "--method", choices=METHODS, default="mosld", metavar="NAME",
+        help=f"PEFT's LoRA or a preset: {', '.join(METHODS)} (default: mosld)",
+    )  # fmt: skip
     train.add_argument("--no-lora", action="store_true", help="do not train PEFT's LoRA beside the method")
     train.add_argument("--single", action="store_true", help="also train one model a task")
     train.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default: 1)")
@@ -70,16 +90,48 @@ def _add_train(verbs) -> None:
     train.add_argument(
         "--proportions", default="proportional", help="proportional, equal or name=weight,... (default: proportional)"
     )
-    adapter = train.add_argument_group("adapter")
-    adapter.add_argument("--r", type=int, default=8, help="rank (default: 8)")
-    adapter.add_argument("--alpha", type=float, default=16, help="the update is scaled by alpha / r (default: 16)")
-    adapter.add_argument("--num-experts", type=int, default=8, help="experts per layer (default: 8)")
-    adapter.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
-    adapter.add_argument("--dropout", type=float, default=0.1, help="dropout (default: 0.1)")
-    adapter.add_argument("--balance-coef", type=float, default=1e-3, help="weight of the balance loss (default: 0.001)")
+    adapter = train.add_argument_group(
+        "adapter", "Unless given, the method's own; in brackets those of mosld and lora."
+    )
+    adapter.add_argument("--r", type=int, help="rank (8)")
+    adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / r (16)")
+    adapter.add_argument("--num-experts", type=int, help="experts per layer (8)")
+    adapter.add_argument("--top-k", type=int, help="experts per token (2)")
+    adapter.add_argument("--dropout", type=float, help="on elements of the shared factor, of lora on the input (0.1)")
+    adapter.add_argument("--balance-coef", type=float, help="weight of the balance loss (0.001)")
     adapter.add_argument(
         "--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)"
     )
+
+
+def _add_compare(verbs) -> None:
+    parser = verbs.add_parser(
+        "compare", help="compare methods on the same tasks, over seeds", epilog=COMPARE_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_data(parser, "name=train.jsonl:test.jsonl; once per task")
+    parser.add_argument("--output", help="folder of the comparison (default: one under runs/)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    parser.add_argument(
+        "--methods", metavar="A,B,...",
+        help=f"of {', '.join(compare.KNOWN)} (default: {','.join(compare.DEFAULT)}; with --sweep {compare.REFERENCE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--setting", choices=("mixture", "single", "both"), default="both",
+        help="one adapter on all tasks, one a task, or both (default)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument(
+        "--sweep", metavar="NAME=V,...", help="each value is a row: rank, experts, dropout, learning_rate"
+    )
+    parser.add_argument("--learning-rates", metavar="A=RATE,...", help="of single methods; --learning_rate is for all")
+    parser.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="score this share of the training examples, held out, instead of the test items: for choosing settings",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a smoke test of the whole way on the embedded tasks")
+    parser.add_argument("--proportions", default="proportional", help="as in mosld train (default: proportional)")
+    parser.add_argument("--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)")
 
 
 def _add_eval(verbs) -> None:
@@ -121,12 +173,24 @@ def _add_export(verbs) -> None:
 
 def _add_inspect(verbs) -> None:
     inspect = verbs.add_parser(
-        "inspect", help="print the sizes, norms and expert use of a saved adapter", epilog=INSPECT_EXAMPLES,
+        "inspect", help="print what a saved adapter holds and uses, or what methods train and cost", epilog=INSPECT_EXAMPLES,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    inspect.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
+    inspect.add_argument("adapter", metavar="ADAPTER", nargs="?", help="folder of a saved adapter")
     model_help = "also run this model, a folder or hub name, or `embedded` for that of mosld train"
     _add_data(inspect, "name=test.jsonl; once per task: count the experts' use on it", model_help)
+    before = inspect.add_argument_group(
+        "before training: no ADAPTER, and --model is a name or a folder with config.json"
+    )
+    before.add_argument(
+        "--config", action="append", default=[], metavar="METHOD",
+        help="a preset such as mosld or hydralora:r=4,num_experts=6, a JSON file of MoSLDConfig's fields, or an adapter's "
+        "folder; once per method (default: every preset)",
+    )  # fmt: skip
+    before.add_argument(
+        "--target-modules",
+        help="comma-separated names, or all-linear (default: the method's, else PEFT's for the model)",
+    )
     inspect.add_argument("--output", help="also write inspect.json here and, with a model, the heat map experts.png")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.add_argument(
@@ -153,12 +217,14 @@ def _add_data(parser: argparse.ArgumentParser, task_help: str, model_help: str =
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    if options.command != "train" and rest:
+    if options.command not in ("train", "compare") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         try:
             if options.command == "train":
                 work = commands.prepare(options, rest)
+            elif options.command == "compare":
+                work = compare.prepare(options, rest)
             else:
                 verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
                 work = verbs[options.command](options)
@@ -167,8 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if isinstance(work, commands.Run):
             commands.train(work)
+        elif isinstance(work, compare.Comparison):
+            compare.compare(work)
         elif options.command == "inspect" and not options.json:
-            print(as_text(work))
+            print(counting.as_text(work) if "methods" in work else as_text(work))
         else:
             print(work if isinstance(work, str) else json.dumps(work, indent=2))
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import export_command
+from . import counting, export_command
 from .adapter_file import AdapterFileError
+from .at_once import write_at_once
+from .config import MoSLDConfig
 from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
+from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
 from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
@@ -28,10 +31,10 @@ from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
 from .tasks.mixing import parse_proportions
 from .tasks.scoring import candidates, score_tasks
 from .training import (
-    AdapterSettings,
     Recipe,
     Stage,
-    check_targets,
+    count_trained,
+    drop_checkpoints,
     finish,
     finished,
     plan,
@@ -77,23 +80,24 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Run:
     raises ValueError (TaskFileError, RunFolderError and ModelError among them); nothing is trained or written then.
     """
     _check(options)
-    tasks = _tasks(options)
+    tasks = chosen_tasks(options)
     empty = [task.name for task in tasks if not task.train]
     if empty:
         raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
     names = [task.name for task in tasks]
-    recipe = _recipe(options, trainer_words, parse_proportions(options.proportions, names))
+    adapters = _adapters(options, len(tasks))
+    recipe = _recipe(options, adapters, trainer_words, parse_proportions(options.proportions, names))
     stages = plan(
         options.method, compare_lora=not options.no_lora, single=options.single, seeds=options.seeds, task_names=names
     )
     settings = _settings(options, recipe)
     folder = Path(options.output) if options.output else free_folder(_run_name(options), settings)
     check_free(folder, settings, options.overwrite)
-    base, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, base))
-    _check_fit(encoder, tasks)
-    for method in {stage.method for stage in stages}:
-        check_targets(base, method, recipe.adapter)
+    base, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, base))
+    check_fit(encoder, tasks)
+    for adapter in recipe.adapters.values():
+        count_trained(base, adapter, len(tasks))
     if PartialState().is_main_process and claim(folder, settings, options.overwrite):
         print(f"going on with the unfinished run in {folder}")
     PartialState().wait_for_everyone()
@@ -110,6 +114,8 @@ def train(run: Run) -> None:
     results = []
     for stage in run.stages:
         result = finished(run.folder, stage.name)
+        if result is not None and writes:
+            drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
         if result is None:
             folder = adapter_dir(run.folder, stage, run.options.method)
             result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, folder)
@@ -134,15 +140,18 @@ def evaluate(options: argparse.Namespace) -> dict:
     output = Path(options.output) if options.output else None
     if output and (output.exists() or not output.parent.is_dir()):
         raise ValueError(f"{output} {'exists' if output.exists() else 'is in no folder'}: choose another --output")
-    tasks = _tasks(options, only_test=True)
-    model, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, model))
-    _check_fit(encoder, tasks)
+    tasks = chosen_tasks(options, only_test=True)
+    model, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, model))
+    check_fit(encoder, tasks)
+    on_task = None
     if options.adapter:
         model = _load_adapter(model, options.adapter)
-    scores = {name: asdict(s) for name, s in score_tasks(model, encoder, tasks, options.eval_batch_size).items()}
+        on_task = task_setter(model, tasks, _mixture(model))
+    results = score_tasks(model, encoder, tasks, options.eval_batch_size, on_task=on_task)
+    scores = {name: score.summary() for name, score in results.items()}
     if output:
-        output.write_text(json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+        write_at_once(output, json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
 
 
@@ -158,10 +167,10 @@ def export(options: argparse.Namespace) -> str:
         raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
     output = Path(options.output)
     check_output(output, options.overwrite)
-    tasks = _tasks(options) if gates == "calibrate" else []
-    base, tokenizer = _load_model(options)
+    tasks = chosen_tasks(options) if gates == "calibrate" else []
+    base, tokenizer = load_model(options)
     if gates == "calibrate":
-        encoder = Encoder(tokenizer, _max_length(options, base))
+        encoder = Encoder(tokenizer, longest_input(options, base))
         gates = export_command.calibration_batches(encoder, tasks, options.eval_batch_size)
     model = _load_adapter(base, options.adapter)
     layers = export_lora(
@@ -172,10 +181,15 @@ def export(options: argparse.Namespace) -> str:
 
 
 def inspect(options: argparse.Namespace) -> dict:
-    """`mosld inspect`: what a saved adapter holds and, with a model and tasks, which experts it uses for which task."""
+    """`mosld inspect`: what a saved adapter holds and, with a model and tasks, which experts it uses for which task; without
+    an adapter what methods train on a model, and cost."""
     output = Path(options.output) if options.output else None
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is {'not empty' if output.is_dir() else 'a file'}: choose another --output")
+    if options.adapter is None:
+        return _write_report(_count(options), output)
+    if options.config or options.target_modules:
+        raise ValueError("--config and --target-modules are for a method before training: leave out ADAPTER")
     if (options.task or options.quick) and not options.model:
         raise ValueError("--task and --quick need --model: the experts' use is that of a model that runs")
     if options.quick and options.model != "embedded":
@@ -184,12 +198,27 @@ def inspect(options: argparse.Namespace) -> dict:
     if options.model:
         stats, report["tasks"] = _run_adapter(options)
         report["use"] = use_as_json(stats)
+    _write_report(report, output)
+    if output and options.model:
+        loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
+        draw_experts(loads, output / "experts.png", report["top_k"])
+    return report
+
+
+def _count(options: argparse.Namespace) -> dict:
+    if not options.model:
+        raise ValueError("give the folder of an ADAPTER, or --model NAME to count what methods would train on it")
+    if options.task:
+        raise ValueError("--task is for an ADAPTER: a method that is not trained uses no experts yet")
+    if options.quick and options.model != "embedded":
+        raise ValueError("--quick is for --model embedded")
+    return counting.count(options.model, options.config, options.target_modules, options.quick)
+
+
+def _write_report(report: dict, output: Path | None) -> dict:
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
-        if options.model:
-            loads = {task: {name: own["load"] for name, own in u.items()} for task, u in report["use"].items()}
-            draw_experts(loads, output / "experts.png", report["top_k"])
+        write_at_once(output / "inspect.json", json.dumps(report, indent=2) + "\n")  # last: with it, all is there
     return report
 
 
@@ -197,23 +226,26 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
     """task -> layer -> its routing of the test items, and task -> score."""
     if options.model == "embedded":  # the other verbs' default
         options = argparse.Namespace(**{**vars(options), "model": None})
-    tasks = _tasks(options, only_test=True)
-    base, tokenizer = _load_model(options)
-    encoder = Encoder(tokenizer, _max_length(options, base))
-    _check_fit(encoder, tasks)
+    tasks = chosen_tasks(options, only_test=True)
+    base, tokenizer = load_model(options)
+    encoder = Encoder(tokenizer, longest_input(options, base))
+    check_fit(encoder, tasks)
     model, use = _load_adapter(base, options.adapter), RouterUse()
-    scores = score_tasks(
-        model, encoder, tasks, options.eval_batch_size, lambda task, mask: use.update(task.name, model, mask)
-    )
-    return use.stats(), {name: asdict(score) for name, score in scores.items()}
+    mixture = _mixture(model)
+    counts = mixture is not None and mixture.balances
+    on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
+    on_task = task_setter(model, tasks, mixture)
+    scores = score_tasks(model, encoder, tasks, options.eval_batch_size, on_batch, on_task=on_task)
+    return use.stats(), {name: score.summary() for name, score in scores.items()}
+
+
+def _mixture(model: PeftModel) -> Mixture | None:
+    """That of the adapter's layers; None of another method's."""
+    config = model.peft_config["default"]
+    return config.mixture_of("") if isinstance(config, MoSLDConfig) else None
 
 
 def _check(options: argparse.Namespace) -> None:
-    Mixture(
-        r=options.r, alpha=options.alpha, num_experts=options.num_experts, top_k=options.top_k, dropout=options.dropout
-    )
-    if options.balance_coef < 0:
-        raise ValueError(f"balance_coef must be at least 0, got {options.balance_coef}")
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     if options.eval_batch_size < 1:
@@ -222,33 +254,47 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
 
 
-def _recipe(options: argparse.Namespace, trainer_words: Sequence[str], proportions: dict[str, float] | str) -> Recipe:
-    for word, instead in (("--seed", "--seeds N"), ("--output_dir", "--output DIR")):
-        if word in (given.partition("=")[0].replace("-", "_").replace("__", "--", 1) for given in trainer_words):
-            raise ValueError(f"{word} is set by mosld train: use {instead}")
-    targets = options.target_modules
-    adapter = AdapterSettings(
-        r=options.r,
-        alpha=options.alpha,
-        num_experts=options.num_experts,
-        top_k=options.top_k,
-        dropout=options.dropout,
-        balance_coef=options.balance_coef,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-    )
+def refuse_words(words: Sequence[str], instead: Mapping[str, str], program: str) -> None:
+    """raises ValueError for a Trainer's argument that the program sets itself."""
+    given = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in words}
+    for word, better in instead.items():
+        if word in given:
+            raise ValueError(f"{word} is set by {program}: use {better}")
+
+
+def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]:
+    """The method's and, unless it is that, PEFT's LoRA beside it; raises ValueError for options that cannot be used."""
+    names = ("r", "alpha", "num_experts", "top_k", "dropout", "balance_coef")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    targets = options.target_modules if options.target_modules == "all-linear" else options.target_modules.split(",")
+    adapters = {options.method: Adapter(options.method, given, targets)}
+    if options.method != LORA and not options.no_lora:
+        beside = {name: value for name, value in given.items() if name in LORA_DEFAULTS}
+        adapters[LORA] = Adapter(LORA, beside, targets)
+    for adapter in adapters.values():
+        adapter.config(num_tasks)
+    return adapters
+
+
+def _recipe(
+    options: argparse.Namespace, adapters: dict[str, Adapter], trainer_words: Sequence[str],
+    proportions: dict[str, float] | str,
+) -> Recipe:  # fmt: skip
+    refuse_words(trainer_words, {"--seed": "--seeds N", "--output_dir": "--output DIR"}, "mosld train")
     trainer = {}
-    for method in ("mosld", "lora"):
+    for method in adapters:
         words = list(COMMON_TRAINER)
         if options.model:
             words += OWN_TRAINER
         else:
-            words += EMBEDDED_TRAINER[method] + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
+            own = EMBEDDED_TRAINER.get(method, EMBEDDED_TRAINER["mosld"])
+            words += own + (QUICK_TRAINER if options.quick else EMBEDDED_TRAINER["all"])
         trainer[method] = [*words, *trainer_words]
         training_arguments(trainer[method], Path("unused"))  # a bad word is reported before anything is trained
-    return Recipe(adapter, trainer, proportions, options.eval_batch_size)
+    return Recipe(adapters, trainer, proportions, options.eval_batch_size)
 
 
-def _tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
+def chosen_tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
     if options.task:
         tasks = read_tasks(options.task)
         return [Task(t.name, t.train if t.test else [], t.test or t.train) for t in tasks] if only_test else tasks
@@ -282,7 +328,7 @@ def _run_name(options: argparse.Namespace) -> str:
     return "-".join([options.method, *(["quick"] if options.quick else []), *(["own"] if options.model else [])])
 
 
-def _load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not options.model:
         with PartialState().main_process_first():
             train_base_apart(quick=options.quick)
@@ -317,14 +363,14 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
 
 
-def _max_length(options: argparse.Namespace, model: PreTrainedModel) -> int:
+def longest_input(options: argparse.Namespace, model: PreTrainedModel) -> int:
     own = getattr(model.config, "max_position_embeddings", None) or LONGEST
     if options.max_length is not None and not 2 <= options.max_length <= own:
         raise ValueError(f"max-length must be in [2, {own}], the model's longest input, got {options.max_length}")
     return options.max_length or min(own, LONGEST)
 
 
-def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
+def check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
     """Every answer fits, before hours of training end at one that does not."""
     for task in tasks:
         try:
@@ -339,7 +385,8 @@ def _check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
 
 def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
     options, run_dir = run.options, run.folder
-    charts = draw_charts(methods, options.method, run_dir)
+    mixture = run.recipe.adapters[options.method].mixture(len(run.tasks))
+    charts = draw_charts(methods, options.method, run_dir, mixture.chosen if mixture else 1)
     results = {
         "tasks": methods[options.method]["tasks"],
         "methods": methods,
@@ -348,9 +395,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         "versions": versions(),
         "seconds": seconds,
     }
-    aside = run_dir / "results.tmp"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(run_dir / "results.json")
+    write_at_once(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     untested = [task.name for task in run.tasks if not task.test]
@@ -365,7 +410,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         )
     print(f"\nwritten to {run_dir}: results.json, adapter, {', '.join(path.name for path in charts)} ({seconds:.0f} s)")
     lines = ["from peft import AutoPeftModelForCausalLM"]
-    if options.method == "mosld":
+    if options.method != LORA:
         lines.insert(0, "import mosld  # makes the method known to PEFT")
     lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({str(run_dir / 'adapter')!r})")
     print(f"load the {display_name(options.method)} adapter:\n\n    " + "\n    ".join(lines))

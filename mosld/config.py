@@ -11,7 +11,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, AdapterWeights
+from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, write_digest
+from .at_once import folder_beside
 from .mixture import FIELDS, Mixture
 
 
@@ -29,7 +30,8 @@ class MoSLDConfig(PeftConfig):
     shared: which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
 
     The sibling methods are `mosld.presets`; what they set are these fields:
-    mixing: the mixing matrix between A and B, of `mosld.mixture.MIXINGS`; None is the one that `shared` says.
+    mixing: the mixing matrix between A and B, of `mosld.mixture.MIXINGS`; None is the one that `shared` says. "block" makes
+        mixtures of the feed-forward blocks that target_modules names (`mosld.block`), and plain LoRAs of linear layers.
         mixing_options: sizes and switches of that mixing.
     router: who routes, of `mosld.mixture.ROUTERS`. num_tasks, task_dim: of router="task".
     gate: from logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest that
@@ -40,9 +42,9 @@ class MoSLDConfig(PeftConfig):
     target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
         without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
 
-    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.card`). Loaded from a local
-    folder, fields that this version does not know are named in a warning and left out, and the weights beside it are
-    checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
+    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.card`) and the weights' checksum.
+    Loaded from a local folder, fields that this version does not know are named in a warning and left out, and the
+    weights beside it are checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
 
     raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
     """
@@ -149,13 +151,24 @@ class MoSLDConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        folder = Path(save_directory)
         saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
-        super().save_pretrained(str(save_directory), **kwargs)
-        if saved_by_peft:
-            from .card import write_card  # needs this module
+        if not saved_by_peft:
+            (folder / DIGEST).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_beside(folder / CONFIG) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            (aside / CONFIG).replace(folder / CONFIG)
+            # Until here the old checksum refuses PEFT's new weights, which would be a mixture with the old configuration.
+            (folder / DIGEST).unlink(missing_ok=True)
+        if not saved_by_peft:
+            return
+        from .card import write_card  # needs this module
 
-            try:
-                write_card(save_directory)
-            except AdapterFileError as error:
-                # The files are saved as they are, and a card is no reason to stop a training.
-                warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
+        try:
+            write_card(folder)
+        except AdapterFileError as error:
+            # The files are saved as they are, and a card is no reason to stop a training.
+            warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
+        if (folder / WEIGHTS).is_file():
+            write_digest(folder)

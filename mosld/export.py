@@ -6,12 +6,10 @@ A is shared, so MoSLD's sum has rank R: an ordinary LoRA of the same r and alpha
 of A's rows and B's columns for a rank, with M multiplied into the other.
 """
 
-import contextlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .at_once import folder_at_once
 from .config import MoSLDConfig
 from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates, fixed_matrix
 from .layer import MoSLDAdapter, MoSLDLinear
-from .tuner import MoSLDPeftLinear
+from .tuner import MoSLDPeftBlock, MoSLDPeftLinear
 
 CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "export.json"
 EXPERT = "expert_{}"  # the folder of one expert's LoRA
@@ -69,7 +68,8 @@ def export_lora(
     if per_expert and not all(a.mixture.kind.per_expert for _, a in layers.values()):
         raise ValueError("per_expert needs a gate for each expert, which this mixing has not")
     fixed = fix_gates(model, layers, gates, task)
-    with _written_at_once(folder, overwrite) as aside:
+    # Checked again before it takes its place: calibration may have taken long.
+    with folder_at_once(folder, lambda: check_output(folder, overwrite)) as aside:
         mean = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
         _save(aside, base, layers, mean, origin, task)
         for expert in range(max(len(gate) for gate in mean.values()) if per_expert else 0):
@@ -84,8 +84,14 @@ def export_lora(
 def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
     """Layer name in `base` -> the layer and its mixture, of one adapter.
 
-    raises ValueError when there is none, when adapter_name is unknown, or is needed to choose among active adapters.
+    raises ValueError when there is none, for mixtures of feed-forward blocks, when adapter_name is unknown, or is needed to choose among active adapters.
     """
+    blocks = [name for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)]
+    if blocks:
+        raise ValueError(
+            f"no LoRA equals a mixture of feed-forward blocks, such as the one on {blocks[0]}: there is a nonlinearity "
+            "between its layers, so not even with fixed gates"
+        )
     by_hand = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDLinear)}
     by_peft = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftLinear)}
     if "" in by_hand or (by_hand and by_peft):
@@ -211,21 +217,3 @@ def target_modules(base: nn.Module, names: Iterable[str]) -> list[str] | str:
         if not any(name in listed or name.endswith(ends) for name in others):
             return sorted(listed)
     return "|".join(re.escape(name) for name in sorted(names))  # a path that is the end of another
-
-
-@contextlib.contextmanager
-def _written_at_once(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its place at the end: one that is killed leaves no half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        check_output(folder, overwrite)  # again: calibration may have taken long
-        if folder.exists():
-            folder.replace(before)
-        aside.replace(folder)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

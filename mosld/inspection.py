@@ -44,7 +44,7 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{folder / CONFIG} cannot be used: {error}{more}") from error
     weights = AdapterWeights(folder / WEIGHTS, config.mixture_of)
     layers = {
-        name: {**asdict(layer), **expert_numbers(weights.tensors(name), config.mixture_of(name))}
+        name: {**asdict(layer), **expert_numbers(weights.tensors(name), weights.mixtures[name])}
         for name, layer in weights.layers.items()
     }
     return {
@@ -64,11 +64,13 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
 
     update_norms: of each expert, the Frobenius norm of its update [out, in] with a gate of 1.
     similarity: the mean cosine between what two experts have behind A (for MoSLD their B), over all pairs that are not
-        zero; None without a pair.
+        zero; None without a pair. Of a feed-forward block the three linear layers count together.
     untrained: the experts whose update is zero still.
     All empty where a mixture has no gate of its own for each expert, or another update for each task.
     """
     kind = mixture.kind
+    if kind.block is not None:
+        return _summary(mixture, *_block_experts(tensors, mixture))
     if not kind.per_expert or kind.per_task:
         return {"update_norms": [], "similarity": None, "untrained": []}
     shared_a, expert_b = tensors["shared_a"].double(), tensors["expert_b"].double()
@@ -77,7 +79,22 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
     experts = torch.stack([expert_b @ mixture.matrix(gates, mixer) for gates in one_each])  # [E, out, R_in]
     through_a = (experts @ (shared_a @ shared_a.T)).flatten(1)
     flat = experts.flatten(1)
-    squares = (through_a * flat).sum(1)
+    return _summary(mixture, flat, (through_a * flat).sum(1))
+
+
+def _block_experts(tensors: Mapping[str, Tensor], mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """The three B's of each expert of a feed-forward block [E, ...], and its updates' squares [E], the three together."""
+    flat, squares = [], torch.zeros(mixture.num_experts, dtype=torch.float64)
+    for linear in ("gate", "up", "down"):
+        a = tensors[f"{linear}_a"].double().unflatten(0, (mixture.num_experts, -1))  # [E, R, in]
+        b = tensors[f"{linear}_b"].double().unflatten(1, (mixture.num_experts, -1)).transpose(0, 1)  # [E, out, R]
+        squares += ((a @ a.mT) * (b.mT @ b)).sum((1, 2))
+        flat.append(b.flatten(1))
+    return torch.cat(flat, dim=1), squares
+
+
+def _summary(mixture: Mixture, flat: Tensor, squares: Tensor) -> dict[str, Any]:
+    """What is behind A, an expert a row, and the squares of the updates' norms over the scale -> `expert_numbers`"""
     lengths = flat.norm(dim=1)
     trained = lengths > 0
     unit = flat[trained] / lengths[trained].unsqueeze(1)

@@ -7,16 +7,18 @@ are other Mixtures of the same adapter: MoSLD's structure runs in the fused oper
 """
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mosld_kernels import mosld_delta, mosld_linear
+from mosld_kernels.autograd import no_autocast
 from mosld_kernels.staged import Dropout, staged_linear
 
-from .mixture import FIELDS, Mixture
+from .mixture import FIELDS, PARTS, Mixture
+from .owed import settle
 from .routing import Routing, gates_of, given_gates, route, task_ids
 
 
@@ -34,19 +36,6 @@ class AdapterWeight(nn.Module):
         return ", ".join(map(str, self.weight.shape))
 
 
-class _WithOwed(torch.autograd.Function):
-    """out unchanged; backward gives `logits` the gradient `owed` as well."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, logits: Tensor, owed: Tensor) -> Tensor:
-        ctx.save_for_backward(owed)
-        return out.clone()  # no view: what comes next may work in place
-
-    @staticmethod
-    def backward(ctx, *dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        return dout[0], ctx.saved_tensors[0], None
-
-
 class MoSLDAdapter(nn.Module):
     """The mixture beside one linear layer; by default MoSLD's, E experts of rank r that share one down-projection A.
 
@@ -55,19 +44,26 @@ class MoSLDAdapter(nn.Module):
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures have
     other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
-    router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the
-    first, since `forget_routing`, and where tokens do not choose among experts. owed: a gradient for the logits of a forward that
-    kept none, which the recomputation takes along; set and explained by `balance_loss`. routing: what `mosld.set_routing` gave. None of the
-    three is part of the state: copies and pickles of the module start without them.
+    router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the first,
+    since `forget_routing`, and where tokens do not choose among experts. hidden, gram: z [..., rows of A] of the last
+    forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. owed: gradients for these, by name,
+    of a forward that kept none; see `mosld.owed`. routing: what `mosld.set_routing` gave. None of them is part of the
+    state: copies and pickles of the module start without them.
 
     raises ValueError for values that Mixture refuses.
     """
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
     backend = "auto"
-    # Whether `router_logits` are kept; set it as `backend`. False lets torch.compile(fullgraph=True) go through activation
-    # checkpointing, inside which it allows no such memory; without it there is no balance loss and no statistics.
+    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing torch.compile(fullgraph=True)
+    # takes such a memory only under torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False
+    # lets it through where neither the balance loss nor statistics are wanted.
     keep_logits = True
+    # Whether `hidden` and `gram` are kept, where each expert has a B of its own behind z (mixings "expand" and "diagonal");
+    # set it as `backend`, before the forward. Such layers then run in three stages, not in the fused operator.
+    keep_hidden = False
+
+    parts = PARTS
 
     shared_a: AdapterWeight
     expert_b: AdapterWeight
@@ -81,24 +77,36 @@ class MoSLDAdapter(nn.Module):
         self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
         self.top_k = m.chosen
         shapes = m.shapes(in_features, out_features)
-        for part in PARTS:
+        if not shapes.keys() <= set(self.parts):
+            of_block = m.kind.block is not None
+            raise ValueError(
+                f"mixing={m.mixing!r} is of {'whole feed-forward blocks' if of_block else 'linear layers'}: it cannot be "
+                f"placed on a {'linear layer' if of_block else 'feed-forward block'}"
+            )
+        for part in self.parts:
             self.register_module(
                 part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
             )
-        self.router_logits: Tensor | None = None
-        self.owed: Tensor | None = None
+        self.forget()
+        self.owed: dict[str, Tensor] | None = None
         self.routing: Routing | None = None
         self.reset_parameters()
+
+    def forget(self) -> None:
+        """As before the first forward."""
+        self.router_logits: Tensor | None = None
+        self.hidden: Tensor | None = None
+        self.gram: Tensor | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         m = self.mixture
-        _start(self.shared_a.weight, m.down_std)
+        start(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
         if self.router is not None and m.router == "constant":
             nn.init.constant_(self.router.weight, 1 / m.num_experts)
         elif self.router is not None:
-            _start(self.router.weight, m.router_std)
+            start(self.router.weight, m.router_std)
         if self.tasks is not None:
             nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
         if self.mixer is not None:
@@ -106,21 +114,33 @@ class MoSLDAdapter(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without."""
-        parts = [part for part in (self.shared_a, self.expert_b, self.router, self.mixer) if part is not None]
-        if any(isinstance(part.weight, DTensor) for part in parts):
-            raise RuntimeError(
-                "shared_a, expert_b and router must be whole while the layer runs, and one of them is a shard: apply "
-                "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
-            )
-        out, logits = self._fused(x, weight, bias) if self.mixture.fused else self._staged(x, weight, bias)
+        self._expect_whole()
+        keeps_hidden = self.keep_hidden and self.mixture.balances and self.mixture.mixing in ("expand", "diagonal")
+        staged = keeps_hidden or not self.mixture.fused
+        out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
+        hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
         if self.keep_logits:
             self.router_logits = logits
-        if self.owed is not None:
-            # A gradient that is owed outside backward is left from one that broke off.
-            if torch._C._current_graph_task_id() != -1 and logits is not None and logits.requires_grad:
-                out = cast(Tensor, _WithOwed.apply(out, logits, self.owed))
-            self.owed = None
-        return out
+        if self.keep_hidden:
+            self.hidden, self.gram = hidden, gram
+        return self._settled(out, router_logits=logits, hidden=hidden, gram=gram)
+
+    def _settled(self, out: Tensor, **made: Tensor | None) -> Tensor:
+        return out if self.owed is None else settle(self, out, made)
+
+    def _gram(self, z: Tensor) -> Tensor:
+        """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
+        with no_autocast(z.device.type):
+            expert_b = self.expert_b.weight.to(z.dtype)
+            return expert_b.t() @ expert_b
+
+    def _expect_whole(self) -> None:
+        if any(isinstance(part.weight, DTensor) for part in self._modules.values() if part is not None):  # pyright: ignore
+            raise RuntimeError(
+                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while the "
+                "layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts them "
+                "together, and not to the weights by themselves"
+            )
 
     def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
         """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
@@ -136,17 +156,19 @@ class MoSLDAdapter(nn.Module):
             return mosld_delta(x, *tensors, **settings)
         return mosld_linear(x, weight, bias, *tensors, **settings)
 
-    def _staged(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _staged(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """-> the output, the logits by which tokens choose experts or None, and z [..., rows of A]"""
         if self.backend == "triton":
             raise RuntimeError(
-                f"backend='triton' cannot run: mixing={self.mixture.mixing!r} with router={self.mixture.router!r} and "
-                "this dropout runs in torch products alone; backend='auto' can"
+                f"backend='triton' cannot run: mixing={self.mixture.mixing!r} with router={self.mixture.router!r}, "
+                f"keep_hidden={self.keep_hidden} and this dropout runs in torch products alone; backend='auto' can"
             )
-        m, routed = self.mixture, []
+        m, routed, hidden = self.mixture, [], []
         seed = self._seed(x, m.dropout, m.up_dropout)
         rates = (m.dropout, m.up_dropout, m.input_dropout, m.hidden_dropout) if self.training else (0.0,) * 4
 
         def mix(z: Tensor, logits: Tensor | None) -> Tensor:
+            hidden.append(z)
             if m.routes:
                 logits = route(self, x, z, logits)
                 routed.append(logits)
@@ -156,6 +178,7 @@ class MoSLDAdapter(nn.Module):
             mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
             if m.kind.per_task and mixer is not None:
                 mixer = mixer[task_ids(self, x)]
+                mixer = mixer if x.dim() > 1 else mixer.squeeze(0)
             return m.kind.mix(z, gates, mixer)
 
         out, _ = staged_linear(
@@ -163,7 +186,7 @@ class MoSLDAdapter(nn.Module):
             router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
-        return out, routed[0] if routed and m.balances else None
+        return out, routed[0] if routed and m.balances else None, hidden[0]
 
     def given(self, name: str) -> Any:
         """What `mosld.set_routing` gave under this name, or None."""
@@ -178,14 +201,13 @@ class MoSLDAdapter(nn.Module):
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "router_logits": None, "owed": None, "routing": None}
+        return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "owed", "routing"))}
 
 
-PARTS = ("shared_a", "expert_b", "router", "tasks", "mixer")  # the tensors that an adapter may train
 _DEFAULT = Mixture()
 
 
-def _start(weight: Tensor, std: float | None) -> None:
+def start(weight: Tensor, std: float | None) -> None:
     """In place: Kaiming-uniform, or normal with a standard deviation."""
     if std is None:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

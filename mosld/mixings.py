@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mosld_kernels import gating, mixing
 
 from .mixture import Mixture, register_mixing
+from .routing import by_row
 
 
 def _own_sizes(m: Mixture) -> int:
@@ -96,9 +97,8 @@ def _with_prior(logits: Tensor, adapter: Any) -> Tensor:
     """sigma(100 b) (w n softmax(logits) + (1 - w) 4 rho), w = sigma(100 v), as [..., r_up, r]; rho from set_routing."""
     balance, gain = torch.sigmoid(SIGMOID_GAIN * adapter.mixer.weight.to(logits.dtype))
     matrix = balance * logits.shape[-1] * logits.softmax(-1)
-    prior = adapter.given("prior")
-    if prior is not None:
-        matrix = matrix + (1 - balance) * PRIOR_GAIN * prior.to(logits.dtype)
+    if adapter.given("prior") is not None:
+        matrix = matrix + (1 - balance) * PRIOR_GAIN * by_row(adapter, "prior", logits)
     return (gain * matrix).unflatten(-1, (-1, adapter.mixture.r))
 
 
@@ -120,6 +120,9 @@ def _dense(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
 def _check_pool(m: Mixture) -> None:
     if m.r > m.num_experts:
         raise ValueError(f"r={m.r} contradicts num_experts={m.num_experts}: r of them are selected")
+    weight = m.option("conditional_weight")
+    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"conditional_weight in mixing_options must be at least 0, got {weight!r}")
 
 
 def _selected(logits: Tensor, adapter: Any) -> Tensor:
@@ -151,3 +154,34 @@ def _selected(logits: Tensor, adapter: Any) -> Tensor:
 )
 def _select(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
     return mixing.dense(z, gates)
+
+
+def _check_block(m: Mixture) -> None:
+    if m.router != "token":
+        raise ValueError(f"router={m.router!r} contradicts mixing='block', whose router is linear on the block's input")
+    for name in ("up_dropout", "hidden_dropout"):
+        if getattr(m, name):
+            raise ValueError(
+                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of what "
+                "goes into A (input_dropout)"
+            )
+
+
+def _block_shapes(m: Mixture, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    rows = _own_sizes(m)
+    return {
+        "gate_a": (rows, hidden), "gate_b": (intermediate, rows), "up_a": (rows, hidden), "up_b": (intermediate, rows),
+        "down_a": (rows, intermediate), "down_b": (hidden, rows), "router": (m.num_experts, hidden),
+    }  # fmt: skip
+
+
+@register_mixing(
+    "block",
+    down=_own_sizes,
+    up=_own_sizes,
+    options={"renormalise": True},
+    check=_check_block,
+    block=_block_shapes,
+)
+def _block(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    raise NotImplementedError("mixing='block' is no mixing matrix: mosld.block computes it")

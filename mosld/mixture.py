@@ -6,7 +6,7 @@ docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ class Mixing:
         broadcast over tokens, or what `gate` returns. See `mosld_kernels.mixing`.
     down, up, gates: rows of A, columns of B, logits of a token, each a function of the Mixture.
     mixer: (Mixture, in_features) -> shape of what the mixing itself trains; None for nothing. per_task: its first size is
-        num_tasks, and `mix` gets [batch, ...], that of each row's task. start: fills a new one, in place.
+        num_tasks, and `mix` gets [batch, ...], that of each row's task (of one vector [...]). start: fills a new one, in place.
     gate: (logits [..., gates], the layer's MoSLDAdapter) -> gates, instead of the Mixture's gate function.
     options: the names that `mixing_options` may have, with their defaults. check: raises ValueError for what is wrong.
     per_expert: whether there is one gate an expert, so that load balance and router statistics mean something.
+    block: of a mixture of whole feed-forward blocks, not of linear layers: (Mixture, hidden, intermediate size) -> shapes of
+        what a block trains, by the names of BLOCK_PARTS; `mosld.block` computes it, and `mix` is not called.
     """
 
     mix: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -50,8 +52,11 @@ class Mixing:
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[["Mixture"], None] = lambda m: None
     per_expert: bool = True
+    block: Callable[["Mixture", int, int], dict[str, tuple[int, ...]]] | None = None
 
 
+PARTS = ("shared_a", "expert_b", "router", "tasks", "mixer")  # the tensors that the mixture of a linear layer may train
+BLOCK_PARTS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "router")  # and that of a feed-forward block
 MIXINGS: dict[str, Mixing] = {}
 
 
@@ -136,6 +141,15 @@ class Mixture:
             )
         if kind.gate is not None and not self.routes:
             raise ValueError(f"router={self.router!r} contradicts mixing={self.mixing!r}, which makes gates of logits")
+        if not self.routes:
+            for name, unused in (("temperature", self.temperature != 1), ("router_std", self.router_std is not None)):
+                if unused:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} contradicts router={self.router!r}, which has no logits"
+                    )
+        if self.gate == "top_p" and (kind.gate is not None or not self.routes):
+            which = f"router={self.router!r}" if kind.gate is None else f"mixing={self.mixing!r}"
+            raise ValueError(f"gate='top_p' contradicts {which}, which has gates of its own")
         kind.check(self)
 
     @property
@@ -158,7 +172,7 @@ class Mixture:
     @property
     def chosen(self) -> int:
         """K, experts chosen per token: all of them where the softmax goes over all."""
-        return self.top_k if self.gate == "top_k" and self.kind.gate is None else self.num_experts
+        return self.top_k if self.gate == "top_k" and self.routes and self.kind.gate is None else self.num_experts
 
     @property
     def fused(self) -> bool:
@@ -177,11 +191,21 @@ class Mixture:
         """Whether tokens choose among experts, so that load balance and router statistics mean something."""
         return self.kind.per_expert and self.router in ("token", "hidden") and self.gate != "top_p"
 
+    @property
+    def of_linear(self) -> "Mixture":
+        """Itself; where it is of a block, the plain LoRA of a linear layer beside the blocks."""
+        if self.kind.block is None:
+            return self
+        plain: dict[str, Any] = dict(mixing="expand", mixing_options={}, num_experts=1, top_k=1, router="none")
+        return replace(self, **plain, gate="top_k", temperature=1.0, router_std=None)
+
     def option(self, name: str) -> Any:
         return self.mixing_options.get(name, self.kind.options[name])
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        """Name of each trained tensor of a layer -> its shape."""
+        """Name of each trained tensor of a layer -> its shape. Of a block: of its hidden and its intermediate size."""
+        if self.kind.block is not None:
+            return self.kind.block(self, in_features, out_features)
         kind, gates = self.kind, self.kind.gates(self)
         router = {
             "token": (gates, in_features),

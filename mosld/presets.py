@@ -4,6 +4,7 @@ A preset is a function: keyword overrides in, MoSLDConfig out. Its values are th
 known; what the sources leave open is said in the docstring. `PRESETS` has all of them by name.
 
 Batch mates, padding and later tokens change nothing, unless the docstring says that a method routes by the whole sequence.
+Methods that route by task follow each row's own task.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,25 @@ def preset(name: str, **overrides: Any) -> MoSLDConfig:
     return PRESETS[name](**overrides)
 
 
+def experts_by_depth(blocks: int, *experts: int) -> dict[str, int]:
+    """A num_experts_pattern: equal parts of a model's blocks, from the first to the last, have these numbers of experts.
+
+    `experts_by_depth(32, 8, 6, 4, 2)` is MoSLD's setting of LLaMA-2-7B. For models whose blocks are called layers, layer, h
+    or block, as in LLaMA, BERT, GPT-2 and T5.
+    raises ValueError for more parts than blocks.
+    """
+    if not 1 <= len(experts) <= blocks:
+        raise ValueError(
+            f"experts must be at least 1 number and at most one for each of {blocks} blocks, got {experts}"
+        )
+    bounds = [part * blocks // len(experts) for part in range(len(experts) + 1)]
+    return {
+        # A block in a block (T5's block.3.layer.0) is not one of the model's.
+        rf"(?<!\d\.)(?:layers|layer|h|block)\.(?:{'|'.join(map(str, range(*ends)))})\..*": number
+        for *ends, number in zip(bounds[:-1], bounds[1:], experts, strict=True)
+    }
+
+
 def _config(defaults: dict[str, Any], overrides: dict[str, Any]) -> MoSLDConfig:
     """mixing_options are overridden one by one, everything else as a whole."""
     options = {**defaults.pop("mixing_options", {}), **overrides.pop("mixing_options", {})}
@@ -45,8 +65,8 @@ def lora(**overrides: Any) -> MoSLDConfig:
 def mosld(**overrides: Any) -> MoSLDConfig:
     """MoSLD (arXiv 2412.08946, Eq. 1 to 3): a shared A with dropout on its elements, top-2 of 8 experts, r 8, alpha 16.
 
-    The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are a num_experts_pattern:
-    {r"layers\\.([0-7])\\.": 8, r"layers\\.([8-9]|1[0-5])\\.": 6, r"layers\\.(1[6-9]|2[0-3])\\.": 4, r"layers\\.(2[4-9]|3[01])\\.": 2}.
+    The paper's 8, 6, 4, 2 experts from the first to the last quarter of 32 layers are
+    `num_experts_pattern=presets.experts_by_depth(32, 8, 6, 4, 2)`; its section 5.2 calls the reverse order better.
     The weight of its balance loss is not given; 1e-3 is MoLA's.
     """
     return _config({}, overrides)
@@ -54,13 +74,13 @@ def mosld(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def mosl(**overrides: Any) -> MoSLDConfig:
-    """MoSL: MoSLD without its dropout, the paper's ablation."""
+    """MoSL (arXiv 2412.08946): MoSLD without its dropout, the paper's ablation."""
     return _config(dict(dropout=0.0), overrides)
 
 
 @_preset
 def mosld_up(**overrides: Any) -> MoSLDConfig:
-    """MoSLD (matrix B): the up-projection is shared and its elements are dropped; an A per expert.
+    """MoSLD, matrix B (arXiv 2412.08946): the up-projection is shared and its elements are dropped; an A per expert.
 
     y = W0 x + s B~ sum_k g_k A_k x. The paper says only that the method is "applied to matrix B"; share and drop B is
     our reading. Read literally, its Eq. 3 says the same.
@@ -84,8 +104,8 @@ def hydralora(**overrides: Any) -> MoSLDConfig:
 def mola(**overrides: Any) -> MoSLDConfig:
     """MoLA (arXiv 2402.08562): an A and a B per expert, top-2 renormalised, r 8, alpha 16, dropout 0.05 on x.
 
-    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: a num_experts_pattern. Its code draws
-    the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
+    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: `experts_by_depth(32, 2, 4, 6, 8)`. Its
+    code draws the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
     """
     return _config(dict(mixing="diagonal", dropout=0.0, input_dropout=0.05), overrides)
 
@@ -109,6 +129,23 @@ def moelora(**overrides: Any) -> MoSLDConfig:
     `mosld.losses.contrastive_loss`, is the stated best reading.
     """
     return _config(dict(mixing="diagonal", dropout=0.0, input_dropout=0.05), overrides)
+
+
+@_preset
+def mixlora(**overrides: Any) -> MoSLDConfig:
+    """MixLoRA (TUDB, arXiv 2404.15159): each expert is a whole SwiGLU feed-forward block with LoRAs on its three layers, top-2
+    of 8 by one router per block; plain LoRAs on q, k, v, o. r 16, alpha 32, dropout 0.05 on what goes into A.
+
+    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the balance
+    loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the dropout
+    for every expert and layer anew; here gate and up of all experts see one. Its other routers are gate="top_p", and
+    top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base model. No LoRA equals it.
+    """
+    defaults = dict(
+        mixing="block", r=16, alpha=32, router_std=0.02, dropout=0.0, input_dropout=0.05, balance_coef=2e-3,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "mlp"],
+    )  # fmt: skip
+    return _config(defaults, overrides)
 
 
 @_preset
@@ -184,7 +221,8 @@ def mixlora_conditional(**overrides: Any) -> MoSLDConfig:
     """Conditional Mixture-of-LoRA (multimodal MixLoRA, arXiv 2402.15896): per sequence r of num_experts rows of A and,
     given these, r columns of B, paired by rank order and not weighted.
 
-    Routes on the mean of x over the sequence, padding included, so batch mates may matter through padding. The released
+    Routes on the mean of x over the whole sequence, so later tokens change earlier ones; so does padding, and through it batch
+    mates. With a cache each step of `generate` routes on its own tokens alone: say use_cache=False. The released
     selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a softmax,
     False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight is its weight.
     """

@@ -11,10 +11,10 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
+from .methods import NAMES
 from .training import Stage
 
 PACKAGES = ("mosld", "torch", "transformers", "peft", "accelerate")
-NAMES = {"base": "frozen base", "lora": "LoRA", "mosld": "MoSLD"}
 SINGLE = "-single"
 
 
@@ -28,7 +28,8 @@ def versions() -> dict[str, str]:
 
 def gather(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
     """Label -> method: the mean over seeds, and for one model a task their scores side by side."""
-    methods = {"base": {**base, "average": _average(base["tasks"])}}
+    methods: dict[str, dict] = {"base": {name: value for name, value in base.items() if name != "items"}}
+    methods["base"]["average"] = _average(base["tasks"])
     for label in dict.fromkeys(stage.label for stage in stages):
         own = [(s, r) for s, r in zip(stages, stage_results, strict=True) if s.label == label]
         seeds = sorted({stage.seed for stage, _ in own})
@@ -86,10 +87,15 @@ def table(methods: dict[str, dict]) -> str:
         rows.append(["deviation between seeds", "", "", "", *spread])
     rows.append(["trained parameters", "", "", "", *[f"{methods[x]['trainable_parameters']:,}" for x in labels]])
     rows.append(["training, seconds", "", "", "", *[f"{methods[label]['train_seconds']:.0f}" for label in labels]])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Text in columns under a head and a line; the first `left` columns are words, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
@@ -100,15 +106,15 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def draw_charts(methods: dict[str, dict], main: str, run_dir: Path) -> list[Path]:
-    """accuracy.png, loss.png and, for a mixture, experts.png."""
+def draw_charts(methods: dict[str, dict], main: str, run_dir: Path, top_k: int = 2) -> list[Path]:
+    """accuracy.png, loss.png and, for a mixture whose tokens choose `top_k` experts, experts.png."""
     charts = []
     if methods["base"]["tasks"]:
         charts.append(_draw_accuracy(methods, run_dir / "accuracy.png"))
     if any(method.get("loss") for method in methods.values()):
         charts.append(_draw_loss(methods, run_dir / "loss.png"))
     if methods[main]["experts"]:
-        charts.append(draw_experts(methods[main]["experts"], run_dir / "experts.png"))
+        charts.append(draw_experts(methods[main]["experts"], run_dir / "experts.png", top_k))
     return charts
 
 

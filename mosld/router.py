@@ -35,7 +35,8 @@ def forget_routing(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         for adapter in _mixtures(model):
-            adapter.router_logits = None
+            adapter.forget()
+            adapter.owed = None
 
 
 def _mixtures(module: nn.Module) -> Iterator[MoSLDAdapter]:
@@ -57,11 +58,14 @@ def last_routing(
 
     attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. A layer that saw something else
         than [batch, sequence] tokens (a pooler, a decoder beside an encoder) gets no mask and keeps all of its tokens.
-    raises ValueError when the model has no mixture or the mask fits none, RuntimeError before the first forward.
+    raises ValueError when the model has no mixture, none in which tokens choose among experts, or the mask fits none,
+    RuntimeError before the first forward.
     """
     adapters = list(running_adapters(model))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
+    if not any(adapter.mixture.balances for _, adapter in adapters):
+        raise ValueError(f"there is {no_choice(adapters[0][1])}")
     ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
     if not ran:
         raise RuntimeError(
@@ -75,6 +79,15 @@ def last_routing(
     for name, adapter, logits in ran:
         fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
         yield name, adapter, logits, attention_mask if fits else None
+
+
+def no_choice(adapter: MoSLDAdapter) -> str:
+    """Why there is neither balance loss nor statistics, as the end of an error message."""
+    m = adapter.mixture
+    return (
+        f"no load to balance and none to tell of: mixing={m.mixing!r} with router={m.router!r} and gate={m.gate!r} lets no "
+        "token choose among experts"
+    )
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,12 @@ def set_routing(
     """Tell every mixture in `model` what it cannot see in its input, until it is told anew; None takes it back.
 
     task_ids: integers [batch], or one for all rows, in [0, num_tasks): for methods that route by task.
-    gates: [batch, n] or [batch, sequence, n], for router="external", one gate an expert; or layer name -> such a tensor.
+    gates: [n], [batch, n] or [batch, sequence, n], for router="external", one gate an expert; or layer name -> such a tensor.
         They carry gradients to where they come from.
-    prior: [batch, n] or [batch, sequence, n], the prior on the gates of mixing="dense".
+    prior: of the same shapes, the prior on the matrix of mixing="dense", [r_up, r] row by row.
+
+    Where a layer sees a multiple of the rows that were given, each stands for as many neighbours: so lie the beams of
+    `generate`, the windows of an image, and tokens that a model flattened into rows.
 
     raises ValueError for a model without mixtures, ids that are no integers or out of range, and unknown layers.
     """
@@ -57,7 +60,9 @@ def set_routing(
     if unknown := sorted(by_layer.keys() - {name for name, _ in adapters}):
         raise ValueError(f"gates name layers that are not adapted: {', '.join(unknown)}")
     for name, adapter in adapters:
-        adapter.routing = Routing(ids, by_layer.get(name), prior)
+        device = adapter.shared_a.weight.device
+        own = ids if ids is None or device.type == "meta" else ids.to(device)  # once, and not in every forward
+        adapter.routing = Routing(own, by_layer.get(name), prior)
 
 
 def all_adapters(model: nn.Module) -> "Iterator[tuple[str, MoSLDAdapter]]":
@@ -93,10 +98,34 @@ def task_ids(adapter: "MoSLDAdapter", x: Tensor) -> Tensor:
             f"mixing={adapter.mixture.mixing!r} with router={adapter.mixture.router!r} asks for the task of every row: call "
             "mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` column"
         )
-    rows = x.shape[0] if x.dim() > 1 else 1
-    if len(ids) not in (1, rows):
-        raise ValueError(f"task_ids must be one or [batch={rows}], got {len(ids)}")
-    return ids.to(x.device).expand(rows)
+    return _for_rows("task_ids", ids.to(x.device), x.shape[0] if x.dim() > 1 else 1)
+
+
+def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
+    """values [batch, ...] -> [rows, ...], each for as many neighbours"""
+    if len(values) == rows:
+        return values
+    if not len(values) or rows % len(values):
+        raise ValueError(f"{name} must be for [batch={rows}] rows, or a number that divides it, got {len(values)}")
+    return values.repeat_interleave(rows // len(values), dim=0)
+
+
+def by_row(adapter: "MoSLDAdapter", name: str, beside: Tensor) -> Tensor:
+    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype and on its device."""
+    given: Tensor = adapter.given(name)
+    values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
+    if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
+        raise ValueError(f"{name} must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}")
+    if values.dim() == 1:
+        return values
+    values = _for_rows(name, values, leading[0] if leading else 1)
+    if not leading:
+        return values.squeeze(0)
+    if values.dim() == 2:
+        return values.view(len(values), *[1] * (len(leading) - 1), n)
+    if values.shape[1:-1] != leading[1:]:
+        raise ValueError(f"{name} must be for tokens {list(leading)}, got {list(given.shape)}")
+    return values
 
 
 def route(adapter: "MoSLDAdapter", x: Tensor, z: Tensor, logits: Tensor | None) -> Tensor:
@@ -109,8 +138,10 @@ def route(adapter: "MoSLDAdapter", x: Tensor, z: Tensor, logits: Tensor | None) 
         if m.router == "hidden":
             logits = z @ weight.t()
         elif m.router == "sequence":
-            mean = x.to(z.dtype).mean(-2, keepdim=True) if x.dim() > 1 else x.to(z.dtype)
-            logits = mean @ weight.t()
+            rows = x if x.dim() > 1 else x.unsqueeze(0)
+            # Not mean(), which is NaN where there is no token, and so would be the router's gradient.
+            mean = rows.sum(-2, keepdim=True, dtype=z.dtype) / max(rows.shape[-2], 1)
+            logits = (mean if x.dim() > 1 else mean.squeeze(0)) @ weight.t()
         else:
             logits = _by_task(adapter, x, weight)
     return logits if m.temperature == 1 else logits / m.temperature
@@ -155,13 +186,8 @@ def given_gates(adapter: "MoSLDAdapter", x: Tensor, z: Tensor) -> Tensor:
     if m.router == "constant":
         assert adapter.router is not None
         return adapter.router.weight[0].to(z.dtype)
-    gates: Tensor | None = adapter.given("gates")
-    if gates is None:
+    if adapter.given("gates") is None:
         raise RuntimeError(
             "router='external' takes its gates from the caller: call mosld.set_routing(model, gates=...) before the model"
         )
-    if gates.shape[-1] != count:
-        raise ValueError(f"gates must be [..., {count}], got {list(gates.shape)}")
-    if gates.dim() == 2 and x.dim() > 2:
-        gates = gates.view(len(gates), *[1] * (x.dim() - 2), count)
-    return gates.to(z)
+    return by_row(adapter, "gates", z.new_empty(()).expand(*x.shape[:-1], count))

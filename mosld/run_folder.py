@@ -4,6 +4,9 @@ run.json       the settings that decide the results; written first
 lock           held by the process that trains here
 stages/        one file per finished stage          checkpoints/   of the stage being trained
 results.json   written last: a folder that has it holds a finished run
+
+A comparison (`mosld compare`) is never finished: the same command with more methods, seeds or settings goes on in it. Its
+`rows`, by name, must agree where both have them.
 """
 
 import hashlib
@@ -11,18 +14,20 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
+
+from .at_once import is_leftover, remove_leftovers, write_at_once
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-PROGRAM = "mosld train"
+TRAIN, COMPARE = "mosld train", "mosld compare"
 LOCK = "lock"
 _locks: list[TextIO] = []  # that this process holds
+# In the order in which they are removed: wherever that stops, what is left is an unfinished run, and known as one.
 OWN = (
-    "run.json",
     "results.json",
     "stages",
     "checkpoints",
@@ -31,6 +36,10 @@ OWN = (
     "accuracy.png",
     "loss.png",
     "experts.png",
+    "compare.json",
+    "compare.md",
+    "parameters.png",
+    "run.json",
 )
 
 
@@ -38,14 +47,14 @@ class RunFolderError(ValueError):
     """The output folder cannot take this run; the message says what to do."""
 
 
-def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> str:
+def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
     """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
     raises RunFolderError for a folder that holds another run, a finished one, or something else.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
-    state, changed = _state(folder, json.loads(json.dumps(settings)))  # as it is read back
+    state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
     if state == "foreign":
         raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
     if overwrite and state != "new":
@@ -60,17 +69,22 @@ def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = F
     return state
 
 
-def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False) -> bool:
+def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> bool:
     """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
 
     raises RunFolderError as `check_free`.
     """
-    state = check_free(folder, settings, overwrite)
+    state = check_free(folder, settings, overwrite, program)
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     if state == "run":
         _clear(folder)
-    (folder / "run.json").write_text(json.dumps({"program": PROGRAM, **settings}, indent=2) + "\n")
+    remove_leftovers(folder)
+    written = {"program": program, **settings}
+    if state == "unfinished" and "rows" in settings:
+        before = json.loads((folder / "run.json").read_text())
+        written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
+    write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
     return state == "unfinished"
 
 
@@ -93,20 +107,20 @@ def _lock(folder: Path) -> None:
     _locks.append(handle)
 
 
-def free_folder(name: str, settings: Mapping[str, object]) -> Path:
+def free_folder(name: str, settings: Mapping[str, object], program: str = TRAIN) -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is new or holds this very run unfinished."""
     settings = json.loads(json.dumps(settings))
     number = 1
     while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if _state(folder, settings)[0] in ("new", "unfinished"):
+        if _state(folder, settings, program)[0] in ("new", "unfinished"):
             return folder
         number += 1
 
 
-def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]]:
+def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
-    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
         return "new", []
     if not (folder / "run.json").is_file():
         return "foreign", []
@@ -114,10 +128,16 @@ def _state(folder: Path, settings: Mapping[str, object]) -> tuple[str, list[str]
         before = json.loads((folder / "run.json").read_text())
     except json.JSONDecodeError:
         return "foreign", []
-    if not isinstance(before, dict) or before.get("program") != PROGRAM:  # another tool's, however it is called
+    if not isinstance(before, dict) or before.get("program") not in (
+        TRAIN,
+        COMPARE,
+    ):  # another tool's, however it is called
         return "foreign", []
-    before.pop("program")
-    changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))
+    if before["program"] != program:
+        changed = [f"it is one of {before['program']}"]
+    old, new = before.get("rows") or {}, cast(dict, settings.get("rows") or {})
+    changed += [f"row {name}" for name in old if name in new and old[name] != new[name]]
     if changed:
         return "other", changed
     return ("finished" if (folder / "results.json").is_file() else "unfinished"), []

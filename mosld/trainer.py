@@ -1,27 +1,41 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
-from .router import RouterStats, RouterUse, forget_routing, running_adapters
+from .checkpoints import check_adapters, last_whole_checkpoint
+from .router import RouterStats, RouterUse, forget_routing, no_choice, running_adapters
+from .task_column import TaskColumnMixin
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
 ROUTER_LOGS = ("summary", "layers", "off")
-_Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
+AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
-class MoSLDTrainerMixin(_Base):
+class MoSLDTrainerMixin(TaskColumnMixin):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
     balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by
-        hand. 0 leaves the loss alone.
+        hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+
+    A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
 
     The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
-    gradient is that of the mean over micro-batches and processes, whatever the number of either.
+    gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
+    where a micro-batch takes several; those without gradients do not count.
+
+    auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss: function(model,
+        batch) returns a scalar of the forward that the model just had, as those in `mosld.losses` do. Say
+        {"contrast": (0.1, lambda model, batch: contrastive_loss(model, batch["attention_mask"]))}. Their means over the
+        forwards, before the weight, are in the training logs under their names.
+    auxiliary_columns: columns of the data that these functions read and the model does not take, such as the kind of each
+        row's task: numbers or tensors that the data collator puts together. The model never sees them.
 
     router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
         process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
@@ -33,35 +47,91 @@ class MoSLDTrainerMixin(_Base):
         "layers": these, and the first three of every layer under router/<layer>/.
         "off": nothing.
 
-    raises ValueError for another value of router_logs, and under nn.DataParallel.
+    Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
+    `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
+
+    raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
+    method that has no load to balance. `train` raises AdapterFileError, a ValueError, for a checkpoint whose weights were
+    altered, and ValueError where True finds none.
     """
 
-    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary", **kwargs):
+    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
+                 auxiliary_losses: Mapping[str, tuple[float, AuxiliaryLoss]] | None = None,
+                 auxiliary_columns: Collection[str] = (), **kwargs):  # fmt: skip
         if router_logs not in ROUTER_LOGS:
             raise ValueError(f"router_logs must be one of {', '.join(ROUTER_LOGS)}, got {router_logs!r}")
+        self.auxiliary_losses = dict(auxiliary_losses or {})
+        if taken := self.auxiliary_losses.keys() & {"balance_loss", "loss"}:
+            raise ValueError(f"auxiliary_losses must have names of their own, got {', '.join(sorted(taken))}")
+        self.auxiliary_columns = frozenset(auxiliary_columns)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        self.balance_coef = (
-            _configured_balance_coef(cast(nn.Module, self.model)) if balance_coef is None else balance_coef
-        )
+        self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
         self.router_logs = router_logs
         self._routing = _Routing()
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(cast(str, self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"output_dir must hold a whole checkpoint to go on from, got {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            check_adapters(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        attention_mask = inputs.get("attention_mask")
+        arguments: dict[str, Any] = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training:
+            return super().compute_loss(model, self._for_the_model(inputs), **arguments)
         forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        balance = balance_loss(model, attention_mask) if self.balance_coef and model.training else None
-        if balance is not None:
-            penalty = self.balance_coef * balance
-            loss = loss + penalty.to(loss.device) / self._undivided_steps(num_items_in_batch)
-        if self.router_logs != "off" and model.training:
-            self._routing.add(model, attention_mask, balance)
+        forwards: list[dict[str, tuple[float, Tensor]]] = []
+
+        def after_forward(*_) -> None:
+            # Some trainers run the model again without gradients, for metrics or for outputs that are asked for.
+            if torch.is_grad_enabled():
+                forwards.append(self._losses_of_forward(model, inputs))
+
+        hook = model.register_forward_hook(after_forward)
+        try:
+            result: Any = super().compute_loss(model, self._for_the_model(inputs), **arguments)
+        finally:
+            hook.remove()
+        if not forwards:  # the trainer ran parts of the model without calling the whole
+            forwards.append(self._losses_of_forward(model, inputs))
+        loss, outputs = result if return_outputs else (result, None)
+        for name, (weight, _) in forwards[0].items():
+            own = torch.stack([losses[name][1] for losses in forwards]).mean()
+            loss = loss + (weight * own).to(loss.device) / self._undivided_steps(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
+        attention_mask, losses = inputs.get("attention_mask"), {}
+        if self.balance_coef:
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, attention_mask)
+        for name, (weight, function) in self.auxiliary_losses.items():
+            if weight:
+                losses[name] = weight, function(model, inputs)
+        if self.router_logs != "off":
+            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
+        return losses
+
+    def _for_the_model(self, inputs: Any) -> Any:
+        if not self.auxiliary_columns:
+            return inputs
+        return {name: value for name, value in inputs.items() if name not in self.auxiliary_columns}
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, self._for_the_model(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *sorted(self.auxiliary_columns - set(columns))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
@@ -89,9 +159,9 @@ class _Routing:
 
     def clear(self) -> None:
         self.use, self.forwards = RouterUse(), 0
-        self.balance: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
 
-    def add(self, model: nn.Module, attention_mask: object, balance: Tensor | None) -> None:
+    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, Tensor]) -> None:
         """Count the last forward; where there is nothing to count, training goes on without."""
         if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
             return
@@ -99,17 +169,16 @@ class _Routing:
             self.use.update("", model, attention_mask if isinstance(attention_mask, Tensor) else None)
         except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
             return
-        if balance is not None:
-            self.balance = balance.detach() if self.balance is None else self.balance + balance.detach()
-            self.forwards += 1
+        self.forwards += 1
+        for name, loss in losses.items():
+            self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
 
     def take(self, per_layer: bool) -> dict[str, float]:
         """The log entries, and begin anew."""
-        layers, balance, forwards = self.use.stats().get("", {}), self.balance, self.forwards
+        layers, losses, forwards = self.use.stats().get("", {}), self.losses, self.forwards
         self.clear()
         logs = _entries("router", list(layers.values())) if layers else {}
-        if balance is not None:
-            logs["balance_loss"] = balance.item() / forwards
+        logs |= {name: loss.item() / forwards for name, loss in losses.items()}
         if per_layer:
             for name, stats in layers.items():
                 logs |= _entries(f"router/{name.removeprefix('base_model.model.')}", [stats])
@@ -126,6 +195,15 @@ def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
 
 class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
     """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds."""
+
+
+def _balance_coef(model: nn.Module, given: float | None) -> float:
+    adapters = [adapter for _, adapter in running_adapters(model)]
+    if adapters and not any(adapter.mixture.balances for adapter in adapters):
+        if given:
+            raise ValueError(f"balance_coef={given} has {no_choice(adapters[0])}")
+        return 0.0
+    return _configured_balance_coef(model) if given is None else given
 
 
 def _configured_balance_coef(model: nn.Module) -> float:

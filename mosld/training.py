@@ -10,13 +10,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -28,37 +28,24 @@ from transformers import (
     set_seed,
 )
 
+from .at_once import folder_at_once, write_at_once
 from .card import write_card
-from .config import MoSLDConfig
+from .checkpoints import last_whole_checkpoint
+from .methods import LORA, Adapter, task_setter
 from .progress import show_progress
 from .router import RouterUse
 from .tasks.encode import IGNORED, Encoder
 from .tasks.examples import Task
-from .tasks.mixing import mix
+from .tasks.mixing import mix_with_tasks
 from .tasks.scoring import score_tasks
 from .trainer import MoSLDTrainer
-
-METHODS = ("mosld", "lora")
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """Size and placement of the adapters; LoRA uses r, alpha, dropout and target_modules alone."""
-
-    r: int = 8
-    alpha: float = 16
-    num_experts: int = 8
-    top_k: int = 2
-    dropout: float = 0.1
-    balance_coef: float = 1e-3
-    target_modules: str | list[str] = "all-linear"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a stage needs beside the model and the tasks. trainer: the Trainer's arguments, per method."""
+    """Everything a stage needs beside the model and the tasks: by `Stage.method`, the adapter and the Trainer's arguments."""
 
-    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     trainer: dict[str, list[str]] = field(default_factory=dict)
     proportions: dict[str, float] | str = "proportional"
     eval_batch_size: int = 64
@@ -66,7 +53,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """One adapter to train, on all tasks or on one. `label` names the method's column in the results."""
+    """One adapter to train, on all tasks or on one. `label` names the column in the results, `method` the recipe."""
 
     label: str
     method: str
@@ -86,31 +73,24 @@ def plan(method: str, *, compare_lora: bool, single: bool, seeds: int, task_name
     """LoRA beside the method unless it is the method, then one model a task where that is wanted; every seed of each."""
     stages = []
     for seed in range(seeds):
-        if compare_lora and method != "lora":
-            stages.append(Stage("lora", "lora", seed))
+        if compare_lora and method != LORA:
+            stages.append(Stage(LORA, LORA, seed))
         stages.append(Stage(method, method, seed))
         if single:
             stages += [Stage(f"{method}-single", method, seed, name) for name in task_names]
     return stages
 
 
-def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    sizes: dict[str, Any] = {"r": settings.r, "target_modules": settings.target_modules, "task_type": "CAUSAL_LM"}
-    if method == "lora":
-        return LoraConfig(lora_alpha=cast(int, settings.alpha), lora_dropout=settings.dropout, **sizes)
-    return MoSLDConfig(
-        alpha=settings.alpha,
-        num_experts=settings.num_experts,
-        top_k=settings.top_k,
-        dropout=settings.dropout,
-        balance_coef=settings.balance_coef,
-        **sizes,
-    )
+def count_trained(base: PreTrainedModel, adapter: Adapter, num_tasks: int) -> int:
+    """How many parameters the adapter trains in `base`, which is left as it was.
 
-
-def check_targets(base: PreTrainedModel, method: str, settings: AdapterSettings) -> None:
-    """raises ValueError, naming the targets, when none of them is in the model or one cannot be adapted."""
-    _restore(base, get_peft_model(base, adapter_config(method, settings)))
+    raises ValueError, naming the targets, when none of them is in the model or one cannot be adapted.
+    """
+    model = get_peft_model(base, adapter.config(num_tasks))
+    try:
+        return model.get_nb_trainable_parameters()[0]
+    finally:
+        _restore(base, model)
 
 
 def _restore(base: PreTrainedModel, model: PeftModel) -> None:
@@ -123,7 +103,8 @@ def score_base(base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], r
     start = time.perf_counter()
     scores = score_tasks(base, encoder, tasks, recipe.eval_batch_size, label="score the frozen base")
     return {
-        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "tasks": {name: score.summary() for name, score in scores.items()},
+        "items": {name: score.right for name, score in scores.items()},
         "trainable_parameters": 0,
         "train_seconds": 0.0,
         "score_seconds": time.perf_counter() - start,
@@ -139,43 +120,60 @@ def run_stage(
     raises Interrupted after a checkpoint when the user stops the training.
     """
     chosen = [task for task in tasks if stage.task in (None, task.name)]
+    adapter = recipe.adapters[stage.method]
+    mixture = adapter.mixture(len(chosen))
     set_seed(stage.seed)
-    model = get_peft_model(base, adapter_config(stage.method, recipe.adapter))
+    model = get_peft_model(base, adapter.config(len(chosen)))
     try:
         start = time.perf_counter()
         loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
         train_seconds = time.perf_counter() - start
         if PartialState().is_main_process:  # each process has the whole adapter, and PEFT makes a folder in each
-            model.save_pretrained(str(adapter_dir))
+            save_adapter(model, adapter_dir)
         start, use = time.perf_counter(), RouterUse()
-        on_batch = (lambda task, mask: use.update(task.name, model, mask)) if stage.method == "mosld" else None
-        scores = score_tasks(model, encoder, chosen, recipe.eval_batch_size, on_batch, label=f"score {stage.name}")
+        counts = mixture is not None and mixture.balances
+        on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
+        scores = score_tasks(
+            model, encoder, chosen, recipe.eval_batch_size, on_batch, f"score {stage.name}",
+            task_setter(model, chosen, mixture),
+        )  # fmt: skip
         result = {
-            "tasks": {name: asdict(score) for name, score in scores.items()},
+            "tasks": {name: score.summary() for name, score in scores.items()},
+            "items": {name: score.right for name, score in scores.items()},
             "trainable_parameters": model.get_nb_trainable_parameters()[0],
             "train_seconds": train_seconds,
             "score_seconds": time.perf_counter() - start,
             "loss": loss,
             "experts": use.shares(),
         }
-        if stage.method == "mosld" and PartialState().is_main_process:
+        if not adapter.is_lora and PartialState().is_main_process:
             write_card(adapter_dir, result["tasks"])
     finally:
         _restore(base, model)
     return result
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """`model.save_pretrained(folder)`, all at once or not at all; what `folder` held before is gone then."""
+    with folder_at_once(folder) as aside:
+        model.save_pretrained(str(aside))
+
+
 def _train(
     model: PeftModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, recipe: Recipe, checkpoints: Path
 ) -> list[tuple[int, float]]:
     """-> (step, loss) as the Trainer logged them"""
-    examples = mix(tasks, recipe.proportions if stage.task is None else "proportional", stage.seed)
+    adapter, mixture = recipe.adapters[stage.method], recipe.adapters[stage.method].mixture(len(tasks))
+    examples = mix_with_tasks(tasks, recipe.proportions if stage.task is None else "proportional", stage.seed)
+    rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for _, example in examples]
+    if mixture is not None and mixture.wants_tasks:
+        rows = [{**row, "task_ids": place} for row, (place, _) in zip(rows, examples, strict=True)]
     arguments = training_arguments([*recipe.trainer.get(stage.method, []), "--seed", str(stage.seed)], checkpoints)
-    trainer_class = MoSLDTrainer if stage.method == "mosld" else Trainer
+    trainer_class = Trainer if adapter.is_lora else MoSLDTrainer
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=[encoder.training_row(example) for example in examples],
+        train_dataset=cast(Any, rows),  # a list serves; what a Dataset is depends on whether `datasets` is installed
         data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
     )
     show_progress(trainer, f"train {stage.name}")
@@ -183,13 +181,6 @@ def _train(
     with _stop_on_interrupt(trainer):
         trainer.train(resume_from_checkpoint=last)
     return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
 
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
@@ -261,7 +252,10 @@ def finish(run_dir: Path, name: str, result: dict) -> None:
     """Keep a stage's result, then drop its checkpoints; an interruption anywhere leaves the one or the other."""
     path = run_dir / "stages" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result))
-    aside.replace(path)
+    write_at_once(path, json.dumps(result))
+    drop_checkpoints(run_dir, name)
+
+
+def drop_checkpoints(run_dir: Path, name: str) -> None:
+    """Those of a finished stage."""
     shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)

@@ -22,7 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from mosld_kernels.dispatch import autocasts
 
-from .layer import PARTS, MoSLDAdapter, call_me
+from .block import BlockAdapter, check_block, is_block
+from .layer import MoSLDAdapter, call_me
+from .mixture import BLOCK_PARTS, PARTS, Mixture
 
 NAME = "mosld"
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
@@ -36,6 +38,7 @@ class MoSLDLayer(BaseTunerLayer):
     container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two names.
     """
 
+    parts = PARTS
     adapter_layer_names = tuple(f"{PREFIX}{part}" for part in PARTS)
     other_param_names = ("mixtures",)
     mixtures: dict[str, MoSLDAdapter]
@@ -56,27 +59,25 @@ class MoSLDLayer(BaseTunerLayer):
         raise ValueError("a MoSLD mixture is never merged, so there is nothing to unmerge")
 
 
-class MoSLDPeftLinear(nn.Module, MoSLDLayer):
-    """A linear layer inside a PEFT model with the mixtures beside it. "Linear" in the name is how PEFT knows it."""
+class MoSLDPeftLayer(nn.Module, MoSLDLayer):
+    """A module inside a PEFT model with the mixtures beside it; in_features and out_features are the mixtures' sizes."""
 
-    def __init__(self, base_layer: nn.Module):
+    adapter_class: type[MoSLDAdapter] = MoSLDAdapter
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int):
         super().__init__()
         self.base_layer = base_layer
-        in_features, out_features = _get_in_out_features(base_layer)
-        if in_features is None or out_features is None:
-            raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
         self.in_features, self.out_features = in_features, out_features
         for container in self.adapter_layer_names:
             self.register_module(container, nn.ModuleDict())
         self.mixtures = {}
         self.merged_adapters = []
-        call_me(self)
 
     def update_layer(self, adapter_name: str, inference_mode: bool, **hyperparameters) -> None:
         """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
-        mixture = MoSLDAdapter(self.in_features, self.out_features, **hyperparameters).train(self.training)
+        mixture = self.adapter_class(self.in_features, self.out_features, **hyperparameters).train(self.training)
         self.mixtures[adapter_name] = mixture
-        for part in PARTS:
+        for part in self.parts:
             container = cast(nn.ModuleDict, getattr(self, f"{PREFIX}{part}"))
             if adapter_name in container:  # of an adapter that is begun anew
                 del container[adapter_name]
@@ -85,13 +86,31 @@ class MoSLDPeftLinear(nn.Module, MoSLDLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def train(self, mode: bool = True) -> "MoSLDPeftLinear":
+    def mixture_here(self, mixture: Mixture) -> Mixture:
+        """What a configuration's mixture is on a module of this kind."""
+        return mixture
+
+    def train(self, mode: bool = True) -> "MoSLDPeftLayer":
         for mixture in self.mixtures.values():  # unregistered, so nn.Module.train passes them by
             mixture.train(mode)
         return super().train(mode)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
+
+
+class MoSLDPeftLinear(MoSLDPeftLayer):
+    """A linear layer inside a PEFT model with the mixtures beside it. "Linear" in the name is how PEFT knows it."""
+
+    def __init__(self, base_layer: nn.Module):
+        in_features, out_features = _get_in_out_features(base_layer)
+        if in_features is None or out_features is None:
+            raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
+        super().__init__(base_layer, in_features, out_features)
+        call_me(self)
+
+    def mixture_here(self, mixture: Mixture) -> Mixture:
+        return mixture.of_linear
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
@@ -118,8 +137,44 @@ def _is_plain_linear(base_layer: nn.Module, x: Tensor) -> bool:
     )
 
 
+class MoSLDPeftBlock(MoSLDPeftLayer):
+    """A SwiGLU feed-forward block inside a PEFT model with mixtures of whole blocks beside it, of which one runs."""
+
+    parts = BLOCK_PARTS
+    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in BLOCK_PARTS)
+    adapter_class = BlockAdapter
+
+    def __init__(self, base_layer: Any):
+        super().__init__(base_layer, *_get_in_out_features(base_layer.gate_proj))  # pyright: ignore
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """PEFT's asks for the base layer's own weight, which a block has not."""
+        weight = cast(Any, self.base_layer).gate_proj.weight
+        for name in self.adapter_layer_names:
+            own = cast(nn.ModuleDict, getattr(self, name))[adapter_name]
+            if not any(p.is_meta for p in own.parameters()):
+                own.to(device or weight.device, weight.dtype if weight.is_floating_point() else None)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., hidden size] -> y [..., hidden size]"""
+        adapters = self.running_adapters()
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(NO_ADAPTER_PER_ROW)
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs:
+            raise ValueError(f"a mixture of feed-forward blocks takes its input alone, got {[*args, *kwargs]} as well")
+        if len(adapters) > 1:
+            raise ValueError(
+                f"mixtures of feed-forward blocks cannot be added up, activate one of {', '.join(self.active_adapters)}"
+            )
+        return adapters[0](x, self.base_layer)
+
+
 class MoSLDModel(BaseTuner):
-    """Places a MoSLDPeftLinear around every linear layer (nn.Linear, Conv1D) that the MoSLDConfig names."""
+    """Places a MoSLDPeftLinear around every linear layer (nn.Linear, Conv1D) that the MoSLDConfig names, and with
+    mixing="block" a MoSLDPeftBlock around every feed-forward block.
+    """
 
     prefix = PREFIX
     tuner_layer_cls = MoSLDLayer
@@ -148,27 +203,50 @@ class MoSLDModel(BaseTuner):
             if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
                 raise
             raise type(error)(f"{error} {'; '.join(hints)}") from error
+        if cast(Any, self.peft_config[adapter_name]).mixing == "block" and not any(
+            isinstance(module, MoSLDPeftBlock) and adapter_name in module.mixtures for module in model.modules()
+        ):
+            raise ValueError(
+                f"mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', got {targets}"
+            )
         if hints and not isinstance(targets, str):
             warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        is_new = not isinstance(target, MoSLDPeftLinear)
-        if is_new:
+        is_new = not isinstance(target, MoSLDPeftLayer)
+        if not is_new:
+            layer = target
+        elif peft_config.mixing == "block" and is_block(target):
+            self._check_block(peft_config, target, current_key)
+            layer = MoSLDPeftBlock(target)
+        else:
             self._check_supported(target, parent, current_key)
-        layer = MoSLDPeftLinear(target) if is_new else target
+            layer = MoSLDPeftLinear(target)
         layer.update_layer(
             adapter_name,
             inference_mode=peft_config.inference_mode,
-            **vars(peft_config.mixture_of(current_key)),
+            **vars(layer.mixture_here(peft_config.mixture_of(current_key))),
         )
         if is_new:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, MoSLDPeftBlock):  # unloading: PEFT's would ask the block for a weight of its own
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_block(self, peft_config, target: nn.Module, name: str) -> None:
+        check_block(target, name)
+        inside = [f"{name}.{own}" for own, _ in target.named_modules() if own]
+        if both := [own for own in inside if self._check_target_module_exists(peft_config, own) is True]:
+            raise ValueError(f"{name} cannot be adapted together with {', '.join(both)} inside it: name one of them")
 
     @staticmethod
     def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
@@ -181,24 +259,26 @@ class MoSLDModel(BaseTuner):
 
 def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """raises ValueError, with the first layer and both shapes, where `saved` does not fit the layers of `model`."""
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, MoSLDPeftLinear)}
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, MoSLDPeftLayer)}
     saved = {_unwrapped(key): value for key, value in saved.items()}
     for name, layer in layers.items():
         for adapter_name in layer.mixtures:
-            shared_a = saved.get(f"{name}.mosld_shared_a.{adapter_name}.weight")
-            expert_b = saved.get(f"{name}.mosld_expert_b.{adapter_name}.weight")
-            if shared_a is None or expert_b is None:
+            down, up = (saved.get(f"{name}.{part}.{adapter_name}.weight") for part in layer.adapter_layer_names[:2])
+            if down is None or up is None:
                 continue
-            sizes = shared_a.shape[-1], expert_b.shape[0]
+            sizes = down.shape[-1], up.shape[0]
             if sizes != (layer.in_features, layer.out_features):
                 raise ValueError(
                     f"the adapter does not fit the base model: it was trained for {sizes[0]} -> {sizes[1]} features in "
                     f"{name}, which has {layer.in_features} -> {layer.out_features} here"
                 )
     for key in saved:
-        name, adapter_tensor, _ = key.partition(".mosld_shared_a.")
-        if adapter_tensor and name not in layers:
-            raise ValueError(f"the adapter does not fit the base model: it was trained for {name}, which is not here")
+        for part in (PARTS[0], BLOCK_PARTS[0]):
+            name, adapter_tensor, _ = key.partition(f".{PREFIX}{part}.")
+            if adapter_tensor and name not in layers:
+                raise ValueError(
+                    f"the adapter does not fit the base model: it was trained for {name}, which is not here"
+                )
 
 
 def _unwrapped(name: str) -> str:
@@ -209,7 +289,7 @@ def _unwrapped(name: str) -> str:
 def unmatched_targets(model: nn.Module, targets: Collection[str] | str | None) -> list[str]:
     """One sentence for each of `targets` (names as in MoSLDConfig, or one regular expression) that no module matches."""
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLinear))]
+    linears = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLayer))]
     if isinstance(targets, str):
         if targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules):
             return []

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import autograd
 from .autograd import Inputs, MoSLDFunction, Settings
 from .dropout import check_seed
+from .limits import size_obstacle
 from .reference import check_mixing, expert_rank, router_dtype
 
 BACKENDS = ("auto", "eager", "triton")
@@ -27,8 +28,6 @@ except (ImportError, ValueError):  # ValueError: a stand-in for the module, with
 INTERPRETED_FLOATS = (torch.float32, torch.float16)  # Triton's interpreter computes bfloat16 wrongly, without a word
 LEAST_CAPABILITY = 8  # major version, of the NVIDIA GPUs that the kernels are compiled for
 MOST_SCALE = torch.finfo(torch.float32).max
-MOST_RANK = 128  # rows of A, those of all experts together
-MOST_EXPERTS = 64
 
 
 def mosld_linear(
@@ -62,9 +61,10 @@ def mosld_linear(
     seed: int64 [1] on x's device, needed when dropout_p > 0: the mask is a pure function of it. Draw it with torch's
         generator, as in `torch.randint(2**62, (1,), device=x.device)`.
     backend: "eager" (torch products, any device), "triton" (kernels for NVIDIA GPUs from compute capability 8.0; x and
-        adapters in float32, bfloat16 or float16, A of up to 128 rows, E up to 64; raises where it cannot run; on CPU
-        tensors it runs only under Triton's interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU,
-        else eager). float32 products follow torch's float32 matmul precision: TF32 only where it was asked for.
+        adapters in float32, bfloat16 or float16, R up to 128, E up to 64, with mixing "diagonal" E * R up to 128, each
+        rounded up to a power of two; raises where it cannot run; on CPU tensors it runs only under Triton's
+        interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU, else eager). float32 products follow
+        torch's float32 matmul precision: TF32 only where it was asked for.
     mixing: "expand" (one A for all experts: y = x W0^T + b0 + s sum_k g_k B_k A~ x) or "diagonal" (an A for each, as in
         MoLA, LoRAMoE and MoELoRA: y = x W0^T + b0 + s sum_k g_k B_k A~_k x).
 
@@ -158,11 +158,8 @@ def _triton_obstacle(inputs: Inputs, dtype: torch.dtype, mixing: str) -> str | N
     for name, used in (("x", dtype), ("shared_a, expert_b and router_weight", shared_a.dtype)):
         if used not in TRITON_FLOATS:
             return f"{name} must be float32, bfloat16 or float16, got {used}"
-    rows, diagonal = shared_a.shape[0], mixing == "diagonal"
-    if rows > MOST_RANK or experts > MOST_EXPERTS:
-        what = "E * R" if diagonal else "R"  # the rows of A, which one program holds
-        where = " with mixing='diagonal'" if diagonal else ""
-        return f"{what} must be at most {MOST_RANK} and E at most {MOST_EXPERTS}{where}, got {what}={rows}, E={experts}"
+    if too_large := size_obstacle(expert_rank(shared_a.shape[0], experts, mixing), experts, mixing):
+        return too_large
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not _interprets()):

@@ -50,8 +50,9 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
 
 def _on_this_host(seed: Tensor) -> bool:
     """Whether the seed has a value to read now: no fake tensor, and nobody who traces operations to repeat them."""
-    plain = type(seed) is Tensor and seed.device.type == "cpu" and _get_current_dispatch_mode() is None
-    return plain and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False  # and do not look further: torch.compile cannot trace the question about modes
+    return type(seed) is Tensor and seed.device.type == "cpu" and _get_current_dispatch_mode() is None
 
 
 # With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into it.

@@ -14,6 +14,8 @@ None loops over experts, and none makes anything larger than [tokens, R_out] bes
 are plain differentiable torch on small tensors; z comes in the routing's dtype, and h is rounded once, by the caller.
 """
 
+import math
+
 from torch import Tensor
 
 
@@ -39,9 +41,14 @@ def core(z: Tensor, gates: Tensor, cores: Tensor) -> Tensor:
 
 
 def task_core(z: Tensor, gates: Tensor, cores: Tensor) -> Tensor:
-    """z [batch, ..., R], gates [batch, ..., E], cores [batch, R, R], of each row's task -> [batch, ..., E * R]"""
-    rows = z.reshape(len(z), -1, z.shape[-1])  # [batch, tokens, R]
-    return expand((rows @ cores.transpose(-1, -2)).view_as(z), gates)
+    """z [batch, ..., R], gates [batch, ..., E], cores [batch, R, R], of each row's task -> [batch, ..., E * R]
+
+    Or of one vector: z [R], gates [E], cores [R, R].
+    """
+    if z.dim() > 1:  # a product per row
+        tokens = math.prod(z.shape[1:-1])
+        return expand((z.reshape(len(z), tokens, z.shape[-1]) @ cores.transpose(-1, -2)).view(z.shape), gates)
+    return expand(cores @ z, gates)
 
 
 def grouped(z: Tensor, gates: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .autograd import no_autocast
-from .dispatch import _product_dtype, autocasts
+from .dispatch import FLOATS, TRITON_FLOATS, _describe, _product_dtype, autocasts
 from .dropout import check_seed, drop_elements, keep_mask
 from .products import add_mm, mm, mm_sum
 from .reference import router_dtype
@@ -57,8 +57,10 @@ def staged_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """A linear layer with any mixture beside it: y = x W0^T + b0 + s mix(x~ A~^T, x Wr^T) B~^T.
 
-    x: [..., D_in]. weight: [D_out, D_in], the base layer, or None for the update alone. bias: [D_out] or None.
+    x: [..., D_in]. weight: [D_out, D_in], the base layer, or None for the update alone. bias: [D_out] or None. Both in
+        x's dtype.
     down_weight: [R_in, D_in], every row of every A once. up_weight: [D_out, R_out]. router_weight: [n, D_in] or None.
+        They are cast to x's dtype, and their gradients come back in their own.
     mix: (z [..., R_in], router logits [..., n] or None) -> h [..., R_out], both in the routing's dtype (float32, or
         float64 for float64 x). It must treat tokens apart if the layer shall; see `mosld_kernels.mixing`.
     dropout: where it falls. seed: int64 [1], needed for dropout on elements of A or B, whose masks are pure functions
@@ -68,12 +70,14 @@ def staged_linear(
     raises ValueError for shapes and values that do not fit, with the rule and the value.
     """
     dropout = dropout or Dropout()
-    _check(x, weight, down_weight, up_weight, router_weight, dropout, seed)
     dtype = _product_dtype(x)
+    _check_shapes(x, weight, bias, down_weight, up_weight, router_weight)
+    _check_kinds(x, weight, bias, down_weight, up_weight, router_weight, dtype)
+    _check_seed(x, dropout, seed)
     with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
         x = x.to(dtype)
-        down_weight = _dropped(down_weight, dropout.down, seed, 0).to(dtype)
-        up_weight = _dropped(up_weight, dropout.up, seed, UP_STREAM).to(dtype)
+        down_weight = _dropped(down_weight, dropout.down, seed, 0, dtype)
+        up_weight = _dropped(up_weight, dropout.up, seed, UP_STREAM, dtype)
         if router_weight is not None:
             router_weight = router_weight.to(dtype)
         if weight is not None:
@@ -114,6 +118,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx, x, down_weight, router_weight, keep):
         ctx.save_for_backward(x, down_weight, router_weight, keep)
         ctx.set_materialize_grads(False)
+        needs_x, needs_down, needs_router = ctx.needs_input_grad[:3]
         rows = len(down_weight)
         if keep is not None:
             z, logits = mm(zeroed(x, keep), down_weight.t()), None
@@ -124,7 +129,12 @@ class _Down(torch.autograd.Function):
         else:  # one pass over x
             both = mm(x, torch.cat((down_weight, router_weight)).t())
             z, logits = both[:, :rows].contiguous(), both[:, rows:].contiguous()
-        return x.view_as(x), z, logits
+        x = x.view_as(x)
+        # An output asks for a gradient when any input does. What would arrive for these reaches nobody, and the one of x
+        # costs a product with the base weight.
+        asked = ((x, needs_x), (z, needs_x or needs_down), (logits, needs_x or needs_router))
+        ctx.mark_non_differentiable(*(out for out, needed in asked if out is not None and not needed))
+        return x, z, logits
 
     @staticmethod
     @once_differentiable
@@ -176,29 +186,33 @@ class _Up(torch.autograd.Function):
 
 
 class _DropElements(torch.autograd.Function):
-    """Dropout on the elements of a weight; the mask is drawn again in backward."""
+    """Dropout on the elements of a weight, in `dtype`; the mask is drawn again in backward."""
 
     @staticmethod
-    def forward(ctx, values, p, seed, stream):
+    def forward(ctx, values, p, seed, stream, dtype):
         ctx.save_for_backward(seed)
-        ctx.p, ctx.stream = p, stream
-        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, values.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.stream, ctx.dtype = p, stream, values.dtype
+        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dvalues):
-        (seed,) = ctx.saved_tensors
-        keep = keep_mask(seed, dvalues[0].shape, ctx.p, stream_id=ctx.stream)
-        return drop_elements(dvalues[0], keep, ctx.p, dvalues[0].dtype), None, None, None
+    def backward(ctx, *dropped):
+        (seed,), dvalues = ctx.saved_tensors, dropped[0]
+        if dvalues is not None:
+            keep = keep_mask(seed, dvalues.shape, ctx.p, stream_id=ctx.stream)
+            dvalues = drop_elements(dvalues, keep, ctx.p, ctx.dtype)
+        return dvalues, None, None, None, None
 
 
-def _dropped(values: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+def _dropped(values: Tensor, p: float, seed: Tensor | None, stream: int, dtype: torch.dtype) -> Tensor:
+    """keep * values / (1 - p), scaled in the wider of the two dtypes and rounded once"""
     if not p:
-        return values
+        return values.to(dtype)
     assert seed is not None
     if torch.compiler.is_compiling():
-        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, values.dtype)
-    return _DropElements.apply(values, p, seed, stream)  # pyright: ignore
+        return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, dtype)
+    return _DropElements.apply(values, p, seed, stream, dtype)  # pyright: ignore
 
 
 DIGITS = 24  # of the binary fraction 1 - p: as exact as float32
@@ -216,7 +230,8 @@ def draw_bits(x: Tensor, p: float) -> Tensor:
         while level % 2 == 0:  # a last digit of 0 does nothing to a word of zeros
             level, digits = level // 2, digits - 1
         for digit in range(digits):
-            random = torch.randint_like(words, -(2**63), 2**63 - 1)
+            # Not randint_like: torch.compile takes two such calls with the same arguments for one, and their masks would be equal.
+            random = torch.randint(-(2**63), 2**63 - 1, words.shape, device=x.device)
             words = words | random if level >> digit & 1 else words & random
     return words.view(torch.uint8)
 
@@ -233,18 +248,45 @@ def zeroed(x: Tensor, bits: Tensor | None) -> Tensor:
     return x if bits is None else torch.where(unpacked(bits, x.shape), x, 0.0)
 
 
-def _check(x, weight, down_weight, up_weight, router_weight, dropout: Dropout, seed) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point [..., D_in], got {x.dtype} {list(x.shape)}")
+def _check_shapes(x, weight, bias, down_weight, up_weight, router_weight) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
     d_in = x.shape[-1]
-    for name, tensor in (("down_weight", down_weight), ("router_weight", router_weight)):
+    for name, rule, tensor in (("down_weight", "R_in", down_weight), ("router_weight", "n", router_weight)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != d_in):
-            raise ValueError(f"{name} must be [., D_in={d_in}], got {list(tensor.shape)}")
+            raise ValueError(f"{name} must be [{rule}, D_in] with D_in={d_in}, got {list(tensor.shape)}")
     if up_weight.dim() != 2:
         raise ValueError(f"up_weight must be [D_out, R_out], got {list(up_weight.shape)}")
-    if weight is not None and weight.shape != (len(up_weight), d_in):
-        raise ValueError(f"weight must be [D_out, D_in] = {[len(up_weight), d_in]}, got {list(weight.shape)}")
-    if dropout.down or dropout.up:
-        if seed is None:
-            raise ValueError("dropout on elements of A or B needs a seed: an int64 tensor of shape [1]")
-        check_seed(seed)
+    d_out = len(up_weight)
+    if weight is not None and weight.shape != (d_out, d_in):
+        raise ValueError(f"weight must be [D_out, D_in] = {[d_out, d_in]}, got {list(weight.shape)}")
+    if bias is not None and weight is None:
+        raise ValueError(f"bias must come with weight, which is None, got {list(bias.shape)}")
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"bias must be [D_out] = {[d_out]}, got {list(bias.shape)}")
+
+
+def _check_kinds(x, weight, bias, down_weight, up_weight, router_weight, dtype: torch.dtype) -> None:
+    """dtype: of the products. Autocast casts x and the base to it from a float of at most 32 bits; nothing else is cast."""
+    castable = TRITON_FLOATS if dtype != torch.float64 and autocasts(x) else (x.dtype,)
+    base = {"weight": weight, "bias": bias}
+    adapter = {"down_weight": down_weight, "up_weight": up_weight, "router_weight": router_weight}
+    for name, tensor in {**base, **adapter}.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if name in base and tensor.dtype not in castable:
+            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def _check_seed(x: Tensor, dropout: Dropout, seed: Tensor | None) -> None:
+    if not (dropout.down or dropout.up):
+        return
+    if seed is None:
+        raise ValueError("dropout on elements of A or B needs a seed: an int64 tensor of shape [1]")
+    check_seed(seed)
+    if seed.device != x.device:
+        raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")

@@ -1,7 +1,9 @@
 import os
+import socket
 
 # The tests' tensors are tiny: a second thread only waits for the first, and for minutes where the cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # datasets reports even what it loads from a local file
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -14,3 +16,19 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Whoever asks for a connection, in whatever thread, fails the test, even where the asker passes over the error."""
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError(f"a test asked for a connection: {address}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("CI", "true")  # TRL counts its users, but not there
+    yield
+    assert not asked

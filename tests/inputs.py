@@ -58,9 +58,8 @@ KERNEL_SHAPES = [
         for shape in (
             *(shape for shape in SHAPES if shape.E * shape.R <= 128),
             Shape(20, 24, 40, 128, 1, 1),  # the most rows of A: of one expert,
-            Shape(33, 16, 16, 2, 64, 64),  # of the most experts,
-            Shape(17, 20, 18, 40, 3, 2),  # and of experts in several blocks, rank not a power of two
-            Shape(9, 20, 18, 9, 13, 2),  # the last block of experts not full
+            Shape(33, 16, 16, 4, 32, 32),  # of the most experts,
+            Shape(17, 20, 18, 11, 7, 3),  # and of some, neither a power of two
             Shape(5, 300, 33, 6, 7, 4),  # few tokens, long rows: sums in planes
             Shape(300, 18, 20, 2, 2, 1),  # many tokens, few features: gradients in planes
         )

@@ -13,8 +13,8 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
 
 
-def token_ids(rows: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+def token_ids(rows: int = 3, length: int = 7, seed: int = 0, vocabulary: int = 96) -> torch.Tensor:
+    return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def perturb(model: torch.nn.Module) -> None:
@@ -22,3 +22,10 @@ def perturb(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
+
+
+def checkpoint_layers(base, use_reentrant: bool) -> None:
+    """Activation checkpointing of every layer of a transformers model, by the name that its version has for it."""
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    base.enable_input_require_grads()

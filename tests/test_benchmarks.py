@@ -173,6 +173,14 @@ def test_the_peers_work_on_the_same_weight_and_are_what_they_claim():
             loop.b[e].copy_(tensors[1].view(10, 4, 3)[:, e])
         loop.router.copy_(tensors[2])
     torch.testing.assert_close(loop(x), few)
+    # And the loop in one fused operator, whatever the A's are.
+    own = build("ours, an A per expert (MoLA)", linear, Mixture(3, 4, 2, 0.0))
+    with torch.no_grad():
+        for e in range(4):
+            loop.a[e].copy_(own.adapter.shared_a.weight.view(4, 3, 12)[e])
+            loop.b[e].copy_(own.adapter.expert_b.weight.view(10, 4, 3)[:, e])
+        loop.router.copy_(own.adapter.router.weight)
+    torch.testing.assert_close(own(x), loop(x))
     lora = build("PEFT LoRA", linear, everyone)
     update = lora.lora_B["default"](lora.lora_A["default"](x)) * lora.scaling["default"]
     torch.testing.assert_close(lora(x), linear(x) + update)

@@ -1,20 +1,30 @@
 """The README tells nothing that is not so: its tables are those of the committed files, its code runs."""
 
+import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import bench, report
+from mosld import MoSLDConfig
 from mosld.cli import build_parser
 from mosld.results import table
+from mosld.tasks.encode import Encoder
+from mosld.tasks.examples import Example, Task
+from mosld.tasks.scoring import score_tasks
+from tests.models import perturb, tiny_llama, token_ids
+from tests.tasks.test_scoring import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SELF_CONTAINED = [block for block in BLOCKS if block.startswith("import torch\n")]
+OPTIONAL = {name: block for name in ("lm_eval", "trl") for block in BLOCKS if f"from {name} import" in block}
 
 
 def test_the_result_table_is_that_of_the_committed_run():
@@ -72,10 +82,10 @@ def test_its_self_contained_code_runs(block):
 
 
 def test_the_code_for_ones_own_model_runs_on_one(tmp_path, monkeypatch):
-    from tests.models import tiny_llama, token_ids
-
     names: dict = {"model": tiny_llama()}
-    through_peft, own_loop, serving = (block for block in BLOCKS if block not in SELF_CONTAINED)
+    through_peft, own_loop, serving = (
+        block for block in BLOCKS if block not in SELF_CONTAINED and block not in OPTIONAL.values()
+    )
     exec(through_peft, names)
     ids = token_ids()
     names |= {"out": names["model"](ids, labels=ids), "attention_mask": ids > 0}
@@ -90,12 +100,69 @@ def test_the_code_for_ones_own_model_runs_on_one(tmp_path, monkeypatch):
     assert len(SELF_CONTAINED) == 2
 
 
+def test_its_pattern_of_experts_matches_layers():
+    (pattern,) = re.findall(r"num_experts_pattern=(\{.*?\})", README)
+    config = MoSLDConfig(num_experts_pattern=eval(pattern))
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(20)]
+    assert [config.experts_of(name) for name in names] == [4] * 8 + [8] * 12
+
+
+needs = {
+    name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} is not installed: extra `{extra}`")
+    for name, extra in (("lm_eval", "eval"), ("trl", "trl"))
+}
+
+
+def adapted_llama():
+    tokenizer = byte_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), MoSLDConfig(target_modules=["q_proj", "v_proj"]))
+    perturb(model)
+    return model, tokenizer
+
+
+@needs["lm_eval"]
+def test_its_code_for_lm_evaluation_harness_counts_what_mosld_eval_counts(tmp_path, monkeypatch, offline):
+    import datasets
+    from lm_eval import evaluator
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # The harness's own tasks take seven seconds to list.
+    monkeypatch.setattr(evaluator, "TaskManager", functools.partial(evaluator.TaskManager, include_defaults=False))
+    quiz = [{"prompt": f"{i}?", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(24)]
+    Path("quiz_test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in quiz))
+    model, tokenizer = adapted_llama()
+    *statements, counted = OPTIONAL["lm_eval"].rstrip().split("\n")
+    names = {"model": model, "tokenizer": tokenizer}
+    exec("\n".join(statements), names)
+    task = Task("quiz", [], [Example.multiple_choice(**item) for item in quiz])
+    expected = score_tasks(model, Encoder(tokenizer, 64), [task])["quiz"].accuracy
+    assert eval(counted, names) == expected and 0 < expected < 1
+
+
+@needs["trl"]
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it
+def test_its_code_for_trl_trains(tmp_path, monkeypatch, offline):
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    names: dict = {
+        "model": tiny_llama(vocab_size=len(tokenizer)), "tokenizer": tokenizer,
+        "dataset": Dataset.from_dict({"text": ["to be or not to be"] * 8}),
+    }  # fmt: skip
+    exec(OPTIONAL["trl"].replace("max_steps=10", "max_steps=10, use_cpu=True"), names)
+    log = names["trainer"].state.log_history[0]
+    assert names["trainer"].state.global_step == 10 and log["balance_loss"] > 0
+    assert any(parameter.any() for name, parameter in names["trainer"].model.named_parameters() if "expert_b" in name)
+
+
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
-    ours = [_help(name) for name in ("train", "eval", "inspect", "export")]
+    ours = [_help(name) for name in ("train", "compare", "eval", "inspect", "export")]
     known = (*ours, _help("layer", benchmarks._parser()), "--learning_rate", "--help")
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag and not flag.startswith("--benchmark-"):  # pytest-benchmark's

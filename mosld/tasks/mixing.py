@@ -28,19 +28,26 @@ def parse_proportions(text: str, names: Sequence[str]) -> dict[str, float] | str
 
 
 def mix(tasks: Sequence[Task], proportions: Mapping[str, float] | str = "proportional", seed: int = 0) -> list[Example]:
-    """As many training examples as the tasks have together, in the wanted proportions.
+    """As many training examples as the tasks have together, in the wanted proportions; see `mix_with_tasks`."""
+    return [example for _, example in mix_with_tasks(tasks, proportions, seed)]
+
+
+def mix_with_tasks(
+    tasks: Sequence[Task], proportions: Mapping[str, float] | str = "proportional", seed: int = 0
+) -> list[tuple[int, Example]]:
+    """As many training examples as the tasks have together, in the wanted proportions, each with its task's place.
 
     "proportional" is every example once. Otherwise a task's examples are repeated whole as often as they fit, and the
     rest is drawn without replacement; the sampler of the Trainer then mixes the tasks within every batch.
     """
     if proportions == "proportional":
-        return [example for task in tasks for example in task.train]
+        return [(place, example) for place, task in enumerate(tasks) for example in task.train]
     weights = {task.name: 1.0 for task in tasks} if isinstance(proportions, str) else dict(proportions)
     total, weight_sum = sum(len(task.train) for task in tasks), sum(weights.values())
     generator = random.Random(seed)
-    mixed: list[Example] = []
-    for task in tasks:
+    mixed: list[tuple[int, Example]] = []
+    for place, task in enumerate(tasks):
         wanted = round(total * weights[task.name] / weight_sum)
         whole, rest = divmod(wanted, len(task.train))
-        mixed += task.train * whole + generator.sample(task.train, rest)
+        mixed += [(place, example) for example in task.train * whole + generator.sample(task.train, rest)]
     return mixed

@@ -7,7 +7,8 @@ accuracy_norm   the same with every sum divided by the choice's length in charac
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,6 +25,7 @@ class Score:
 
     majority picks, of the offered choices, the one that most often was the right answer in training; None without
     training examples.
+    right: which items `accuracy` counts, one character an item, "1" or "0".
     For free text accuracy is the share of answers that greedy decoding reproduces; the other fields are None.
     """
 
@@ -32,21 +34,29 @@ class Score:
     n: int
     chance: float | None
     majority: float | None
+    right: str = field(default="", repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """All but `right`, as results.json has it."""
+        return {name: value for name, value in asdict(self).items() if name != "right"}
 
 
 def score_tasks(
     model: nn.Module, encoder: Encoder, tasks: Sequence[Task], batch_size: int = 64,
     on_batch: Callable[[Task, Tensor], None] | None = None, label: str = "score",
+    on_task: Callable[[Task], None] | None = None,
 ) -> dict[str, Score]:  # fmt: skip
     """Task name -> Score of its test examples; tasks without test examples are left out.
 
-    on_batch: called after every forward with the task and the attention mask [rows, tokens].
+    on_batch: called after every forward with the task and the attention mask [rows, tokens]. on_task: before each task.
     """
     tested = [task for task in tasks if task.test]
     total = sum(len(candidates(example)) for task in tested for example in task.test)
     scores = {}
     with tqdm(total=total, desc=label, unit="choice", leave=False) as progress:
         for task in tested:
+            if on_task is not None:
+                on_task(task)
             pairs = [encoder.pair(e.prompt, text) for e in task.test for text in candidates(e)]
 
             def after(mask: Tensor, task: Task = task) -> None:
@@ -121,20 +131,22 @@ def _score(task: Task, results: list[tuple[float, bool]]) -> Score:
     """results: one entry per candidate of every test example, in order."""
     entries = iter(results)
     seen = Counter(example.completion for example in task.train)
-    right = right_norm = guessed = chance = 0.0
+    right: list[bool] = []
+    right_norm = guessed = chance = 0.0
     for example in task.test:
         own = [next(entries) for _ in candidates(example)]
         if example.answer is None:
-            right += own[0][1]
+            right.append(own[0][1])
             continue
         sums = [total for total, _ in own]
         norms = [total / len(text) for total, text in zip(sums, example.choices, strict=True)]
         counts = [seen[text] for text in example.choices]
-        right += sums.index(max(sums)) == example.answer
+        right.append(sums.index(max(sums)) == example.answer)
         right_norm += norms.index(max(norms)) == example.answer
         guessed += counts.index(max(counts)) == example.answer
         chance += 1 / len(example.choices)
-    n = len(task.test)
+    n, items = len(task.test), "".join("01"[hit] for hit in right)
     if all(example.answer is None for example in task.test):
-        return Score(right / n, None, n, None, None)
-    return Score(right / n, right_norm / n, n, chance / n, guessed / n if task.train else None)
+        return Score(sum(right) / n, None, n, None, None, items)
+    majority = guessed / n if task.train else None
+    return Score(sum(right) / n, right_norm / n, n, chance / n, majority, items)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..limits import diagonal_columns
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
 
 
@@ -125,7 +126,8 @@ def down(
     (tokens, d_in), experts, diagonal = x.shape, len(down_weight) - rows, mixing == "diagonal"
     hidden, mixed = x.new_empty(tokens, rows), x.new_empty(tokens, rows if diagonal else experts * rows)
     logits, gates = (x.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
-    tile = tile_for("down", tokens, d_in, 0, rows + experts, x)
+    held = (diagonal_columns(rows // experts, experts) if diagonal else rows) + experts
+    tile = tile_for("down", tokens, d_in, 0, held, x)
     blocks, steps = cdiv(tokens, tile.tokens), cdiv(d_in, tile.features)
     planes = planes_for(tile.blocks(tokens), steps, x)
     partial = x.new_empty(planes, tokens, rows + experts, dtype=torch.float32) if planes > 1 else logits

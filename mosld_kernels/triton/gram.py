@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dropout import threshold, triton_keep
 from ..reference import expert_rank
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
-from .up import _expert_columns, expert_block
+from .up import _expert_columns, expert_block, held_columns
 
 keep_elements = triton_keep()
 
@@ -81,12 +81,13 @@ def _gram_kernel(
             if DIAGONAL:
                 offsets = t[:, None] * Z + columns[None, :]
                 hidden = tl.load(right_ptr + offsets, mask=mask_t & exists[None, :], other=0.0)
-                hidden = tl.reshape(hidden.to(tl.float32), (BLOCK_T, E_BLOCK, R_PAD))
             else:
                 hidden = tl.load(right_ptr + t[:, None] * R + r[None, :], mask=mask_t & (r[None, :] < R), other=0.0)
-                hidden = hidden.to(tl.float32)[:, None, :]
             gates = tl.load(gates_ptr + t[:, None] * E + e[None, :], mask=mask_t & (e[None, :] < E), other=0.0)
-            mixed = (scale * gates)[:, :, None] * hidden
+            if DIAGONAL:
+                mixed = (scale * gates)[:, :, None] * tl.reshape(hidden, (BLOCK_T, E_BLOCK, R_PAD)).to(tl.float32)
+            else:
+                mixed = (scale * gates)[:, :, None] * hidden.to(tl.float32)[:, None, :]
             right = tl.reshape(mixed.to(left.dtype), (BLOCK_T, BLOCK_C))
         else:
             offsets = t[:, None] * C + columns[None, :]
@@ -137,9 +138,10 @@ def _gram(
     rows = experts * rank if diagonal else rank
     columns = experts * rank if expands else rows + experts
     d_in, d_out = (0, features) if expands else (features, 0)
-    tile = tile_for("grad_expert_b" if expands else "grad_down", tokens, d_in, d_out, columns, left)
+    kernel, held = ("grad_expert_b", held_columns(rank, experts, diagonal)) if expands else ("grad_down", columns)
+    tile = tile_for(kernel, tokens, d_in, d_out, held, left)
     if expands:
-        rank_padded, e_block, column_blocks = expert_block(rank, experts, tile.columns)
+        rank_padded, e_block, column_blocks = expert_block(rank, experts, tile.columns, diagonal)
         block_c = rank_padded * e_block
     else:
         rank_padded, e_block, block_c = 1, 1, min(padded(columns, 16), tile.columns)

@@ -6,8 +6,10 @@ import functools
 import torch
 from torch import Tensor
 
+from ..limits import padded
 from . import tiles
 
+__all__ = ["cdiv", "on", "padded", "planes_for", "precision", "properties", "tile_for"]
 INTERPRETED_ARCH = 80
 INTERPRETED_PROCESSORS = 4
 
@@ -48,8 +50,3 @@ def precision() -> str:
 
 def cdiv(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def padded(size: int, least: int = 1) -> int:
-    """The power of two that holds `size`: Triton's tensors come in no other sizes."""
-    return max(least, 1 << (size - 1).bit_length())

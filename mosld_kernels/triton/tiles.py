@@ -38,7 +38,9 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """For `kernel`, on architecture `arch` (80, 90, 100; 0 for any) and elements of `bytes` bytes (2 or 4), up to the
-    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others."""
+    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others. Where every expert has
+    an A, E * R stands for R in the first two, and 2 E * R for E * R in the others, padded as in `..limits` but in
+    "grad_down"."""
 
     kernel: str
     tile: Tile

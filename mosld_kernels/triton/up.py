@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from ..eager import up
+from ..limits import diagonal_columns
 from ..reference import expert_rank
 from .launch import cdiv, on, padded, planes_for, precision, tile_for
 
@@ -94,8 +95,8 @@ def _up_backward_kernel(
         gates = tl.load(gates_ptr + t[:, None] * E + e[None, :], mask=mask_t & (e[None, :] < E), other=0.0)
         if DIAGONAL:
             mask_c = mask_t & exists[None, :]
-            hidden = tl.load(hidden_ptr + t[:, None] * Z + columns[None, :], mask=mask_c, other=0.0).to(tl.float32)
-            dgate = scale * tl.sum(u * tl.reshape(hidden, (BLOCK_T, E_BLOCK, R_PAD)), axis=2)  # [BLOCK_T, E_BLOCK]
+            hidden = tl.load(hidden_ptr + t[:, None] * Z + columns[None, :], mask=mask_c, other=0.0)
+            dgate = scale * tl.sum(u * tl.reshape(hidden, (BLOCK_T, E_BLOCK, R_PAD)).to(tl.float32), axis=2)
             u = tl.reshape(u * (scale * gates)[:, :, None], (BLOCK_T, E_BLOCK * R_PAD))
             if PLANES == 1:
                 row = dprojected_ptr + t[:, None] * (Z + E)
@@ -139,11 +140,17 @@ def _up_backward_sum_kernel(
     )  # fmt: skip
 
 
-def expert_block(rank: int, experts: int, columns: int) -> tuple[int, int, int]:
+def expert_block(rank: int, experts: int, columns: int, diagonal: bool) -> tuple[int, int, int]:
     """-> R_PAD, experts in one tile of `columns` columns, and how many such tiles hold all experts"""
-    rank_padded = padded(rank, 16)
-    block = min(padded(experts), max(1, columns // rank_padded))
+    rank_padded = padded(rank, 4 if diagonal else 16)
+    # At least 16 columns: `tl.dot` takes no fewer.
+    block = max(min(padded(experts), columns // rank_padded), 16 // rank_padded, 1)
     return rank_padded, block, cdiv(experts, block)
+
+
+def held_columns(rank: int, experts: int, diagonal: bool) -> int:
+    """What decides on the tile of a step with E * R columns: with an A for each expert it holds as many of hidden."""
+    return 2 * diagonal_columns(rank, experts) if diagonal else experts * rank
 
 
 def up_backward(
@@ -161,8 +168,8 @@ def up_backward(
     (tokens, d_out), rows, experts = dout.shape, hidden.shape[1], gates.shape[1]
     rank, diagonal = expert_rank(rows, experts, mixing), mixing == "diagonal"
     dprojected = dout.new_empty(tokens, rows + experts)
-    tile = tile_for("up_backward", tokens, 0, d_out, experts * rank, dout)
-    rank_padded, block, blocks = expert_block(rank, experts, tile.columns)
+    tile = tile_for("up_backward", tokens, 0, d_out, held_columns(rank, experts, diagonal), dout)
+    rank_padded, block, blocks = expert_block(rank, experts, tile.columns, diagonal)
     steps = cdiv(d_out, tile.features)
     planes = planes_for(tile.blocks(tokens), steps, dout)
     partial = dout.new_empty(planes, tokens, rows + experts, dtype=float32) if planes > 1 else gates

@@ -37,9 +37,10 @@ def launched(problem, function, *args):
     return result, names + [name for name in operators.names if name not in FREE]
 
 
-def call(shape, needs, adapter_dtype=torch.float32, base=True):
+def call(shape, needs, adapter_dtype=torch.float32, base=True, mixing="expand"):
     T, D_in, D_out, R, E, K = shape
-    problem = Problem(shape, "bfloat16", "float32", 90)
+    problem = Problem(shape, "bfloat16", "float32", 90, mixing=mixing)
+    rows = E * R if mixing == "diagonal" else R
 
     def tensor(*size, dtype=torch.bfloat16):
         return torch.empty(*size, dtype=dtype, device="meta")
@@ -48,12 +49,12 @@ def call(shape, needs, adapter_dtype=torch.float32, base=True):
         tensor(T, D_in),
         tensor(D_out, D_in) if base else None,
         tensor(D_out) if base else None,
-        tensor(R, D_in, dtype=adapter_dtype),
+        tensor(rows, D_in, dtype=adapter_dtype),
         tensor(D_out, E * R, dtype=adapter_dtype),
         tensor(E, D_in, dtype=adapter_dtype),
         tensor(1, dtype=torch.int64),
     )
-    settings, dout = autograd.Settings(K, 2.0, 0.1, "triton"), tensor(T, D_out)
+    settings, dout = autograd.Settings(K, 2.0, 0.1, "triton", mixing), tensor(T, D_out)
     (_, logits, hidden, gates), forward = launched(problem, autograd.forward, inputs, settings)
     wanted = tuple(name in needs for name in NEEDS)
     _, backward = launched(problem, autograd.backward, dout, logits, hidden, gates, inputs, settings, wanted)
@@ -70,6 +71,8 @@ def main():
             (("wide", wide), ("usual", usual)), (torch.float32, torch.bfloat16)
         )
     }
+    counts["wide diagonal"] = call(wide, ("x", *adapter), mixing="diagonal")
+    counts["usual diagonal"] = call(usual, ("x", *adapter), mixing="diagonal")
     counts["delta"] = call(wide, ("x", *adapter), base=False)
     counts["x needs no gradient"] = call(wide, adapter)
     counts["x needs no gradient, same dtype"] = call(wide, adapter, torch.bfloat16)

@@ -58,10 +58,10 @@ def test_one_call_launches_no_more_than_it_must():
     counts = json.loads(result.stdout)
     assert counts["one variant a bucket"], "another length of the same bucket compiles anew"
     products = {"forward": ["addmm", "addmm_"], "backward": ["mm", "addmm_"]}
-    for case in ("wide float32", "wide bfloat16"):  # adapters of another dtype cost no launch more
+    for case in ("wide float32", "wide bfloat16", "wide diagonal"):  # adapters of another dtype cost no launch more
         assert counts[case]["forward"] == ["prepare", "down", *products["forward"]]
         assert counts[case]["backward"] == ["gram", "prepare", "up_backward", "gram", *products["backward"]]
-    for case in ("usual float32", "usual bfloat16"):  # three sums in planes
+    for case in ("usual float32", "usual bfloat16", "usual diagonal"):  # three sums in planes
         assert counts[case]["backward"] == [
             "gram", "gram_sum", "prepare", "up_backward", "up_backward_sum", "gram", "gram_sum", *products["backward"]
         ]  # fmt: skip

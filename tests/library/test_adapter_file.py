@@ -1,6 +1,10 @@
 """Loading a saved adapter: what is damaged, foreign or of other sizes is refused by name, before anything is built."""
 
+import hashlib
 import json
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -13,11 +17,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import mosld
 from mosld import MoSLDConfig
 from mosld.adapter_file import AdapterFileError, AdapterWeights
+from mosld.inspection import inspect_adapter
 from mosld.mixture import Mixture
 from mosld.tuner import MoSLDPeftLinear
 from tests.models import perturb, tiny_llama, token_ids
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, DIGEST = "adapter_model.safetensors", "adapter_model.sha256"
 
 
 @pytest.fixture
@@ -88,6 +93,101 @@ def test_a_damaged_file_is_refused_by_name_and_nothing_is_built(saved, damage):
     assert not any(isinstance(module, MoSLDPeftLinear) for module in base.modules())
     assert before.keys() == base.state_dict().keys()
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in before.items())
+
+
+def alter(path):
+    """Change one number in the file, which stays as long as it was and has the same names and sizes."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_changed_number_is_refused_by_name_and_nothing_is_built(saved):
+    alter(saved / WEIGHTS)
+    for load_it in (PeftModel.from_pretrained, lambda base, folder: MoSLDConfig.from_pretrained(folder)):
+        base = tiny_llama()
+        with pytest.raises(AdapterFileError, match="its numbers were altered") as caught:
+            load_it(base, str(saved))
+        assert str(saved / WEIGHTS) in str(caught.value) and f"delete {saved / DIGEST}" in str(caught.value)
+        assert not any(isinstance(module, MoSLDPeftLinear) for module in base.modules())
+    with pytest.raises(AdapterFileError, match="its numbers were altered"):
+        inspect_adapter(saved)
+    model = adapt(["q_proj"])
+    with pytest.raises(AdapterFileError, match="its numbers were altered"):
+        model.load_adapter(str(saved), "second")
+    assert list(model.peft_config) == ["default"]
+    (saved / DIGEST).unlink()  # as the message says
+    load(saved)
+
+
+def test_the_checksum_is_one_that_sha256sum_checks(saved):
+    assert (saved / DIGEST).read_text() == f"{hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()}  {WEIGHTS}\n"
+    if program := shutil.which("sha256sum"):
+        subprocess.run([program, "--check", "--strict", DIGEST], cwd=saved, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda digest: digest.replace("  ", " *"), False),  # as sha256sum writes on Windows
+        (lambda digest: f"{'0' * 64}  adapter_config.json\n{digest}", False),
+        (lambda digest: "", True),
+        (lambda digest: digest.replace("model", "other"), True),
+    ],
+    ids=["binary", "two files", "empty", "other file"],
+)
+def test_other_forms_of_the_checksum(saved, change, refused):
+    (saved / DIGEST).write_text(change((saved / DIGEST).read_text()))
+    if refused:
+        with pytest.raises(AdapterFileError, match=f"holds no checksum of {WEIGHTS}: delete it") as caught:
+            load(saved)
+        assert str(saved / DIGEST) in str(caught.value)
+        (saved / DIGEST).unlink()
+    load(saved)
+    alter(saved / WEIGHTS)
+    if not refused:
+        with pytest.raises(AdapterFileError, match="its numbers were altered"):
+            load(saved)
+
+
+def test_saving_again_renews_the_checksum_of_each_adapter(saved):
+    model = load(saved)
+    model.add_adapter("second", MoSLDConfig(r=2, num_experts=4, target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        parameter.data += 0.5
+    before = (saved / DIGEST).read_text()
+    model.save_pretrained(str(saved))
+    assert (saved / DIGEST).read_text() != before
+    for folder in (saved, saved / "second"):
+        load(folder)
+        alter(folder / WEIGHTS)
+        with pytest.raises(AdapterFileError, match="its numbers were altered"):
+            load(folder)
+
+
+def test_transformers_own_save_leaves_no_checksum_of_other_weights(saved):
+    model = tiny_llama()
+    model.add_adapter(MoSLDConfig(r=2, num_experts=4, target_modules=["q_proj", "v_proj"]))
+    perturb(model)
+    model.save_pretrained(saved)  # the configuration before the weights
+    assert not (saved / DIGEST).exists()
+    with torch.no_grad():
+        assert torch.equal(load(saved)(token_ids()).logits, model.eval()(token_ids()).logits)
+
+
+def test_several_that_save_the_same_adapter_at_once_leave_it_whole(saved):
+    """As in a script under torchrun that lets every process save; threads come in each other's way as well."""
+    configs = [MoSLDConfig.from_pretrained(str(saved)) for _ in range(4)]
+
+    def save_often(config):
+        for _ in range(20):
+            save_file(load_file(saved / WEIGHTS), saved / WEIGHTS, metadata={"format": "pt"})
+            config.save_pretrained(saved, auto_mapping_dict=None)  # what PEFT does after the weights
+
+    with ThreadPoolExecutor(len(configs)) as threads:
+        list(threads.map(save_often, configs))  # raises what they raise
+    load(saved)
+    assert (saved / DIGEST).is_file() and not list(saved.glob(".*"))
 
 
 def test_a_second_adapter_that_is_damaged_leaves_the_first_as_it_is(saved):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,34 +18,14 @@ from mosld.cli import main
 from mosld.run_folder import RunFolderError, claim, release
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import read_tasks
-from mosld.training import last_whole_checkpoint
-from tests.models import tiny_llama
+from tests.cli_data import FAST, words, write_data
+from tests.library.test_adapter_file import alter
 from tests.tasks.test_scoring import byte_tokenizer
-
-FAST = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--use_cpu", "true",
-        "--logging_steps", "1", "--warmup_steps", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A tiny model with its tokenizer and two tasks: is a digit even, does a word end in a vowel."""
-    folder = tmp_path_factory.mktemp("data")
-    tokenizer = byte_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, rows in {
-        "even": [{"prompt": f"{i}?", "choices": ["odd", "even"], "answer": 1 - i % 2} for i in range(24)],
-        "vowel": [{"prompt": f"b{c}", "choices": ["no", "yes"], "answer": int(c in "aeiou")} for c in "aeioubcdfghjkl"],
-    }.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def words(data: Path, output: Path, *more: str, command: str = "train") -> list[str]:
-    tasks = [f"{name}={data / f'{name}.jsonl'}" for name in ("even", "vowel")]
-    tasks = [f"{task}:{task.partition('=')[2]}" for task in tasks]
-    own = ["--model", str(data / "model"), "--task", tasks[0], "--task", tasks[1], "--output", str(output)]
-    return [command, *own, *more]
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +95,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
     assert "holds a finished run: choose another --output, or --overwrite" in capsys.readouterr().err
     assert main(words(data, run, "--r", "3", *FAST)) == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (adapter, seeds, single)" in error
+    assert "holds a run with other settings (adapters, seeds, single)" in error
     assert (run / "results.json").read_bytes() == before
 
 
@@ -140,16 +121,6 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     release()
     assert claim(tmp_path / "o", {"a": 1}) is True
     release()
-
-
-def test_a_checkpoint_cut_off_while_saving_is_passed_over(tmp_path):
-    for step, whole in ((10, True), (20, True), (30, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
-    assert last_whole_checkpoint(tmp_path / "none") is None
 
 
 def test_overwriting_replaces_a_run(data, tmp_path):
@@ -199,6 +170,21 @@ def test_bad_lines_are_all_reported(data, tmp_path, capsys):
 def test_eval_refuses_what_is_no_adapter(data, tmp_path, capsys):
     assert main(words(data, tmp_path / "s.json", "--adapter", str(tmp_path), command="eval")) == 2
     assert "adapter_config.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect", "export"])
+def test_an_altered_adapter_is_refused_by_name(run, data, tmp_path, capsys, command):
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    alter(adapter / "adapter_model.safetensors")
+    verbs = {
+        "eval": words(data, tmp_path / "out", "--adapter", str(adapter), command="eval"),
+        "inspect": ["inspect", str(adapter), "--output", str(tmp_path / "out")],
+        "export": export_words(data, tmp_path, tmp_path / "out"),
+    }
+    assert main(verbs[command]) == 2
+    error = capsys.readouterr().err
+    assert f"mosld {command}: {adapter / 'adapter_model.safetensors'} is not what" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_refuses_a_bad_batch_size_and_a_file_that_exists(data, tmp_path, capsys):

@@ -25,11 +25,11 @@ SCALE = 2.0**12
 KINDS = ("mosld_shared_a", "mosld_expert_b", "mosld_router")
 
 
-def adapted(checkpointing="off"):
+def adapted(checkpointing="off", device="cpu"):
     config = MoSLDConfig(
         r=2, num_experts=4, dropout=0.0, balance_coef=COEF, target_modules=["q_proj", "v_proj", "up_proj"]
     )
-    model = peft.get_peft_model(tiny_llama(), config)
+    model = peft.get_peft_model(tiny_llama(attn_implementation="eager"), config)  # the same bits twice on GPUs, too
     torch.manual_seed(6)
     perturb(model)
     if checkpointing != "off":
@@ -37,13 +37,17 @@ def adapted(checkpointing="off"):
             warnings.simplefilter("ignore", FutureWarning)  # transformers' own rename
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    return model.train()
+    return model.train().to(device)
+
+
+def half_precision(model):
+    return torch.autocast(model.device.type, torch.float16)
 
 
 def backward(model, accumulation=1, scaler=None, task=1.0, coef=COEF, autocast=True, ids=IDS):
     """The gradients of one step in `model`, those of accumulated micro-batches, multiplied by the scaler's scale."""
-    for part in ids.chunk(accumulation):
-        with torch.autocast("cpu", torch.float16) if autocast else contextlib.nullcontext():
+    for part in ids.to(model.device).chunk(accumulation):
+        with half_precision(model) if autocast else contextlib.nullcontext():
             loss = task * model(input_ids=part, labels=part, use_cache=False).loss + coef * balance_loss(model)
         loss = loss / accumulation
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -60,54 +64,60 @@ def gradients(model):
     }
 
 
-def truth(accumulation, **options):
-    model = adapted().double()
+def truth(accumulation, device="cpu", **options):
+    model = adapted(device=device).double()
     backward(model, accumulation, autocast=False, **options)
     return gradients(model)
 
 
-def scaled(accumulation, checkpointing, scale=SCALE, **options):
+def scaled(accumulation, checkpointing, scale=SCALE, device="cpu", **options):
     """As an optimiser sees them: after `unscale_`."""
-    model, scaler = adapted(checkpointing), GradScaler("cpu", init_scale=scale)
+    model, scaler = adapted(checkpointing, device), GradScaler(device, init_scale=scale)
     backward(model, accumulation, scaler, **options)
     scaler.unscale_(optimizer_of(model))
     return gradients(model)
 
 
-def plain(accumulation, **options):
-    model = adapted()
+def plain(accumulation, device="cpu", **options):
+    model = adapted(device=device)
     backward(model, accumulation, **options)
     return gradients(model)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def same_experts():
+    assert_same_experts("cpu")
+
+
+def assert_same_experts(device):
     """Rounding decides no choice here, so errors are those of arithmetic."""
     chosen = []
-    for autocast in (False, True):
-        model = adapted() if autocast else adapted().double()
-        with torch.no_grad(), torch.autocast("cpu", torch.float16) if autocast else contextlib.nullcontext():
-            model(input_ids=IDS)
+    for model, cast in ((adapted(device=device).double(), False), (adapted(device=device), True)):
+        with torch.no_grad(), half_precision(model) if cast else contextlib.nullcontext():
+            model(input_ids=IDS.to(device))
         chosen.append([top_k_mask(a.router_logits, a.top_k) for _, a in running_adapters(model)])
     assert all(torch.equal(half, exact) for exact, half in zip(*chosen, strict=True))
 
 
-MATRIX = pytest.mark.parametrize(
-    ("accumulation", "checkpointing"),
-    [(accumulation, mode) for accumulation in (1, 4) for mode in ("off", "non-reentrant", "reentrant")],
-)
+def everywhere(test):
+    kinds = pytest.mark.parametrize("checkpointing", ["off", "non-reentrant", "reentrant"])
+    return pytest.mark.parametrize("accumulation", [1, 4])(kinds(test))
 
 
-@MATRIX
+@everywhere
 def test_gradients_are_those_of_the_whole_loss_and_the_balance_loss_is_a_good_part(accumulation, checkpointing):
-    exact, half = truth(accumulation), plain(accumulation)
-    for kind, ours in scaled(accumulation, checkpointing).items():
+    whole_loss(accumulation, checkpointing, "cpu")
+
+
+def whole_loss(accumulation, checkpointing, device):
+    exact, half = truth(accumulation, device), plain(accumulation, device)
+    for kind, ours in scaled(accumulation, checkpointing, device=device).items():
         assert_no_less_accurate(ours, half[kind], exact[kind], kind)
-    without = truth(accumulation, coef=0.0)
-    assert error(without["mosld_router"], exact["mosld_router"]) > 0.3 > 100 * error(half["mosld_router"], exact["mosld_router"])  # fmt: skip
+    without = truth(accumulation, device, coef=0.0)["mosld_router"]
+    assert error(without, exact["mosld_router"]) > 0.3 > 100 * error(half["mosld_router"], exact["mosld_router"])
 
 
-@MATRIX
+@everywhere
 def test_a_balance_loss_too_small_for_float16_survives(accumulation, checkpointing):
     """Alone, and weighted so that its gradients for the logits are below float16's least number."""
     weak = 1e-6
@@ -119,13 +129,17 @@ def test_a_balance_loss_too_small_for_float16_survives(accumulation, checkpointi
     assert error(lost, exact["mosld_router"]) > 0.3  # what the scaler is for
 
 
-@MATRIX
+@everywhere
 def test_a_step_with_an_infinite_gradient_is_skipped_and_leaves_nothing_behind(accumulation, checkpointing):
-    model, scaler = adapted(checkpointing), GradScaler("cpu", init_scale=2.0**40)
+    skipped_steps(accumulation, checkpointing, "cpu")
+
+
+def skipped_steps(accumulation, checkpointing, device):
+    model, scaler = adapted(checkpointing, device), GradScaler(device, init_scale=2.0**40)
     optimizer = optimizer_of(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    skipped = 0
-    while True:
+    finite, skipped = False, 0
+    while not finite:
         scale = scaler.get_scale()
         backward(model, accumulation, scaler)
         scaler.unscale_(optimizer)
@@ -135,14 +149,13 @@ def test_a_step_with_an_infinite_gradient_is_skipped_and_leaves_nothing_behind(a
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if finite:
-            break
-        skipped += 1
-        assert scaler.get_scale() == scale / 2
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        if not finite:
+            skipped += 1
+            assert scaler.get_scale() == scale / 2 > 1
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert skipped > 3
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
-    for kind, grad in scaled(accumulation, checkpointing, scale).items():
+    for kind, grad in scaled(accumulation, checkpointing, scale, device).items():
         assert torch.equal(grad, last[kind]), kind
 
 
@@ -175,7 +188,7 @@ def by_trainer(tmp_path, monkeypatch, accumulation, checkpointing, scale):
     return gradients(model)
 
 
-@MATRIX
+@everywhere
 def test_the_trainer_under_the_scaler(tmp_path, monkeypatch, accumulation, checkpointing):
     order = IDS[
         torch.randperm(8, generator=torch.Generator().manual_seed(42))

@@ -1,5 +1,8 @@
 """A base that is not a plain weight: the layer is called and the update added, values and gradients as by the formula."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import peft
 import pytest
 import torch
@@ -15,11 +18,15 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def with_linears(replace) -> nn.Module:
-    model = tiny_llama(hidden_size=128, intermediate_size=256)  # of whole blocks for the quantisers
+    model = whole_blocks()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and "lm_head" not in name:
             model.set_submodule(name, replace(module))
     return model
+
+
+def whole_blocks() -> nn.Module:
+    return tiny_llama(hidden_size=128, intermediate_size=256)  # of which the quantisers take whole ones
 
 
 def four_bit() -> nn.Module:
@@ -29,7 +36,7 @@ def four_bit() -> nn.Module:
         sizes = (linear.in_features, linear.out_features)
         layer = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
-        return layer.to("cpu")
+        return layer
 
     return with_linears(replace)
 
@@ -40,32 +47,48 @@ def eight_bit() -> nn.Module:
     def replace(linear):
         layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        return layer.to("cpu")
+        return layer
 
     return with_linears(replace)
 
 
-def int8() -> nn.Module:
+def torchao(configuration: str) -> nn.Module:
     pytest.importorskip("torchao", reason="torchao is not installed")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao import quantization
 
-    model = tiny_llama(hidden_size=128, intermediate_size=256)  # of whole blocks for the quantisers
-    quantize_(model, Int8WeightOnlyConfig())
+    model = whole_blocks()
+    quantization.quantize_(model, getattr(quantization, configuration)())
     return model
 
 
-BASES = {"bitsandbytes 4-bit": four_bit, "bitsandbytes 8-bit": eight_bit, "torchao int8": int8}
+class Base(NamedTuple):
+    make: Callable[[], nn.Module]
+    stored: torch.dtype  # of its weights
+    library: str
+
+
+BASES = {
+    "4-bit (nf4)": Base(four_bit, torch.uint8, "bitsandbytes"),
+    "8-bit": Base(eight_bit, torch.int8, "bitsandbytes"),
+    "int8, weights alone": Base(lambda: torchao("Int8WeightOnlyConfig"), torch.int8, "torchao"),
+    "float8 (e4m3fn), weights alone": Base(lambda: torchao("Float8WeightOnlyConfig"), torch.float8_e4m3fn, "torchao"),
+}
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, about kernels and deprecations
 
 
+def build(name: str, device: str = "cpu") -> nn.Module:
+    """The base of this name on the device, where bitsandbytes quantises what arrives."""
+    return BASES[name].make().to(device).eval()
+
+
 @pytest.fixture(params=BASES)
-def build(request):
-    return lambda: BASES[request.param]().eval()
+def name(request):
+    return request.param
 
 
 @pytest.fixture
-def base(build) -> nn.Module:
-    return build()
+def base(name) -> nn.Module:
+    return build(name)
 
 
 def adapted(base, **changes):
@@ -96,22 +119,29 @@ def test_one_layer_is_the_base_and_the_formula_values_and_gradients(base):
         torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-5)
 
 
-def test_it_trains_saves_and_loads(build, base, tmp_path):
+def test_it_trains_saves_and_loads(name, tmp_path):
+    trains_saves_and_loads(name, "cpu", tmp_path)
+
+
+def trains_saves_and_loads(name, device, folder):
+    base, ids = build(name, device), IDS.to(device)
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    assert getattr(weight, "qdata", weight).dtype == BASES[name].stored
     model = adapted(base, dropout=0.2).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "mosld_" in name}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss = model(IDS, labels=IDS).loss
+        loss = model(ids, labels=ids).loss
         (loss + 1e-3 * balance_loss(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    model.eval().save_pretrained(str(tmp_path))
+    model.eval().save_pretrained(str(folder))
     with torch.no_grad():
-        expected = model(IDS).logits
-        loaded = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
-        assert torch.equal(loaded(IDS).logits, expected)
-        assert not torch.allclose(expected, build()(IDS).logits, atol=1e-2)
+        expected = model(ids).logits
+        loaded = peft.PeftModel.from_pretrained(build(name, device), str(folder)).eval()
+        assert torch.equal(loaded(ids).logits, expected)
+        assert not torch.allclose(expected, build(name, device)(ids).logits, atol=1e-2)

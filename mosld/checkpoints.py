@@ -1,0 +1,42 @@
+"""Which of the Trainer's checkpoints training can go on from after the process was killed."""
+
+import json
+import warnings
+from pathlib import Path
+
+from .adapter_file import WEIGHTS, AdapterFileError, check_digest
+
+STATE = "trainer_state.json"  # which the Trainer writes last
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end and whose adapters are as they were saved.
+
+    warns of one whose weights were altered, and passes it over like one that was cut off.
+    """
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    numbered = [path for path, step in steps.items() if step.isdecimal() and _ends(path / STATE)]
+    for path in sorted(numbered, key=lambda path: int(steps[path]), reverse=True):
+        try:
+            check_adapters(path)
+        except AdapterFileError as error:
+            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+        else:
+            return str(path)
+    return None
+
+
+def check_adapters(checkpoint: Path) -> None:
+    """raises AdapterFileError where an adapter in `checkpoint` was altered since; the Trainer itself does not look."""
+    for weights in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")):  # several adapters have a folder each
+        if weights.is_file():
+            check_digest(weights)
+
+
+def _ends(state: Path) -> bool:
+    """A process killed before or while it writes leaves no file, an empty one, or one that is cut off."""
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
