@@ -167,7 +167,7 @@ def _read_lora(folder: Path) -> TaskVector:
         raise MergeError(f"{folder} is not a saved adapter: {WEIGHTS} is missing")
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-    factors = {}
+    factors: dict[str, Factors] = {}
     for key, down in tensors.items():
         layer, is_down, _ = key.removeprefix(PREFIX).partition(".lora_A.")
         if not is_down:
@@ -177,7 +177,10 @@ def _read_lora(folder: Path) -> TaskVector:
             raise MergeError(f"{folder / WEIGHTS} has no lora_B beside the lora_A of {layer}")
         rank, alpha = (
             pattern.get(get_pattern_key(list(pattern), layer), value)
-            for pattern, value in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+            for pattern, value in (
+                (config.rank_pattern or {}, config.r),
+                (config.alpha_pattern or {}, config.lora_alpha),
+            )
         )
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         factors[layer] = _finite(folder, layer, Factors(down, _scaled(up, scale)))

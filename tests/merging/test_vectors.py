@@ -1,0 +1,182 @@
+"""Task vectors are what their folders add to the base, and merging several is one mixture with constant gates."""
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mosld import MoSLDConfig, export_lora
+from mosld.merging.channel import power, received
+from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
+from mosld.merging.factored import shared_basis, stacked
+from mosld.merging.unlabelled import entropy
+from mosld.merging.vectors import Factors, MergeError, deltas, read_task_vectors
+from tests.models import perturb, tiny_llama, token_ids
+
+IDS = token_ids()
+RANKS = {"a": 2, "b": 5}
+TARGETS = {"a": ["q_proj", "down_proj"], "b": ["q_proj", "up_proj"]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two trained LoRAs of other ranks and targets on one base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(RANKS):
+        config = peft.LoraConfig(r=RANKS[name], lora_alpha=3, target_modules=TARGETS[name])
+        model = peft.get_peft_model(tiny_llama(), config)
+        torch.manual_seed(number)
+        perturb(model)
+        model.save_pretrained(str(folder / name))
+    return [folder / name for name in RANKS]
+
+
+def merged_by_peft(folder):
+    return peft.PeftModel.from_pretrained(tiny_llama(), str(folder)).merge_and_unload().state_dict()
+
+
+def test_a_vector_is_the_difference_that_peft_makes_by_merging(folders):
+    base = tiny_llama().state_dict()
+    vectors = read_task_vectors(folders)
+    tuned = [merged_by_peft(folder) for folder in folders]
+    seen = set()
+    for name, taus in deltas(vectors, base):
+        seen.add(name)
+        for tau, own in zip(taus, tuned, strict=True):
+            torch.testing.assert_close(tau, own[name] - base[name], rtol=1e-4, atol=1e-6)
+    assert seen == {name for own in tuned for name in base if not torch.equal(own[name], base[name])}
+
+
+def test_a_full_checkpoint_has_the_same_vector_as_its_adapter(folders, tmp_path):
+    model = peft.PeftModel.from_pretrained(tiny_llama(), str(folders[0])).merge_and_unload()
+    model.save_pretrained(tmp_path / "full")
+    base = tiny_llama().state_dict()
+    whole, factored = (dict(deltas(read_task_vectors([f]), base)) for f in (tmp_path / "full", folders[0]))
+    for name, tau in factored.items():
+        torch.testing.assert_close(whole[name], tau, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mosld_adapter_has_the_vector_of_its_uniform_export(tmp_path):
+    config = MoSLDConfig(r=3, num_experts=4, target_modules=["q_proj"], num_experts_pattern={r".*layers\.1\..*": 2})
+    model = peft.get_peft_model(tiny_llama(), config)
+    perturb(model)
+    model.save_pretrained(str(tmp_path / "mixture"))
+    export_lora(model, tmp_path / "lora")
+    base = tiny_llama().state_dict()
+    own, exported = (dict(deltas(read_task_vectors([tmp_path / n]), base)) for n in ("mixture", "lora"))
+    assert own.keys() == exported.keys() and len(own) == 2
+    for name in own:
+        torch.testing.assert_close(own[name], exported[name], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_task_arithmetic_of_loras_equals_the_dense_computation_and_leaves_as_one_lora(folders, tmp_path):
+    coefficients = [0.3, 0.7]
+    model = stacked(tiny_llama(), read_task_vectors(folders)).eval()
+    dense = tiny_llama()
+    for name, update in summed(lambda: deltas(read_task_vectors(folders), tiny_llama().state_dict()), coefficients):
+        dense.get_parameter(name).add_(update)
+    for module in model.modules():
+        if hasattr(module, "mixtures"):
+            module.mixtures["default"].router.weight.copy_(torch.tensor([coefficients]))
+    expected = dense.eval()(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    export_lora(model, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (tiny_llama()(IDS).logits - expected).abs().max() > 1e-2
+
+
+def test_layer_wise_coefficients_get_gradients(folders):
+    model = stacked(tiny_llama(), read_task_vectors(folders))
+    model(IDS).logits.square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if "mosld_router" in n}
+    assert len(trained) == 6 and all(p.shape == (1, 2) for p in trained.values())
+    for name, parameter in trained.items():  # a vector that has none of a layer has no say in it
+        places = [any(t in name for t in TARGETS[task]) for task in RANKS]
+        assert (parameter.grad[0] != 0).tolist() == places, name
+
+
+def test_permuting_the_adapters_changes_nothing(folders):
+    base = tiny_llama().state_dict()
+    for merge in (
+        lambda order: dict(summed(lambda: deltas(read_task_vectors(order), base), 0.4)),
+        lambda order: {n: disjoint_mean(p) for n, p in ties(lambda: deltas(read_task_vectors(order), base), 0.3)},
+    ):
+        one, other = merge(folders), merge(folders[::-1])
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name])
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.5, 1.0])
+def test_the_threshold_is_that_of_sorting_the_whole_vector(keep):
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(3, 7, 11), "b": torch.randn(3, 50) * 1e-3}
+    weights["b"][:, :20] = 0
+    limits = thresholds(weights.items, keep)
+    for k in range(3):
+        whole = torch.cat([tau[k].flatten() for tau in weights.values()]).abs()
+        expected = whole.sort(descending=True).values[max(1, round(len(whole) * keep)) - 1]
+        assert limits[k] == expected
+
+
+def test_ties_is_what_its_three_steps_say():
+    taus = torch.tensor([[4.0, -3.0, 0.1, 2.0], [-1.0, -2.0, 5.0, 0.2]])
+    ((name, parts),) = ties(lambda: [("w", taus)], 0.5)
+    # Trimmed to two each: 4, -3 and -2, 5; the elected signs are those of the sums 4, -5, 5, 0.
+    assert name == "w" and parts.tolist() == [[4, -3, 0, 0], [0, -2, 5, 0]]
+    assert disjoint_mean(parts).tolist() == [4, -2.5, 5, 0]
+
+
+def test_a_shared_basis_of_full_rank_loses_nothing_and_of_less_what_the_best_loses():
+    torch.manual_seed(0)
+    factors = [Factors(torch.randn(2, 9), torch.randn(6, 2)) for _ in range(3)]
+    updates = torch.cat([own.up.double() @ own.down.double() for own in factors])
+    for rank in (6, 4, 2):
+        shared, ups, error = shared_basis(factors, rank)
+        rebuilt = torch.cat([up @ shared for up in ups])
+        assert ((rebuilt - updates).norm() / updates.norm()).item() == pytest.approx(error, abs=1e-9)
+        singular = torch.linalg.svdvals(updates)
+        best = (singular[rank:].square().sum() / singular.square().sum()).sqrt().item()
+        assert error == pytest.approx(best, abs=1e-9)
+
+
+def test_entropy_has_the_gradient_of_finite_differences():
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(entropy, logits)
+    assert entropy(torch.zeros(4)) == pytest.approx(torch.tensor(4.0).log().item())
+
+
+@pytest.mark.parametrize("noise", ["isotropic", "worst"])
+def test_the_noise_has_the_power_that_was_asked_for(noise):
+    torch.manual_seed(0)
+    vectors = [{"a": torch.randn(40, 30), "b": torch.randn(50)}, {"a": 2 * torch.randn(40, 30), "b": torch.randn(50)}]
+    generator, ratios = torch.Generator().manual_seed(1), []
+    for _ in range(400):
+        arrived = received(vectors, noise, 10.0, generator)
+        noises = [{n: got[n] - own[n] for n in own} for got, own in zip(arrived, vectors, strict=True)]
+        ratios.append([power(n) / power(own) for n, own in zip(noises, vectors, strict=True)])
+    mean = torch.tensor(ratios).mean(0)
+    torch.testing.assert_close(mean, torch.full((2,), 0.1), rtol=0.25 if noise == "worst" else 0.01, atol=0.0)
+    again = received(vectors, noise, 10.0, torch.Generator().manual_seed(1))
+    first = received(vectors, noise, 10.0, torch.Generator().manual_seed(1))
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(again, first, strict=True) for n in a)
+
+
+def test_what_cannot_be_merged_is_named(folders, tmp_path):
+    with pytest.raises(MergeError, match="needs at least one adapter or checkpoint"):
+        read_task_vectors([])
+    with pytest.raises(MergeError, match="is no adapter and no checkpoint"):
+        read_task_vectors([tmp_path])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((folders[0] / "adapter_config.json").read_bytes())
+    tensors = load_file(folders[0] / "adapter_model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(MergeError, match=r"broken holds values that are not finite in model\.layers\.1"):
+        read_task_vectors([broken])
+    with pytest.raises(MergeError, match="changes model.layers.0.* which the base model has not"):
+        list(deltas(read_task_vectors(folders), {}))
