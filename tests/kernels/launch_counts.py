@@ -72,7 +72,7 @@ def main():
         )
     }
     counts["wide diagonal"] = call(wide, ("x", *adapter), mixing="diagonal")
-    counts["usual diagonal"] = call(usual, ("x", *adapter), mixing="diagonal")
+    counts["usual diagonal"] = call(usual._replace(R=8), ("x", *adapter), mixing="diagonal")
     counts["delta"] = call(wide, ("x", *adapter), base=False)
     counts["x needs no gradient"] = call(wide, adapter)
     counts["x needs no gradient, same dtype"] = call(wide, adapter, torch.bfloat16)
