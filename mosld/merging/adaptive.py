@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..at_once import write_at_once
 from .unlabelled import Unlabelled, choice_entropy
 
 # coefficients [K] or [layers, K] -> (input_ids, attention_mask) -> logits, differentiable in the coefficients
@@ -94,13 +95,8 @@ def _save(folder: Path, settings: AdaptiveSettings, coefficients: Tensor, optimi
     folder.mkdir(parents=True, exist_ok=True)
     state: Mapping[str, Tensor] = optimiser.state[coefficients]
     tensors = {"coefficients": coefficients.detach(), **{f"adam.{name}": value for name, value in state.items()}}
-    for name, write in (
-        (STATE, lambda path: save_file(tensors, path, metadata={"step": str(len(losses))})),
-        (LOG, lambda path: path.write_text(json.dumps({"settings": asdict(settings), "losses": losses}) + "\n")),
-    ):
-        aside = folder / f"{name}.tmp"
-        write(aside)
-        aside.replace(folder / name)
+    save_file(tensors, folder / STATE, metadata={"step": str(len(losses))})  # safetensors replaces files whole
+    write_at_once(folder / LOG, json.dumps({"settings": asdict(settings), "losses": losses}) + "\n")
 
 
 def _resume(folder: Path | None, settings: AdaptiveSettings, coefficients: Tensor, optimiser) -> list[float]:

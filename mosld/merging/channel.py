@@ -7,11 +7,11 @@
     worst        all of the same power in one direction, that of the strongest user's vector: covariance P v v^T
 
 The paper's body was not at hand: it derives worst cases for a sum-rate and a strongest-user criterion; the second is built
-here, as a rank-one covariance. Embeddings are not sent (`sent`): users freeze them.
+here, as a rank-one covariance. Users freeze their embeddings and do not send them.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,9 +50,3 @@ def received(
 def power(vector: dict[str, Tensor]) -> float:
     """|tau|^2 over all weights"""
     return sum(float(tau.double().square().sum()) for tau in vector.values())
-
-
-def sent(names: Iterable[str], embeddings: Iterable[str]) -> Iterator[str]:
-    """The weights that a user sends: all but the embeddings, which stay frozen and at home."""
-    private = set(embeddings)
-    return (name for name in names if name not in private)

@@ -7,7 +7,7 @@ task arithmetic   lambda = 0.3 stays; phi minimises the entropy of the predictio
 AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m held, then phi is trained with the new lambda
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +111,3 @@ def sum_of_entropies(
 ) -> Tensor:
     forward = merged()
     return torch.stack([choice_entropy(forward, batch, pad) for batch in batches]).sum()
-
-
-def masked_parts(parts: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str, Tensor]]:
-    """name -> m * tau_k [K, *shape]"""
-    for name, taus in parts.items():
-        yield name, masks[name] * taus

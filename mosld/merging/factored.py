@@ -32,10 +32,9 @@ def stacked(base: nn.Module, vectors: Sequence[TaskVector], **settings: Any) -> 
     layers = list(dict.fromkeys(layer for vector in vectors for layer in vector.factors or {}))
     check_fit(base, vectors)
     rank = max(len(own.down) for vector in vectors for own in (vector.factors or {}).values())
-    defaults = dict(mixing="diagonal", router="constant", dropout=0.0, balance_coef=0.0)
+    defaults = dict(mixing="diagonal", router="constant", top_k=1, dropout=0.0, balance_coef=0.0)
     config = MoSLDConfig(
-        r=rank, alpha=rank, num_experts=len(vectors), top_k=1 if "top_k" not in settings else settings.pop("top_k"),
-        target_modules=target_modules(base, layers), **{**defaults, **settings},
+        r=rank, alpha=rank, num_experts=len(vectors), target_modules=target_modules(base, layers), **{**defaults, **settings},
     )  # fmt: skip
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
