@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from mosld.merging.adaptive import AdaptiveSettings, minimise_entropy
-from mosld.merging.concrete import ConcreteSettings, final, rescaled, sampled, train_masks
+from mosld.merging.concrete import (
+    ConcreteSettings,
+    _inner_step,
+    final,
+    rescaled,
+    sampled,
+    sum_of_entropies,
+    train_masks,
+)
 from mosld.merging.dense import DenseMerge
 from mosld.merging.elementwise import summed
 from mosld.merging.unlabelled import Question, Unlabelled, choice_entropy, without_labels
@@ -48,6 +56,7 @@ def test_questions_hold_no_answer():
 @torch.no_grad()
 def test_the_entropy_is_that_of_the_choices_likelihoods():
     model = base()
+    model.lm_head.weight.mul_(30)  # of a model that is undecided every token counts alike
     own = choice_entropy(
         lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits, TASKS[0].questions, ENCODER.pad
     )
@@ -111,6 +120,30 @@ def test_masks_are_trained_by_the_entropy_and_repeat_with_the_seed(inner_rate):
     assert len(losses) == 3 and all((phi != 0).any() for phi in masks.values())
     again, _ = train_masks(merge, TASKS, 2, ENCODER.pad, settings)
     assert all(torch.equal(masks[name], again[name]) for name in masks)
+
+
+def test_the_inner_step_goes_down_the_slope_of_the_coefficients_with_the_mask_held():
+    model = base()
+    model.lm_head.weight.data.mul_(10)
+    merge = DenseMerge(model, vectors(model))
+    batches, start = [list(unlabelled.questions) for unlabelled in TASKS], torch.tensor([0.3, 0.3])
+    masks = sampled(
+        {n: torch.zeros(t.shape[1:]) for n, t in merge.parts.items()}, 0.5, torch.Generator().manual_seed(0)
+    )
+    moved = _inner_step(merge, masks, start, batches, ENCODER.pad, rate=2.0)
+    slope = []
+    for k in range(2):
+        ends = [start.clone().index_add(0, torch.tensor([k]), torch.tensor([step])) for step in (1e-3, -1e-3)]
+        with torch.no_grad():
+            losses = [sum_of_entropies(lambda c=c: merge(c, masks), batches, ENCODER.pad) for c in ends]
+        slope.append((losses[0] - losses[1]) / 2e-3)
+    torch.testing.assert_close(moved, start - 2.0 * torch.stack(slope), rtol=1e-2, atol=1e-3)
+    assert (moved - start).abs().max() > 1e-2
+    one, other = (
+        train_masks(merge, TASKS, 2, ENCODER.pad, ConcreteSettings(steps=1, batch_size=8, inner_rate=rate))[1]
+        for rate in (None, 1.0)
+    )
+    assert one != other
 
 
 def test_batches_are_decided_by_the_seed_and_cover_every_question():

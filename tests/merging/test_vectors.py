@@ -123,10 +123,10 @@ def test_the_threshold_is_that_of_sorting_the_whole_vector(keep):
 
 def test_ties_is_what_its_three_steps_say():
     taus = torch.tensor([[4.0, -3.0, 0.1, 2.0], [-1.0, -2.0, 5.0, 0.2]])
-    ((name, parts),) = ties(lambda: [("w", taus)], 0.5)
-    # Trimmed to two each: 4, -3 and -2, 5; the elected signs are those of the sums 4, -5, 5, 0.
-    assert name == "w" and parts.tolist() == [[4, -3, 0, 0], [0, -2, 5, 0]]
-    assert disjoint_mean(parts).tolist() == [4, -2.5, 5, 0]
+    ((name, parts),) = ties(lambda: [("w", taus)], 0.75)
+    # Trimmed to three each: 4, -3, 2 and -1, -2, 5; the elected signs are those of the sums 3, -5, 5, 2, so -1 goes.
+    assert name == "w" and parts.tolist() == [[4, -3, 0, 2], [0, -2, 5, 0]]
+    assert disjoint_mean(parts).tolist() == [4, -2.5, 5, 2]
 
 
 def test_a_shared_basis_of_full_rank_loses_nothing_and_of_less_what_the_best_loses():
