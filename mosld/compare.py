@@ -13,7 +13,7 @@ the method's, and the initial adapters, whose shapes differ.
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -183,7 +183,7 @@ def _method_names(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"methods must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
     if len(set(names)) < len(names):
         raise ValueError(f"methods must differ, got {options.methods}")
-    if options.sweep and EQUAL in names:
+    if options.sweep and EQUAL in names and options.sweep.partition("=")[0] != RATE:
         raise ValueError(f"--sweep contradicts {EQUAL}, whose rank follows from the reference's size")
     return names
 
@@ -268,13 +268,12 @@ def _rows(
     targets = options.target_modules if options.target_modules == "all-linear" else options.target_modules.split(",")
     rows = []
     for name in names:
+        adapter, title = Adapter(name, {}, targets), NAMES.get(name, name)
         if name == EQUAL:
             adapter = _equal_lora(base, targets, num_tasks)
-            rows.append(Row(name, f"LoRA, rank {adapter.options['r']}", adapter, rates.get(name)))
-        elif options.sweep:
-            rows += _swept(name, options.sweep, targets, base, rates.get(name))
-        else:
-            rows.append(Row(name, NAMES.get(name, name), Adapter(name, {}, targets), rates.get(name)))
+            title = f"LoRA, rank {adapter.options['r']}"
+        row = Row(name, title, adapter, rates.get(name))
+        rows += _swept(row, options.sweep, base) if options.sweep else [row]
     for row in rows:
         count_trained(base, row.adapter, num_tasks)
     return rows
@@ -288,10 +287,11 @@ def _equal_lora(base: PreTrainedModel, targets: str | list[str], num_tasks: int)
     return Adapter(LORA, {"r": rank, "alpha": 2.0 * rank}, targets)
 
 
-SWEEPS = ("rank", "experts", "dropout", "learning_rate")
+RATE = "learning_rate"
+SWEEPS = ("rank", "experts", "dropout", RATE)
 
 
-def _swept(method: str, sweep: str, targets: str | list[str], base: PreTrainedModel, rate: str | None) -> list[Row]:
+def _swept(row: Row, sweep: str, base: PreTrainedModel) -> list[Row]:
     """ "rank=2,4" -> a row of the method for each value."""
     what, _, values = sweep.partition("=")
     if what not in SWEEPS or not all(values.split(",")):
@@ -300,10 +300,13 @@ def _swept(method: str, sweep: str, targets: str | list[str], base: PreTrainedMo
         raise ValueError(f"values of a sweep must differ, got {sweep!r}")
     rows = []
     for value in values.split(","):
-        options = {} if what == "learning_rate" else _options(method, what, value, base)
-        own_rate = _number("learning rates of a sweep", value) if what == "learning_rate" else rate
-        title = f"{NAMES.get(method, method)}, {what.replace('_', ' ')} {value}"
-        rows.append(Row(f"{method}-{what}{value}", title, Adapter(method, options, targets), own_rate))
+        adapter, own_rate = row.adapter, row.rate
+        if what == RATE:
+            own_rate = _number("learning rates of a sweep", value)
+        else:
+            adapter = replace(adapter, options=_options(adapter.method, what, value, base))
+        title = f"{row.title}, {what.replace('_', ' ')} {value}"
+        rows.append(Row(f"{row.name}-{what}{value}", title, adapter, own_rate))
     return rows
 
 

@@ -261,6 +261,15 @@ def test_a_sweep_makes_a_row_of_each_value(data, tmp_path):  # noqa: F811
     assert rows[0]["trained_parameters"] == rows[1]["trained_parameters"]
 
 
+def test_the_equal_lora_takes_part_in_a_sweep_of_rates_which_leaves_its_rank(data, tmp_path):  # noqa: F811
+    sweep = ("--sweep", "learning_rate=1e-3,2e-3")
+    assert call(data, tmp_path / "o", *sweep, methods="lora_equal", seeds=1, setting="mixture") == 0
+    rows = told(tmp_path / "o")["settings"]["rows"]
+    assert list(rows) == ["lora_equal-learning_rate1e-3", "lora_equal-learning_rate2e-3"]
+    assert [row["trainer"][-1] for row in rows.values()] == ["1e-3", "2e-3"]
+    assert len({row["adapter"]["options"]["r"] for row in rows.values()}) == 1
+
+
 def test_experts_are_given_to_equal_parts_of_the_layers():
     base = tiny_llama(num_hidden_layers=11)
     assert _layers(base) == ("model.layers", 11)
