@@ -1,4 +1,4 @@
-"""The command line: `mosld train`, `compare`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
+"""The command line: `mosld train`, `compare`, `merge`, `eval`, `inspect` and `export`, also as `python -m mosld ...`."""
 
 import argparse
 import json
@@ -6,8 +6,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import commands, compare, counting
+from . import commands, compare, counting, merge_command
 from .inspection import as_text
+from .merging.channel import NOISES
+from .merging.methods import METHODS as METHODS_OF_MERGING
+from .merging.vectors import MergeError
 from .methods import METHODS
 from .run_folder import release
 
@@ -32,6 +35,18 @@ COMPARE_EXAMPLES = """examples:
 
 a finished cell (method, setting, task, seed) is never run again: the same command goes on, and more methods, seeds or
 settings may be added. Every argument of transformers' TrainingArguments can be given as well, for all methods
+"""
+
+MERGE_EXAMPLES = """examples:
+  mosld merge --method task_arithmetic --base meta-llama/Llama-3.2-1B runs/a/adapter runs/b/adapter --output merged
+  mosld merge --method adamerging_layer --base meta-llama/Llama-3.2-1B runs/a/adapter runs/b/adapter \\
+              --tasks a=a.jsonl:a_test.jsonl b=b.jsonl:b_test.jsonl --output merged
+  mosld merge --method task_arithmetic --base ... A B C --save-as mosld --rank 16 --output mixture     merge, then mix
+  mosld merge --method r_mtllmf --base ... A B --noise ideal,isotropic,worst --snr-db=-10,0,10,20 --shots 16 --tasks ... --output snr
+
+what is merged: PEFT LoRA or MoSLD adapters of any ranks and targets, or full checkpoints, of one base. DIR gets results.json
+and `adapter` (one LoRA, or a MoSLD with an expert a task) or `model` (a plain checkpoint); the same command goes on where it
+was cut off
 """
 
 EVAL_EXAMPLES = """example:
@@ -62,9 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mosld", description="Mixtures of LoRA experts that share one down-projection."
     )
     parser.add_argument("--version", action="version", version=f"mosld {version('mosld')}")
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,eval,inspect,export}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,merge,eval,inspect,export}")
     _add_train(verbs)
     _add_compare(verbs)
+    _add_merge(verbs)
     _add_eval(verbs)
     _add_inspect(verbs)
     _add_export(verbs)
@@ -132,6 +148,55 @@ def _add_compare(verbs) -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test of the whole way on the embedded tasks")
     parser.add_argument("--proportions", default="proportional", help="as in mosld train (default: proportional)")
     parser.add_argument("--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)")
+
+
+def _add_merge(verbs) -> None:
+    parser = verbs.add_parser(
+        "merge", help="merge separately trained adapters or checkpoints into one model", epilog=MERGE_EXAMPLES,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", nargs="+", help="folder of a saved adapter, or of a full checkpoint"
+    )
+    parser.add_argument("--method", required=True, choices=METHODS_OF_MERGING, metavar="NAME",
+                        help=f"of {', '.join(METHODS_OF_MERGING)}")  # fmt: skip
+    parser.add_argument("--base", default=merge_command.EMBEDDED, metavar="MODEL",
+                        help="what the adapters were trained on: a folder or hub name, or `embedded` (default)")  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the merge")
+    parser.add_argument("--overwrite", action="store_true", help="replace the merge that --output holds")
+    parser.add_argument(
+        "--tasks", "--task", dest="task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
+        help="name=train.jsonl:test.jsonl of each task: adaptive methods predict on its questions, without their answers, and "
+        "the merged model is scored (default: none; of the embedded base its tasks)",
+    )  # fmt: skip
+    parser.add_argument("--save-as", choices=tuple(merge_command.FORMS), help="default: lora where the method keeps "
+                        "adapters factored, else checkpoint. mosld: one expert a task, with a router to train on")  # fmt: skip
+    parser.add_argument("--rank", type=int, help="of the A that the experts of --save-as mosld share (default: an A each, "
+                        "which loses nothing)")  # fmt: skip
+    how = parser.add_argument_group("method")
+    how.add_argument("--scale", type=float, metavar="LAMBDA", help="coefficients at first (0.3; of ties 1)")
+    how.add_argument("--keep", type=float, default=0.2, metavar="SHARE", help="that TIES trims to (default: 0.2)")
+    how.add_argument("--steps", type=int, help="of adaptive methods (default: 500; masks of concrete_* 2000)")
+    how.add_argument("--learning-rate", type=float, default=1e-3, help="Adam's, of adaptive methods (default: 1e-3)")
+    how.add_argument("--batch-size", type=int, default=16, help="questions of each task in a step (default: 16)")
+    how.add_argument("--clamp", action="store_true", help="keep trained coefficients in [0, 1]")
+    how.add_argument("--temperature", type=float, default=0.5, help="of the masks of concrete_* (default: 0.5)")
+    how.add_argument("--discrete", action="store_true", help="masks of concrete_* are 0 or 1 in the end")
+    how.add_argument(
+        "--unlabelled", type=int, metavar="N", help="use the first N questions of each task (default: all)"
+    )
+    how.add_argument("--seed", type=int, default=0, help="of the order of questions, masks and noise (default: 0)")
+    air = parser.add_argument_group("r_mtllmf: task vectors sent over a noisy channel, and realignment")
+    air.add_argument("--noise", metavar="A,B,...", help=f"of {', '.join(NOISES)} (default: ideal)")
+    air.add_argument("--snr-db", metavar="X,Y,...", help="each vector's power over the noise's; several make a study with a "
+                     "chart, and no model is saved (give negative numbers as --snr-db=-10,0)")  # fmt: skip
+    air.add_argument("--shots", type=int, metavar="N", help="realign on N labelled training examples of each task")
+    air.add_argument("--realign-rate", type=float, default=1e-4, help="learning rate of realignment (default: 1e-4)")
+    air.add_argument("--realign-epochs", type=float, default=5, help="passes over the N examples (default: 5)")
+    _add_reading(parser)
+    parser.add_argument(
+        "--quick", action="store_true", help="the embedded tasks and model at the size of train --quick"
+    )
 
 
 def _add_eval(verbs) -> None:
@@ -204,6 +269,10 @@ MODEL_HELP = "folder or hub name of a causal language model (default: the embedd
 def _add_data(parser: argparse.ArgumentParser, task_help: str, model_help: str = MODEL_HELP) -> None:
     parser.add_argument("--model", help=model_help)
     parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
+    _add_reading(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         choices=("block", "name"),
@@ -225,12 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 work = commands.prepare(options, rest)
             elif options.command == "compare":
                 work = compare.prepare(options, rest)
+            elif options.command == "merge":
+                work = merge_command.prepare(options)
             else:
                 verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
                 work = verbs[options.command](options)
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
             print(f"mosld {options.command}: {error}", file=sys.stderr)
             return 2
+        if isinstance(work, merge_command.MergeRun):
+            return _merge(work)
         if isinstance(work, commands.Run):
             commands.train(work)
         elif isinstance(work, compare.Comparison):
@@ -244,4 +317,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         release()
+    return 0
+
+
+def _merge(work: merge_command.MergeRun) -> int:
+    try:
+        merge_command.run(work)
+    except (MergeError, ArithmeticError) as error:  # a checkpoint's values are read when their turn comes
+        print(f"mosld merge: {error}", file=sys.stderr)
+        return 2
     return 0

@@ -23,7 +23,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-TRAIN, COMPARE = "mosld train", "mosld compare"
+TRAIN, COMPARE, MERGE = "mosld train", "mosld compare", "mosld merge"
 LOCK = "lock"
 _locks: list[TextIO] = []  # that this process holds
 # In the order in which they are removed: wherever that stops, what is left is an unfinished run, and known as one.
@@ -39,6 +39,9 @@ OWN = (
     "compare.json",
     "compare.md",
     "parameters.png",
+    "state",
+    "model",
+    "snr.png",
     "run.json",
 )
 
@@ -131,6 +134,7 @@ def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[
     if not isinstance(before, dict) or before.get("program") not in (
         TRAIN,
         COMPARE,
+        MERGE,
     ):  # another tool's, however it is called
         return "foreign", []
     changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))

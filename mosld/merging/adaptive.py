@@ -4,26 +4,22 @@ theta(lambda) = theta_0 + sum_k lambda_k tau_k         lambda: one a task, or on
 minimise  sum over tasks of the mean entropy of the predictions,  by Adam, lr 1e-3, from 0.3
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..at_once import write_at_once
-from .unlabelled import Unlabelled, choice_entropy
+from .descent import Descent
+from .unlabelled import Forward, Unlabelled
 
-# coefficients [K] or [layers, K] -> (input_ids, attention_mask) -> logits, differentiable in the coefficients
-Merged = Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
+Merged = Callable[[Tensor], Forward]  # coefficients [K] or [layers, K] -> a forward that is differentiable in them
 
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """start: every coefficient at first. clamp: keep them in [0, 1], as the authors' code does. batch_size: questions of each
+    """start: every coefficient at first. clamp: keep them in [0, 1], as the authors' code does. batch_size: inputs of each
     task in a step. seed: of the order of the questions. save_steps: how often a run in a folder is saved.
     """
 
@@ -47,7 +43,6 @@ def minimise_entropy(
     merged: Merged,
     shape: Sequence[int],
     tasks: Sequence[Unlabelled],
-    pad: int,
     settings: AdaptiveSettings | None = None,
     folder: Path | None = None,
     label: str = "merge",
@@ -61,57 +56,17 @@ def minimise_entropy(
         raise ValueError("adaptive merging needs unlabelled data of at least one task, got none")
     settings = settings or AdaptiveSettings()
     coefficients = torch.full(tuple(shape), settings.start, requires_grad=True)
-    optimiser = torch.optim.Adam([coefficients], lr=settings.learning_rate)
-    losses = _resume(folder, settings, coefficients, optimiser)
-    streams = [task.batches(settings.batch_size, settings.seed + i) for i, task in enumerate(tasks)]
-    for stream in streams:  # the questions that a run before has seen
-        for _ in losses:
-            next(stream)
-    with tqdm(total=settings.steps, initial=len(losses), desc=label, unit="step", leave=False) as progress:
-        while len(losses) < settings.steps:
-            optimiser.zero_grad()
-            total = 0.0
-            for stream in streams:  # a task at a time, so that one graph is in memory
-                loss = choice_entropy(merged(coefficients), next(stream), pad)
-                loss.backward()
-                total += loss.item()
-            optimiser.step()
-            if settings.clamp:
-                with torch.no_grad():
-                    coefficients.clamp_(0, 1)
-            losses.append(total)
-            progress.update()
-            progress.set_postfix(entropy=f"{total / len(tasks):.3f}")
-            if folder is not None and (len(losses) % settings.save_steps == 0 or len(losses) == settings.steps):
-                _save(folder, settings, coefficients, optimiser, losses)
-    return coefficients.detach(), losses
-
-
-STATE, LOG = "coefficients.safetensors", "coefficients.json"
-
-
-def _save(folder: Path, settings: AdaptiveSettings, coefficients: Tensor, optimiser, losses: list[float]) -> None:
-    """The log is written last and tells the step; a state of another step is not gone on with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state: Mapping[str, Tensor] = optimiser.state[coefficients]
-    tensors = {"coefficients": coefficients.detach(), **{f"adam.{name}": value for name, value in state.items()}}
-    save_file(tensors, folder / STATE, metadata={"step": str(len(losses))})  # safetensors replaces files whole
-    write_at_once(folder / LOG, json.dumps({"settings": asdict(settings), "losses": losses}) + "\n")
-
-
-def _resume(folder: Path | None, settings: AdaptiveSettings, coefficients: Tensor, optimiser) -> list[float]:
-    """Take over what an unfinished run with these settings left; -> its losses, none where there is nothing to take over."""
-    if folder is None or not (folder / LOG).is_file() or not (folder / STATE).is_file():
-        return []
-    log = json.loads((folder / LOG).read_text())
-    before, now = ({**own, "steps": 0, "save_steps": 0} for own in (log["settings"], asdict(settings)))
-    tensors = load_file(folder / STATE)
-    step = int(tensors.get("adam.step", torch.tensor(-1)))
-    if before != now or tensors["coefficients"].shape != coefficients.shape or not 0 < step <= len(log["losses"]):
-        return []
-    with torch.no_grad():
-        coefficients.copy_(tensors["coefficients"])
-    optimiser.state[coefficients] = {
-        name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")
-    }
-    return log["losses"][:step]
+    descent = Descent(label, {"coefficients": coefficients}, settings, folder)
+    streams = descent.streams([*tasks])
+    for _ in descent.steps():
+        descent.optimiser.zero_grad()
+        total = 0.0
+        for task, stream in zip(tasks, streams, strict=True):  # one by one, so that one graph is in memory
+            loss = task.entropy(merged(coefficients), next(stream))
+            loss.backward()
+            total += loss.item()
+        descent.done(total)
+        if settings.clamp:
+            with torch.no_grad():
+                coefficients.clamp_(0, 1)
+    return coefficients.detach(), descent.losses

@@ -11,42 +11,46 @@ here, as a rank-one covariance. Users freeze their embeddings and do not send th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .elementwise import Deltas
+
 NOISES = ("ideal", "isotropic", "worst")
 
 
-def received(
-    vectors: Sequence[dict[str, Tensor]], noise: str, snr_db: float, generator: torch.Generator
-) -> list[dict[str, Tensor]]:
-    """What the base station receives of each user's vector (weight's name -> update), in float32.
+def received(walk: Deltas, noise: str, snr_db: float, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """What the base station receives, one weight at a time: its name, tau_q + n_q of all users [K, *shape] in float32.
 
-    snr_db: ratio of each vector's power to its noise's, in decibel. generator: decides the noise.
+    snr_db: ratio of each user's power to its noise's, in decibel. generator: decides the noise.
     raises ValueError for an unknown noise and an SNR that is not finite.
     """
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
-    if noise == "ideal":
-        return [dict(vector) for vector in vectors]
     if not math.isfinite(snr_db):
         raise ValueError(f"snr_db must be finite, got {snr_db}")
-    strongest = max(vectors, key=power)
-    arrived = []
-    for vector in vectors:
-        wanted = power(vector) / 10 ** (snr_db / 10)  # E|n|^2
+    if noise == "ideal":
+        yield from walk()
+        return
+    powers, sizes = sent(walk)
+    wanted = powers / 10 ** (snr_db / 10)  # E|n_q|^2
+    strongest = int(powers.argmax())
+    along = (wanted / powers.max()).sqrt() * torch.randn(len(powers), generator=generator, dtype=torch.float64)
+    sigma = (wanted / sizes).sqrt()
+    for name, taus in walk():
         if noise == "isotropic":
-            sigma = math.sqrt(wanted / sum(tau.numel() for tau in vector.values()))
-            own = {name: sigma * torch.randn(tau.shape, generator=generator) for name, tau in vector.items()}
+            own = torch.randn(taus.shape, generator=generator)
+            yield name, taus + sigma.to(taus.dtype).view(-1, *[1] * (taus.dim() - 1)) * own
         else:
-            gain = math.sqrt(wanted / power(strongest)) * float(torch.randn((), generator=generator))
-            own = {name: gain * strongest[name] for name in vector}
-        arrived.append({name: tau + own[name] for name, tau in vector.items()})
-    return arrived
+            yield name, taus + torch.tensordot(along.to(taus.dtype).unsqueeze(1), taus[strongest].unsqueeze(0), dims=1)
 
 
-def power(vector: dict[str, Tensor]) -> float:
-    """|tau|^2 over all weights"""
-    return sum(float(tau.double().square().sum()) for tau in vector.values())
+def sent(walk: Deltas) -> tuple[Tensor, int]:
+    """-> |tau_q|^2 of each user over all weights [K], float64, and how many numbers a user sends"""
+    powers, sizes = torch.zeros(()).double(), 0
+    for _, taus in walk():
+        powers = powers + taus.double().flatten(1).square().sum(1)
+        sizes += taus[0].numel()
+    return powers, sizes

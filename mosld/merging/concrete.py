@@ -4,18 +4,23 @@ m = sigma((log u / (1 - u) + phi) / T)  relaxed Bernoulli, T = 0.5        m <- m
 theta = theta_0 + sum_k lambda_k (m * tau_k)
 
 task arithmetic   lambda = 0.3 stays; phi minimises the entropy of the predictions by Adam, lr 1e-3
-AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m held, then phi is trained with the new lambda
+AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m held, then phi is trained with the new lambda,
+                  on other inputs
+
+The authors' code takes the inner step by an Adam whose moments last from step to step; the paper tells of a step of gradient
+descent. Both are here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .dense import DenseMerge
-from .unlabelled import Question, Unlabelled, choice_entropy
+from .descent import Descent
+from .unlabelled import Forward, Unlabelled
 
 Masks = Mapping[str, Tensor]
 
@@ -23,7 +28,8 @@ Masks = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class ConcreteSettings:
     """temperature: of the relaxed Bernoulli. start: every coefficient at first. inner_rate: of the step on the coefficients,
-    None for task arithmetic, whose coefficients stay. discrete: whether the final mask is 0 or 1 instead of sigma(phi / T).
+    None for task arithmetic, whose coefficients stay; inner: "adam" as in the authors' code, or "sgd". by_layer: whether these
+    are one a task and weight. discrete: whether the final mask is 0 or 1 instead of sigma(phi / T).
     """
 
     temperature: float = 0.5
@@ -32,14 +38,20 @@ class ConcreteSettings:
     steps: int = 2000
     batch_size: int = 16
     inner_rate: float | None = None
+    inner: str = "adam"
+    by_layer: bool = False
     discrete: bool = False
     seed: int = 0
+    save_steps: int = 50
 
     def __post_init__(self):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
+        for name in ("steps", "batch_size", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.inner not in ("adam", "sgd"):
+            raise ValueError(f"inner must be adam or sgd, got {self.inner!r}")
 
 
 def sampled(logits: Masks, temperature: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -65,11 +77,12 @@ def rescaled(mask: Tensor) -> Tensor:
 
 
 def train_masks(
-    merge: DenseMerge, tasks: Sequence[Unlabelled], count: int, pad: int, settings: ConcreteSettings | None = None
-) -> tuple[dict[str, Tensor], list[float]]:
+    merge: DenseMerge, tasks: Sequence[Unlabelled], count: int, settings: ConcreteSettings | None = None,
+    folder: Path | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
     """-> mask logits, weight's name -> [*shape], and the loss of every step.
 
-    count: K, the number of task vectors. raises ValueError without a task.
+    count: K, the number of task vectors. folder: keeps the state, as in `minimise_entropy`. raises ValueError without a task.
     """
     if not tasks:
         raise ValueError("Concrete masks need unlabelled data of at least one task, got none")
@@ -77,37 +90,41 @@ def train_masks(
     logits = {
         name: torch.zeros(taus.shape[1:], device=taus.device, requires_grad=True) for name, taus in merge.parts.items()
     }
-    optimiser = torch.optim.Adam(logits.values(), lr=settings.learning_rate)
-    generator = torch.Generator().manual_seed(settings.seed)
-    streams = [task.batches(settings.batch_size, settings.seed + i) for i, task in enumerate(tasks)]
-    losses = []
-    for _ in tqdm(range(settings.steps), desc="train the mask", unit="step", leave=False):
-        masks = sampled(logits, settings.temperature, generator)
-        coefficients = torch.full((count,), settings.start)
-        batches = [next(stream) for stream in streams]
-        if settings.inner_rate is not None:
+    bilevel = settings.inner_rate is not None
+    shape = (len(logits), count) if settings.by_layer else (count,)
+    coefficients = torch.full(shape, settings.start, requires_grad=bilevel)
+    steps = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.inner]
+    inner = steps([coefficients], lr=settings.inner_rate) if settings.inner_rate is not None else None
+    moments = {"inner": inner} if isinstance(inner, torch.optim.Adam) else {}
+    descent = Descent("train the mask", logits, settings, folder, moments)
+    streams = descent.streams([*tasks], rounds=2 if bilevel else 1)
+    for _ in descent.steps():
+        masks = sampled(logits, settings.temperature, descent.generator)
+        if inner is not None:
             held = {name: mask.detach() for name, mask in masks.items()}
-            coefficients = _inner_step(merge, held, coefficients, batches, pad, settings.inner_rate)
-        optimiser.zero_grad()
-        loss = sum_of_entropies(lambda: merge(coefficients, masks), batches, pad)  # noqa: B023  called at once
+            inner_step(merge, held, coefficients, inner, tasks, streams, settings.start)
+        descent.optimiser.zero_grad()
+        now = coefficients.detach()
+        loss = sum_of_entropies(lambda: merge(now, masks), tasks, streams)  # noqa: B023  called at once
         loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    return {name: phi.detach() for name, phi in logits.items()}, losses
+        descent.done(loss.item())
+    return {name: phi.detach() for name, phi in logits.items()}, descent.losses
 
 
-def _inner_step(
-    merge: DenseMerge, masks: Masks, start: Tensor, batches: Sequence[list[Question]], pad: int, rate: float
-) -> Tensor:
-    """One step of gradient descent on the coefficients; first order, so the mask's gradient does not go through it."""
-    coefficients = start.clone().requires_grad_()
-    loss = sum_of_entropies(lambda: merge(coefficients, masks), batches, pad)
-    (grad,) = torch.autograd.grad(loss, coefficients)
-    return (coefficients - rate * grad).detach()
+def inner_step(
+    merge: DenseMerge, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer,
+    tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]], start: float,
+) -> None:  # fmt: skip
+    """The coefficients from `start` one step down, in place; first order, so the mask's gradient does not go through it."""
+    with torch.no_grad():
+        coefficients.fill_(start)
+    optimiser.zero_grad()
+    sum_of_entropies(lambda: merge(coefficients, masks), tasks, streams).backward()
+    optimiser.step()
 
 
 def sum_of_entropies(
-    merged: Callable[[], Callable[[Tensor, Tensor], Tensor]], batches: Sequence[list[Question]], pad: int
+    merged: Callable[[], Forward], tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]]
 ) -> Tensor:
     forward = merged()
-    return torch.stack([choice_entropy(forward, batch, pad) for batch in batches]).sum()
+    return torch.stack([task.entropy(forward, next(own)) for task, own in zip(tasks, streams, strict=True)]).sum()

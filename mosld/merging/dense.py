@@ -3,11 +3,15 @@
 Holds K updates of every changed weight, and while it runs one merged copy of them: what full-rank merging costs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .unlabelled import Forward, on_device
 
 
 class DenseMerge:
@@ -18,48 +22,64 @@ class DenseMerge:
 
     def __init__(self, model: nn.Module, parts: Iterable[tuple[str, Tensor]]):
         self.model = model.requires_grad_(False).eval()
-        own = dict(model.named_parameters())
-        self.parts = {name: taus.to(own[name].device) for name, taus in parts}
-        self.base = {name: own[name].detach().float() for name in self.parts}
+        self.own = dict(model.named_parameters())
+        self.parts = {name: taus.to(self.own[name].device) for name, taus in parts}
 
     @property
     def layers(self) -> list[str]:
         return list(self.parts)
 
-    def weights(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def updates(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """coefficients [K], or [layers, K] in the order of `layers`; masks: weight's name -> [*shape], times every update
-        -> the merged weights in the model's dtype"""
-        merged = {}
+        -> weight's name, sum_k lambda_k (m * tau_k) in float32"""
         for i, (name, taus) in enumerate(self.parts.items()):
             own = coefficients if coefficients.dim() == 1 else coefficients[i]
             update = torch.tensordot(own.to(taus.device), taus, dims=1)
-            update = update if masks is None else masks[name] * update
-            merged[name] = (self.base[name] + update).to(dict(self.model.named_parameters())[name].dtype)
-        return merged
+            yield name, update if masks is None else masks[name] * update
 
-    def __call__(
-        self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """-> (input_ids, attention_mask) -> logits"""
-        weights = self.weights(coefficients, masks)
-        device = next(self.model.parameters()).device
+    def __call__(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> Forward:
+        """-> the merged model's forward, in the model's dtype"""
+        weights = {
+            name: (self.own[name].detach().float() + update).to(self.own[name].dtype)
+            for name, update in self.updates(coefficients, masks)
+        }
+        return running(self.model, weights)
 
-        def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-            return functional_call(self.model, weights, kwargs=inputs).logits
 
-        return forward
+def running(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """The forward of `model` with other `weights`, from its arguments to its logits."""
+    device = next(model.parameters()).device
 
-    @torch.no_grad()
-    def write(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> float:
-        """Put the merged weights into the model; -> |rounded - merged| / |update|, what its dtype loses."""
-        own, lost, size = dict(self.model.named_parameters()), 0.0, 0.0
-        for i, (name, taus) in enumerate(self.parts.items()):
-            weight = coefficients if coefficients.dim() == 1 else coefficients[i]
-            update = torch.tensordot(weight.detach().to(taus.device), taus, dims=1)
-            update = update if masks is None else masks[name] * update
-            merged = self.base[name] + update
-            own[name].copy_(merged)
-            lost += float((own[name].float() - merged).double().square().sum())
-            size += float(update.double().square().sum())
-        return (lost / size) ** 0.5 if size else 0.0
+    def forward(**arguments: Any) -> Tensor:
+        return functional_call(model, dict(weights), kwargs=on_device(arguments, device)).logits
+
+    return forward
+
+
+@torch.no_grad()
+def write(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> float:
+    """Add the updates, in float32, to the weights of `model`, one at a time.
+
+    -> |rounded - merged| / |update|, what the weights' dtype loses, as Frobenius norms over all
+    """
+    own, lost, size = dict(model.named_parameters()), 0.0, 0.0
+    for name, update in updates:
+        weight = own[name]
+        merged = weight.float() + update.to(weight.device)
+        weight.copy_(merged)
+        lost += float((weight.float() - merged).double().square().sum())
+        size += float(update.double().square().sum())
+    return (lost / size) ** 0.5 if size else 0.0
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """The weights `names` of `model` are afterwards what they are now."""
+    own = dict(model.named_parameters())
+    before = {name: own[name].detach().clone() for name in names}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                own[name].copy_(weight)

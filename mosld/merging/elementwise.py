@@ -5,7 +5,7 @@ TIES               trim each tau_k to its largest share, elect a sign for every 
                                                                                  (arXiv 2306.01708)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ Deltas = Callable[[], Iterable[tuple[str, Tensor]]]  # walks the weights anew: n
 LOW_BITS = 15  # of a float32's 31 bits without the sign, which order magnitudes like integers
 
 
-def summed(walk: Deltas, scales: float | Sequence[float] | Tensor) -> Iterator[tuple[str, Tensor]]:
-    """name -> sum_k scales_k tau_k [*shape], in float32"""
+def summed(
+    walk: Deltas, scales: float | Sequence[float] | Tensor | Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """name -> sum_k scales_k tau_k [*shape], in float32; scales: one, or K, or K of every weight by its name"""
     for name, taus in walk():
-        weights = torch.as_tensor(scales, dtype=torch.float32).expand(len(taus))
+        own = scales[name] if isinstance(scales, Mapping) else scales
+        weights = torch.as_tensor(own, dtype=torch.float32).expand(len(taus))
         yield name, torch.tensordot(weights, taus, dims=1)
 
 

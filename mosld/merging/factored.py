@@ -17,7 +17,104 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import MoSLDConfig
 from ..export import adapted_layers, target_modules
+from .dense import running
+from .unlabelled import Forward
 from .vectors import Factors, MergeError, TaskVector
+
+
+class FactoredMerge:
+    """The merged model as a function of the coefficients, in memory that grows with the adapters' ranks.
+
+    base: adapted in place; `unload` gives it back as it was. raises MergeError as `stacked`.
+    """
+
+    def __init__(self, base: nn.Module, vectors: Sequence[TaskVector]):
+        self.model = stacked(base, vectors).requires_grad_(False).eval()
+        self.count = len(vectors)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        own = adapted_layers(self.model.get_base_model())
+        self.routers = {name: adapter.router.weight for name, (_, adapter) in own.items()}
+        self._names = {name: names[id(weight)] for name, weight in self.routers.items()}
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.routers)
+
+    def __call__(self, coefficients: Tensor) -> Forward:
+        """coefficients [K], or [layers, K] in the order of `layers` -> the merged model's forward"""
+        own = coefficients.expand(len(self.layers), self.count)
+        gates = {
+            self._names[name]: gate.to(weight.device, weight.dtype).unsqueeze(0)
+            for gate, (name, weight) in zip(own, self.routers.items(), strict=True)
+        }
+        return running(self.model, gates)
+
+    @torch.no_grad()
+    def write(self, coefficients: Tensor) -> None:
+        """Put the coefficients into the model."""
+        own = coefficients.expand(len(self.layers), self.count)
+        for gate, weight in zip(own, self.routers.values(), strict=True):
+            weight.copy_(gate.unsqueeze(0))
+
+    def unload(self) -> nn.Module:
+        base = self.model.unload()
+        vars(base).pop("peft_config", None)  # PEFT leaves it there and would warn of a second adapter
+        return base
+
+
+@torch.no_grad()
+def mixed(
+    base: nn.Module, vectors: Sequence[TaskVector], coefficients: Tensor, layers: Sequence[str], rank: int | None = None,
+    **settings: Any,
+) -> tuple[PeftModel, float]:  # fmt: skip
+    """Merge, then mix: `base`, adapted in place, with one expert a task and a router of tokens that can be trained from here.
+
+    The router starts at zero with a softmax over all experts, so that every gate is 1 / K, and expert k holds K lambda_k
+    times its task vector: the mixture starts as the merged model.
+    coefficients: [K], or [layers, K] in the order of `layers`. rank: of the A that all experts share, the best basis of that
+        size; None keeps an A for each expert, and every vector exactly. settings: fields of MoSLDConfig.
+    -> the model, and |error| / |updates| of the shared basis, 0 without one. raises MergeError as `stacked`.
+    """
+    count = len(vectors)
+    scaled = _scaled_vectors(vectors, coefficients.expand(len(layers), count) * count, layers)
+    if rank is None:
+        routed = {"router": "token", "gate": "softmax", "router_std": 0.0, "top_k": count, **settings}
+        return stacked(base, scaled, **routed), 0.0
+    check_fit(base, scaled)
+    config = MoSLDConfig(
+        r=rank, alpha=rank, num_experts=count, target_modules=target_modules(base, layers),
+        **{"gate": "softmax", "router_std": 0.0, "top_k": count, **settings},
+    )  # fmt: skip
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    lost = size = 0.0
+    for name, (_, adapter) in adapted_layers(model.get_base_model()).items():
+        d_out, d_in = adapter.expert_b.weight.shape[0], adapter.shared_a.weight.shape[1]
+        none = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+        factors = [(vector.factors or {}).get(name, none) for vector in scaled]
+        shared, ups, error = shared_basis(factors, rank)
+        adapter.shared_a.weight.copy_(shared)
+        adapter.expert_b.weight.copy_(torch.cat(ups, 1))
+        total = sum(
+            float(torch.linalg.norm(torch.linalg.qr(own.up.double()).R @ own.down.double())) ** 2 for own in factors
+        )
+        lost, size = lost + error**2 * total, size + total
+    return model, (lost / size) ** 0.5 if size else 0.0
+
+
+def _scaled_vectors(vectors: Sequence[TaskVector], scales: Tensor, layers: Sequence[str]) -> list[TaskVector]:
+    """Each vector with its ups times scales [layers, K]"""
+    place = {name: i for i, name in enumerate(layers)}
+    return [
+        TaskVector(
+            vector.name, vector.folder, vector.base,
+            {
+                name: Factors(own.down, (own.up.double() * float(scales[place[name], k])).to(own.up.dtype))
+                for name, own in (vector.factors or {}).items()
+            },
+        )
+        for k, vector in enumerate(vectors)
+    ]  # fmt: skip
 
 
 def stacked(base: nn.Module, vectors: Sequence[TaskVector], **settings: Any) -> PeftModel:

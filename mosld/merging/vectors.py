@@ -8,7 +8,7 @@ needs whole matrices asks for one layer at a time (`TaskVector.delta`).
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter_file import CONFIG, WEIGHTS, AdapterWeights, read_config
 from ..config import MoSLDConfig
@@ -74,7 +74,7 @@ class TaskVector:
                 return None
             with safe_open(self.files[weight], framework="pt") as file:
                 tuned = file.get_tensor(weight)
-            self._check(weight, tuned.shape, base.shape)
+            self.check(weight, tuned.shape, base.shape)
             delta = tuned.float() - base.float().to(tuned.device)
         else:
             own = self.factors.get(weight.removesuffix(".weight"))
@@ -82,12 +82,12 @@ class TaskVector:
                 return None
             delta = own.whole()
             delta = delta if delta.shape == base.shape else delta.T  # Conv1D stores its weight transposed
-            self._check(weight, delta.shape, base.shape)
+            self.check(weight, delta.shape, base.shape)
         if not torch.isfinite(delta).all():
             raise MergeError(f"{self.folder} holds values that are not finite in {weight}")
         return delta
 
-    def _check(self, weight: str, shape: Sequence[int], base: Sequence[int]) -> None:
+    def check(self, weight: str, shape: Sequence[int], base: Sequence[int]) -> None:
         if tuple(shape) != tuple(base):
             raise MergeError(f"{self.folder} has {list(shape)} for {weight}, the base model {list(base)}")
 
@@ -228,17 +228,57 @@ def all_weights(vectors: Sequence[TaskVector]) -> list[str]:
     return list(dict.fromkeys(name for vector in vectors for name in vector.weights()))
 
 
-def deltas(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def deltas(
+    vectors: Sequence[TaskVector], base: Mapping[str, Tensor], without: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time: its name and the updates [K, *shape] of all vectors in float32, zeros where one has none.
 
+    base: name -> tensor; one that has two names (tied weights) is walked by the first that a vector knows it by. without:
+        names that are left out.
     raises MergeError for a layer that the base has not, and as `TaskVector.delta`.
     """
+    seen: set[int] = set()
     for name in all_weights(vectors):
         if name not in base:
-            owner = next(vector for vector in vectors if name in vector.weights())
-            raise MergeError(f"{owner.folder} changes {name}, which the base model has not")
+            raise _unknown(next(vector for vector in vectors if name in vector.weights()), name)
         own = base[name].detach().cpu()
-        if not own.is_floating_point():
+        if not own.is_floating_point() or name in without or id(base[name]) in seen:
             continue
+        seen.add(id(base[name]))
         found = [vector.delta(name, own) for vector in vectors]
         yield name, torch.stack([torch.zeros(own.shape) if delta is None else delta for delta in found])
+
+
+def check_whole(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> None:
+    """raises MergeError for a full checkpoint without one of the base's weights, which it may have under a tied name, and for
+    one of another shape or that the base has not. Only the files' headers are read.
+
+    base: `named_tensors` of it.
+    """
+    for vector in vectors:
+        if vector.factors is not None:
+            continue
+        known = {id(base[name]) for name in vector.files if name in base}
+        missing = [
+            name
+            for name, weight in base.items()
+            if isinstance(weight, nn.Parameter) and name not in vector.files and id(weight) not in known
+        ]  # buffers are not always saved
+        if missing:
+            raise MergeError(
+                f"{vector.folder} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}"
+            )
+        for name, path in vector.files.items():
+            if name not in base:
+                raise _unknown(vector, name)
+            with _opened(path) as file:
+                vector.check(name, file.get_slice(name).get_shape(), base[name].shape)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers, tied ones by each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _unknown(vector: TaskVector, name: str) -> MergeError:
+    return MergeError(f"{vector.folder} changes {name}, which the base model has not")

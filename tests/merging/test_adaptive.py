@@ -1,6 +1,7 @@
 """Coefficients and masks that unlabelled data decides."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,16 +9,16 @@ import torch
 from mosld.merging.adaptive import AdaptiveSettings, minimise_entropy
 from mosld.merging.concrete import (
     ConcreteSettings,
-    _inner_step,
     final,
+    inner_step,
     rescaled,
     sampled,
     sum_of_entropies,
     train_masks,
 )
-from mosld.merging.dense import DenseMerge
+from mosld.merging.dense import DenseMerge, kept, write
 from mosld.merging.elementwise import summed
-from mosld.merging.unlabelled import Question, Unlabelled, choice_entropy, without_labels
+from mosld.merging.unlabelled import Inputs, batches, entropy, without_labels
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task
 from mosld.tasks.scoring import log_likelihoods
@@ -57,9 +58,7 @@ def test_questions_hold_no_answer():
 def test_the_entropy_is_that_of_the_choices_likelihoods():
     model = base()
     model.lm_head.weight.mul_(30)  # of a model that is undecided every token counts alike
-    own = choice_entropy(
-        lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits, TASKS[0].questions, ENCODER.pad
-    )
+    own = TASKS[0].entropy(lambda **arguments: model(**arguments).logits, range(len(TASKS[0])))
     expected = []
     for question in TASKS[0].questions:
         sums = torch.tensor([total for total, _ in log_likelihoods(model, question.choices, ENCODER.pad)])
@@ -76,12 +75,15 @@ def test_a_dense_merge_is_the_model_with_the_sum_added():
         other.get_parameter(name).add_(update)
     ids = torch.randint(0, len(TOKENIZER), (2, 6))
     expected = other(ids).logits
-    torch.testing.assert_close(merge(coefficients)(ids, torch.ones_like(ids)), expected)
+    torch.testing.assert_close(merge(coefficients)(input_ids=ids), expected)
     by_layer = coefficients.expand(len(merge.layers), 2)
-    torch.testing.assert_close(merge(by_layer)(ids, torch.ones_like(ids)), expected)
+    torch.testing.assert_close(merge(by_layer)(input_ids=ids), expected)
     assert not torch.allclose(model(ids).logits, expected, atol=1e-3)  # left as it is
-    assert merge.write(coefficients) < 1e-6
-    torch.testing.assert_close(model(ids).logits, expected)
+    before = model(ids).logits
+    with kept(model, merge.layers):
+        assert write(model, merge.updates(coefficients)) < 1e-6
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -90,13 +92,13 @@ def test_the_entropy_falls_and_a_run_that_was_cut_off_goes_on_exactly(tmp_path, 
     merge = DenseMerge(model, vectors(model))
     shape = (len(merge.layers), 2) if by_layer else (2,)
     settings = AdaptiveSettings(steps=6, learning_rate=0.05, batch_size=8, save_steps=3)
-    whole, losses = minimise_entropy(merge, shape, TASKS, ENCODER.pad, settings)
+    whole, losses = minimise_entropy(merge, shape, TASKS, settings)
     assert losses[-1] < losses[0] and (whole != 0.3).all()
-    minimise_entropy(merge, shape, TASKS, ENCODER.pad, replace(settings, steps=3), tmp_path)
-    resumed, again = minimise_entropy(merge, shape, TASKS, ENCODER.pad, settings, tmp_path)
+    minimise_entropy(merge, shape, TASKS, replace(settings, steps=3), tmp_path)
+    resumed, again = minimise_entropy(merge, shape, TASKS, settings, tmp_path)
     assert torch.equal(resumed, whole) and again == losses
     with pytest.raises(ValueError, match="needs unlabelled data of at least one task"):
-        minimise_entropy(merge, shape, [], ENCODER.pad)
+        minimise_entropy(merge, shape, [])
 
 
 def test_a_relaxed_mask_becomes_the_discrete_one_as_the_temperature_falls():
@@ -116,9 +118,9 @@ def test_masks_are_trained_by_the_entropy_and_repeat_with_the_seed(inner_rate):
     model = base()
     merge = DenseMerge(model, vectors(model))
     settings = ConcreteSettings(steps=3, learning_rate=0.1, batch_size=8, inner_rate=inner_rate)
-    masks, losses = train_masks(merge, TASKS, 2, ENCODER.pad, settings)
+    masks, losses = train_masks(merge, TASKS, 2, settings)
     assert len(losses) == 3 and all((phi != 0).any() for phi in masks.values())
-    again, _ = train_masks(merge, TASKS, 2, ENCODER.pad, settings)
+    again, _ = train_masks(merge, TASKS, 2, settings)
     assert all(torch.equal(masks[name], again[name]) for name in masks)
 
 
@@ -126,27 +128,85 @@ def test_the_inner_step_goes_down_the_slope_of_the_coefficients_with_the_mask_he
     model = base()
     model.lm_head.weight.data.mul_(10)
     merge = DenseMerge(model, vectors(model))
-    batches, start = [list(unlabelled.questions) for unlabelled in TASKS], torch.tensor([0.3, 0.3])
     masks = sampled(
         {n: torch.zeros(t.shape[1:]) for n, t in merge.parts.items()}, 0.5, torch.Generator().manual_seed(0)
     )
-    moved = _inner_step(merge, masks, start, batches, ENCODER.pad, rate=2.0)
+    everything = [iter([range(len(task))] * 9) for task in TASKS]
+    coefficients = torch.tensor([5.0, 5.0], requires_grad=True)  # wherever the last step has left them
+    inner_step(merge, masks, coefficients, torch.optim.SGD([coefficients], lr=2.0), TASKS, everything, start=0.3)
     slope = []
     for k in range(2):
-        ends = [start.clone().index_add(0, torch.tensor([k]), torch.tensor([step])) for step in (1e-3, -1e-3)]
+        ends = [torch.full((2,), 0.3).index_add(0, torch.tensor([k]), torch.tensor([step])) for step in (1e-3, -1e-3)]
         with torch.no_grad():
-            losses = [sum_of_entropies(lambda c=c: merge(c, masks), batches, ENCODER.pad) for c in ends]
+            losses = [sum_of_entropies(lambda c=c: merge(c, masks), TASKS, everything) for c in ends]
         slope.append((losses[0] - losses[1]) / 2e-3)
-    torch.testing.assert_close(moved, start - 2.0 * torch.stack(slope), rtol=1e-2, atol=1e-3)
-    assert (moved - start).abs().max() > 1e-2
-    one, other = (
-        train_masks(merge, TASKS, 2, ENCODER.pad, ConcreteSettings(steps=1, batch_size=8, inner_rate=rate))[1]
-        for rate in (None, 1.0)
-    )
-    assert one != other
+    torch.testing.assert_close(coefficients.detach(), 0.3 - 2.0 * torch.stack(slope), rtol=1e-2, atol=1e-3)
+    assert (coefficients - 0.3).abs().max() > 1e-2
 
 
-def test_batches_are_decided_by_the_seed_and_cover_every_question():
-    unlabelled = Unlabelled("z", tuple(Question(()) for _ in range(6)))
-    seen = [q for _, batch in zip(range(3), unlabelled.batches(2, 5), strict=False) for q in batch]
-    assert {id(q) for q in seen} == {id(q) for q in unlabelled.questions}
+@pytest.mark.parametrize("inner", ["adam", "sgd"])
+def test_masks_learn_with_the_moved_coefficients_and_a_run_that_was_cut_off_goes_on_exactly(tmp_path, inner):
+    merge = DenseMerge(model := base(), vectors(model))
+    settings = ConcreteSettings(steps=4, batch_size=4, learning_rate=0.1, inner_rate=1.0, inner=inner, save_steps=2)
+    whole, losses = train_masks(merge, TASKS, 2, settings)
+    train_masks(merge, TASKS, 2, replace(settings, steps=2), tmp_path)
+    resumed, again = train_masks(merge, TASKS, 2, settings, tmp_path)
+    assert again == losses and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert train_masks(merge, TASKS, 2, replace(settings, inner_rate=None))[1] != losses
+    by_layer, _ = train_masks(merge, TASKS, 2, replace(settings, by_layer=True))
+    assert any(not torch.equal(by_layer[name], whole[name]) for name in whole)
+
+
+def test_a_loss_that_is_no_number_ends_the_descent_and_says_where():
+    model = base()
+    merge = DenseMerge(model, [(n, torch.full_like(t, float("inf"))) for n, t in vectors(model)])
+    with pytest.raises(ArithmeticError, match="the loss is nan at step 0"):
+        minimise_entropy(merge, (2,), TASKS, AdaptiveSettings(steps=2))
+
+
+def test_batches_are_decided_by_the_seed_and_cover_every_place():
+    seen = [place for _, batch in zip(range(3), batches(6, 2, 5), strict=False) for place in batch]
+    assert sorted(seen) == list(range(6)) and seen != list(range(6))
+    assert seen == [place for _, batch in zip(range(3), batches(6, 2, 5), strict=False) for place in batch]
+
+
+class Classifier(torch.nn.Module):
+    """x -> W x, as a transformers model returns it"""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.head = torch.nn.Linear(*weight.T.shape, bias=False)
+        self.head.weight.data = weight
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.head(x))
+
+
+def test_a_classifiers_coefficient_is_the_one_with_the_least_entropy():
+    """One vector on a linear model, inputs e_1: logits (l, 0), so the entropy falls for ever with l; two inputs that pull in
+    opposite ways, with logits (1 - l, 0) and (l, 0), have their least sum at an end, and their greatest at 1/2."""
+    vector = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
+    model = Classifier(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    merge = DenseMerge(model, [("head.weight", vector)])
+    task = Inputs("t", {"x": torch.eye(2)})
+    expected = entropy(torch.tensor([[0.3, 0.0], [0.7, 0.0]])).mean()
+    assert task.entropy(merge(torch.tensor([0.3])), [0, 1]) == pytest.approx(expected.item())
+    settings = AdaptiveSettings(steps=200, learning_rate=0.02)
+    for start, end in ((0.3, -1.0), (0.7, 2.0)):  # away from 1/2, on either side
+        found, losses = minimise_entropy(merge, (1,), [task], replace(settings, start=start))
+        assert (found < end).all() if start < 0.5 else (found > end).all()
+        assert losses[-1] < losses[0]
+    clamped, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=0.7, clamp=True))
+    assert clamped.item() == 1.0
+    # Logits (l, 0) and (8 - l, 0): both are certain enough for the entropy to be convex between, and 4 is best by symmetry.
+    merge = DenseMerge(Classifier(torch.tensor([[0.0, 8.0], [0.0, 0.0]])), [("head.weight", vector)])
+    for start in (3.0, 5.0):
+        found, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=start, steps=400))
+        assert found.item() == pytest.approx(4.0, abs=0.05)
+
+
+def test_unlabelled_inputs_refuse_labels():
+    with pytest.raises(ValueError, match="must have no labels, got labels"):
+        Inputs("t", {"x": torch.eye(2), "labels": torch.zeros(2)})
+    with pytest.raises(ValueError, match="must be of one length, got"):
+        Inputs("t", {"x": torch.eye(2), "y": torch.eye(3)})

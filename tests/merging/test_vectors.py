@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mosld import MoSLDConfig, export_lora
-from mosld.merging.channel import power, received
+from mosld.merging.channel import received, sent
 from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
 from mosld.merging.factored import shared_basis, stacked
 from mosld.merging.unlabelled import entropy
@@ -151,17 +151,24 @@ def test_entropy_has_the_gradient_of_finite_differences():
 @pytest.mark.parametrize("noise", ["isotropic", "worst"])
 def test_the_noise_has_the_power_that_was_asked_for(noise):
     torch.manual_seed(0)
-    vectors = [{"a": torch.randn(40, 30), "b": torch.randn(50)}, {"a": 2 * torch.randn(40, 30), "b": torch.randn(50)}]
-    generator, ratios = torch.Generator().manual_seed(1), []
+    weights = {"a": torch.randn(2, 40, 30), "b": torch.randn(2, 50)}
+    weights["a"][1] *= 2
+    generator, ratios, kept = torch.Generator().manual_seed(1), [], []
+    own, _ = sent(weights.items)
     for _ in range(400):
-        arrived = received(vectors, noise, 10.0, generator)
-        noises = [{n: got[n] - own[n] for n in own} for got, own in zip(arrived, vectors, strict=True)]
-        ratios.append([power(n) / power(own) for n, own in zip(noises, vectors, strict=True)])
-    mean = torch.tensor(ratios).mean(0)
-    torch.testing.assert_close(mean, torch.full((2,), 0.1), rtol=0.25 if noise == "worst" else 0.01, atol=0.0)
-    again = received(vectors, noise, 10.0, torch.Generator().manual_seed(1))
-    first = received(vectors, noise, 10.0, torch.Generator().manual_seed(1))
-    assert all(torch.equal(a[n], b[n]) for a, b in zip(again, first, strict=True) for n in a)
+        arrived = dict(received(weights.items, noise, 10.0, generator))
+        noises = {n: arrived[n] - weights[n] for n in weights}
+        ratios.append(sent(noises.items)[0] / own)
+        kept.append(noises)
+    mean = torch.stack(ratios).mean(0)
+    torch.testing.assert_close(mean, torch.full((2,), 0.1).double(), rtol=0.25 if noise == "worst" else 0.01, atol=0.0)
+    flat = torch.stack([torch.cat([n[0].flatten() for n in noises.values()]) for noises in kept])
+    along = torch.cat([w[1].flatten() for w in weights.values()])  # the strongest user's
+    share = ((flat @ along) / along.norm() / flat.norm(dim=1)).square().mean()
+    assert share == pytest.approx(1.0, abs=1e-4) if noise == "worst" else share < 0.01
+    again, first = (dict(received(weights.items, noise, 10.0, torch.Generator().manual_seed(1))) for _ in range(2))
+    assert all(torch.equal(again[n], first[n]) for n in weights)
+    assert all(torch.equal(t, weights[n]) for n, t in received(weights.items, "ideal", 0.0, torch.Generator()))
 
 
 def test_what_cannot_be_merged_is_named(folders, tmp_path):

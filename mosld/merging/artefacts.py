@@ -1,0 +1,109 @@
+"""A merge as a model that runs, and as files: one LoRA, a mixture to train on, or a plain checkpoint."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..at_once import folder_at_once
+from ..export import export_lora
+from .dense import kept, write
+from .factored import FactoredMerge, mixed
+from .merge import Merged
+from .vectors import MergeError, named_tensors, read_task_vectors
+
+FORMS = ("lora", "mosld", "checkpoint")
+
+
+@contextlib.contextmanager
+def applied(base: nn.Module, merged: Merged) -> Iterator[nn.Module]:
+    """The merged model, to be run or trained; `base` is afterwards what it is now."""
+    if merged.factored:
+        model = FactoredMerge(base, merged.vectors)
+        try:
+            model.write(merged.coefficients)
+            yield model.model
+        finally:
+            model.unload()
+        return
+    with kept(base, merged.layers):
+        write(base, merged.updates(base))
+        yield base
+
+
+def save_lora(base: nn.Module, merged: Merged, folder: Path) -> float:
+    """One LoRA whose rank is the sum of the adapters', for plain PEFT; -> what its dtype loses of the update.
+
+    raises MergeError for a merge that did not stay factored.
+    """
+    _expect_factored(merged, "lora")
+    model = FactoredMerge(base, merged.vectors)
+    try:
+        model.write(merged.coefficients)
+        export_lora(model.model, folder)
+    finally:
+        model.unload()
+    return _lost(base, merged, folder)
+
+
+def save_mixture(base: nn.Module, merged: Merged, folder: Path, rank: int | None = None) -> float:
+    """A MoSLD with an expert a task, which starts as the merged model and whose router is trainable from there.
+
+    rank: of the A that all experts share; None keeps an A for each.
+    -> how far it is from the merge, |error| / |update|: what sharing A loses. raises MergeError as `save_lora`.
+    """
+    _expect_factored(merged, "mosld")
+    model, _ = mixed(base, merged.vectors, merged.coefficients, merged.layers, rank)
+    try:
+        with folder_at_once(folder) as aside:
+            model.save_pretrained(str(aside))
+    finally:
+        model.unload()
+        vars(base).pop("peft_config", None)
+    return _lost(base, merged, folder)
+
+
+def save_checkpoint(
+    base: PreTrainedModel, merged: Merged, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
+    """The merged weights in the base's dtype, with its tokenizer; -> what that dtype loses of the update. `base` is left
+    as it is."""
+    with kept(base, merged_weights(merged)):
+        lost = write(base, merged.updates(base))
+        save_model(base, folder, tokenizer)
+    return lost
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    with folder_at_once(folder) as aside:
+        model.save_pretrained(str(aside))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(aside))
+
+
+def merged_weights(merged: Merged) -> list[str]:
+    return [f"{layer}.weight" for layer in merged.layers] if merged.factored else merged.layers
+
+
+def _expect_factored(merged: Merged, form: str) -> None:
+    if not merged.factored:
+        raise MergeError(
+            f"{form} needs a merge that stays factored: adapters only, with task_arithmetic, adamerging_task or "
+            f"adamerging_layer; got {merged.settings.method}. Save it as a checkpoint"
+        )
+
+
+@torch.no_grad()
+def _lost(base: nn.Module, merged: Merged, folder: Path) -> float:
+    """|saved - merged| / |merged|, of the files as they can be read again"""
+    own = named_tensors(base)
+    (saved,) = read_task_vectors([folder])
+    lost = size = 0.0
+    for name, update in merged.updates(base):
+        found = saved.delta(name, own[name].detach().cpu())
+        lost += float((update if found is None else found - update).double().square().sum())
+        size += float(update.double().square().sum())
+    return (lost / size) ** 0.5 if size else 0.0

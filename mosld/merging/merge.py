@@ -1,0 +1,181 @@
+"""One call for every method: task vectors and a base in, the merged model out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adaptive import AdaptiveSettings, minimise_entropy
+from .channel import NOISES, received
+from .concrete import ConcreteSettings, final, train_masks
+from .dense import DenseMerge
+from .elementwise import disjoint_mean, summed, ties
+from .factored import FactoredMerge, check_fit
+from .methods import METHODS, WIRELESS, Method
+from .unlabelled import Unlabelled
+from .vectors import MergeError, TaskVector, check_whole, deltas, named_tensors
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """method: of METHODS. scale: every coefficient at first, and where nothing trains them for good; None is the method's.
+    keep: the share that TIES trims to. adaptive, concrete: how coefficients and masks are trained; their `start`, `by_layer`
+    and inner step follow from the method. noise, snr_db: the channel of r_mtllmf, which `seed` draws.
+
+    raises ValueError for values that cannot be used.
+    """
+
+    method: str
+    scale: float | None = None
+    keep: float = 0.2
+    adaptive: AdaptiveSettings = field(default_factory=AdaptiveSettings)
+    concrete: ConcreteSettings = field(default_factory=ConcreteSettings)
+    noise: str = "ideal"
+    snr_db: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.scale is not None and not torch.isfinite(torch.tensor(float(self.scale))):
+            raise ValueError(f"scale must be finite, got {self.scale}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
+
+    @property
+    def kind(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def start(self) -> float:
+        return self.kind.scale if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has found.
+
+    layers: names of the layers (adapters that stayed factored) or else of the weights that change.
+    coefficients: [K], or [layers, K] in the order of `layers`. losses: of every step, where something was trained.
+    masks: of Concrete, weight's name -> [*shape]. factored: whether `coefficients` of the adapters say it all.
+    """
+
+    settings: MergeSettings
+    vectors: Sequence[TaskVector]
+    layers: list[str]
+    coefficients: Tensor
+    losses: list[float] = field(default_factory=list)
+    masks: Mapping[str, Tensor] | None = None
+    factored: bool = False
+
+    def updates(self, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Weight's name -> what is added to that of `base`, in float32; one whole weight at a time."""
+        names = [f"{layer}.weight" for layer in self.layers] if self.factored else self.layers
+        by_layer = dict(zip(names, self.coefficients.expand(len(names), len(self.vectors)), strict=True))
+        if self.settings.method == "ties":
+            for name, parts in _parts(base, self.vectors, self.settings):
+                yield name, by_layer[name][0] * disjoint_mean(parts)
+            return
+        for name, update in summed(lambda: _parts(base, self.vectors, self.settings), by_layer):
+            yield name, update if self.masks is None else self.masks[name] * update
+
+
+def merge(
+    base: nn.Module,
+    vectors: Sequence[TaskVector],
+    settings: MergeSettings,
+    unlabelled: Sequence[Unlabelled] = (),
+    folder: Path | None = None,
+) -> Merged:
+    """Find the coefficients (and masks) with which `vectors` are merged on `base`, which is left as it is.
+
+    unlabelled: what adaptive methods predict on, one a task; without labels. folder: keeps the state of what is trained,
+        so that the same call goes on where it was cut off.
+    raises MergeError for vectors that do not fit `base`, ValueError without the data that the method needs.
+    """
+    if not vectors:
+        raise MergeError("merging needs at least one adapter or checkpoint, got none")
+    if settings.kind.adaptive and not unlabelled:
+        raise ValueError(f"{settings.method} needs unlabelled data of at least one task, got none: give --tasks")
+    check_fit(base, vectors)
+    check_whole(vectors, named_tensors(base))
+    count = len(vectors)
+    if settings.kind.factored and all(vector.factors is not None for vector in vectors):
+        return _factored(base, vectors, settings, unlabelled, folder)
+    names = [name for name, _ in _walk(base, vectors, settings.method)]
+    if not names:
+        raise MergeError("nothing is left to merge: the vectors change no weight of the base model")
+    if not settings.kind.adaptive:
+        return Merged(settings, vectors, names, torch.full((count,), settings.start))
+    dense = DenseMerge(base, _parts(base, vectors, settings))
+    masks, losses = None, []
+    if settings.kind.masked:
+        by_layer = settings.kind.by_layer
+        concrete = replace(
+            settings.concrete, start=settings.start, by_layer=by_layer, inner_rate=(settings.concrete.inner_rate or 1.0) if by_layer else None,
+        )  # fmt: skip
+        logits, losses = train_masks(dense, unlabelled, count, concrete, folder and folder / "mask")
+        masks = final(logits, concrete.temperature, concrete.discrete)
+    coefficients = torch.full((count,), settings.start)
+    if settings.kind.by_layer or not settings.kind.masked:
+        shape = (len(names), count) if settings.kind.by_layer else (count,)
+        adaptive = replace(settings.adaptive, start=settings.start)
+        coefficients, more = minimise_entropy(
+            partial(dense, masks=masks),
+            shape,
+            unlabelled,
+            adaptive,
+            folder and folder / "coefficients",
+            settings.method,
+        )
+        losses = losses + more
+    kept = masks and {name: mask.cpu() for name, mask in masks.items()}
+    return Merged(settings, vectors, dense.layers, coefficients, losses, kept)
+
+
+def _factored(
+    base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettings, unlabelled: Sequence[Unlabelled],
+    folder: Path | None,
+) -> Merged:  # fmt: skip
+    model = FactoredMerge(base, vectors)
+    try:
+        coefficients, losses = torch.full((len(vectors),), settings.start), []
+        if settings.kind.adaptive:
+            shape = (len(model.layers), len(vectors)) if settings.kind.by_layer else (len(vectors),)
+            adaptive = replace(settings.adaptive, start=settings.start)
+            coefficients, losses = minimise_entropy(
+                model, shape, unlabelled, adaptive, folder and folder / "coefficients", settings.method
+            )
+        return Merged(settings, vectors, model.layers, coefficients, losses, factored=True)
+    finally:
+        model.unload()
+
+
+def _walk(base: nn.Module, vectors: Sequence[TaskVector], method: str) -> Iterator[tuple[str, Tensor]]:
+    """deltas of what is merged: R-MTLLMF's users neither train nor send embeddings"""
+    without = {name for name, _ in base.named_buffers()} | (embeddings(base) if method == WIRELESS else set())
+    yield from deltas(vectors, named_tensors(base), without)
+
+
+def _parts(base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettings) -> Iterator[tuple[str, Tensor]]:
+    """Weight's name -> updates [K, *shape] as the method sums them"""
+    if settings.kind.ties:
+        yield from ties(lambda: _walk(base, vectors, settings.method), settings.keep)
+    elif settings.method == WIRELESS:
+        yield from received(
+            lambda: _walk(base, vectors, settings.method), settings.noise, settings.snr_db,
+            torch.Generator().manual_seed(settings.seed),
+        )  # fmt: skip
+    else:
+        yield from _walk(base, vectors, settings.method)
+
+
+def embeddings(model: nn.Module) -> set[str]:
+    """The names of the weights of embeddings, and of what is tied to them."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, own in model.named_parameters(remove_duplicate=False) if id(own) in tables}

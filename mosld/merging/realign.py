@@ -1,0 +1,91 @@
+"""Few-shot realignment of a merged model (R-MTLLMF, arXiv 2411.18220): a short training on a few labelled examples a task.
+
+The paper's body was not at hand: what it trains and on how many examples is our reading. The weights that the users sent are
+trained, embeddings stay frozen, and every task gives the same number of examples.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
+
+from ..progress import show_progress
+from ..tasks.encode import IGNORED, Encoder
+from ..tasks.examples import Example, Task
+from ..training import training_arguments
+
+
+@dataclass(frozen=True)
+class RealignSettings:
+    """shots: examples of each task. epochs, learning_rate, batch_size: of transformers' Trainer. seed: which examples, and
+    their order."""
+
+    shots: int = 16
+    epochs: float = 5
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("shots", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+
+def few(tasks: Sequence[Task], settings: RealignSettings) -> list[Example]:
+    """The training examples that realignment sees; raises ValueError for a task with fewer than `shots`."""
+    chosen = []
+    for task in tasks:
+        if len(task.train) < settings.shots:
+            raise ValueError(
+                f"task {task.name} has {len(task.train)} training examples, realignment needs {settings.shots}"
+            )
+        chosen += Random(f"realign/{task.name}/{settings.seed}").sample(task.train, settings.shots)
+    return chosen
+
+
+def realign(
+    model: nn.Module,
+    weights: Iterable[str],
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    settings: RealignSettings,
+    folder: Path,
+) -> None:
+    """Train `weights` of `model` in place. folder: the Trainer's; nothing is kept there."""
+    rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for example in few(tasks, settings)]
+    set_seed(settings.seed)
+    words = {
+        "num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.batch_size, "seed": settings.seed,
+        "save_strategy": "no", "logging_strategy": "no", "dataloader_pin_memory": "false",
+    }  # fmt: skip
+    arguments = training_arguments(
+        [word for name, value in words.items() for word in (f"--{name}", str(value))], folder
+    )
+    own = dict(model.named_parameters())
+    before = {name: parameter.requires_grad for name, parameter in own.items()}
+    chosen = set(weights)
+    for name, parameter in own.items():
+        parameter.requires_grad_(name in chosen)
+    try:
+        trainer = Trainer(
+            model=cast(Any, model),
+            args=arguments,
+            train_dataset=cast(Any, rows),
+            data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
+        )
+        show_progress(trainer, "realign")
+        trainer.train()
+    finally:
+        model.eval()
+        for name, parameter in own.items():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
