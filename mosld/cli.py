@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import commands, compare, counting, merge_command
+from . import commands, compare, compare_merged, counting, merge_command
 from .inspection import as_text
 from .merging.channel import NOISES
 from .merging.methods import METHODS as METHODS_OF_MERGING
@@ -29,6 +29,7 @@ every argument of transformers' TrainingArguments can be given as well, for exam
 COMPARE_EXAMPLES = """examples:
   mosld compare --quick --setting mixture --seeds 2
   mosld compare --methods lora,hydralora,mosld --seeds 5 --output runs/three
+  mosld compare --merge task_arithmetic,ties,adamerging_layer      the single LoRAs, merged, in the same table
   mosld compare --sweep rank=2,4,8,16,32          the paper's ablations: rank, experts by parts of the layers, dropout
   mosld compare --sweep experts=2-8,8-2,5-5       first and second half; four numbers are quarters
   mosld compare --methods lora,mosld --sweep learning_rate=2e-3,4e-3,8e-3 --validation 0.1
@@ -141,6 +142,11 @@ def _add_compare(verbs) -> None:
         "--sweep", metavar="NAME=V,...", help="each value is a row: rank, experts, dropout, learning_rate"
     )
     parser.add_argument("--learning-rates", metavar="A=RATE,...", help="of single methods; --learning_rate is for all")
+    parser.add_argument(
+        "--merge", metavar="A,B,...",
+        help=f"also merge the LoRAs of single tasks, by methods of {', '.join(compare_merged.KNOWN)}",
+    )  # fmt: skip
+    parser.add_argument("--merge-steps", type=int, metavar="N", help="of adaptive merging (default: the method's)")
     parser.add_argument(
         "--validation", type=float, metavar="SHARE",
         help="score this share of the training examples, held out, instead of the test items: for choosing settings",

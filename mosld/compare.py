@@ -1,7 +1,7 @@
 """`mosld compare`: methods side by side on the same tasks, over seeds; every finished cell is kept and never run again.
 
 row     a method with its options, such as "lora" or "mosld-rank4"; a line of the table for each setting
-setting "mixture", one adapter trained on all tasks, or "single", one adapter a task
+setting "mixture", one adapter trained on all tasks, "single", one adapter a task, or "merged": the single LoRAs made one
 cell    one row, setting, seed and, where single, task: a Stage, with its file under stages/
 
 Equal for all rows: the frozen base, the tasks and test items, passes over every training example, batch size, schedule, and
@@ -23,7 +23,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import commands, compare_report
+from . import commands, compare_merged, compare_report
+from .merging.merge import MergeSettings
+from .merging.unlabelled import without_labels
 from .methods import LORA, METHODS, NAMES, Adapter
 from .results import versions
 from .run_folder import COMPARE, check_free, claim, file_digest, free_folder, model_state
@@ -79,6 +81,7 @@ class Comparison:
     base: PreTrainedModel
     encoder: Encoder
     quick: bool
+    merges: dict[str, MergeSettings]
 
 
 def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Comparison:
@@ -89,6 +92,9 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
     _check(options)
     names = _method_names(options)
     rates = _rates(options.learning_rates, names)
+    merges = compare_merged.chosen(options.merge, options.merge_steps, names, options.setting)
+    if merges and options.sweep:
+        raise ValueError("--merge contradicts --sweep, whose rows are no plain LoRAs of single tasks")
     instead = {"--seed": "--seeds N", "--output_dir": "--output DIR", "--max_steps": "--num_train_epochs"}
     commands.refuse_words(trainer_words, instead, "mosld compare")
     tasks = _tasks(options)
@@ -100,6 +106,9 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
     base, tokenizer = commands.load_model(options)
     encoder = Encoder(tokenizer, commands.longest_input(options, base))
     commands.check_fit(encoder, tasks)
+    if any(merge.kind.adaptive for merge in merges.values()):
+        for task in tasks:
+            without_labels(encoder, task)
     rows = _rows(names, options, base, rates, len(tasks))
     recipe = Recipe(
         {row.name: row.adapter for row in rows},
@@ -108,13 +117,15 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
         options.eval_batch_size,
     )
     settings["rows"] = {row.name: {**asdict(row), "trainer": recipe.trainer[row.name]} for row in rows}
+    settings["rows"] |= {name: asdict(merge) for name, merge in merges.items()}
     check_free(folder, settings, options.overwrite, COMPARE)
     chosen = SETTINGS if options.setting == "both" else (options.setting,)
     stages = plan([row.name for row in rows], chosen, options.seeds, [task.name for task in tasks])
+    stages += compare_merged.plan(list(merges), options.seeds)
     if PartialState().is_main_process and claim(folder, settings, options.overwrite, COMPARE):
         print(f"going on with the comparison in {folder}")
     PartialState().wait_for_everyone()
-    return Comparison(folder, settings, rows, recipe, stages, tasks, base, encoder, options.quick)
+    return Comparison(folder, settings, rows, recipe, stages, tasks, base, encoder, options.quick, merges)
 
 
 def compare(run: Comparison) -> None:
@@ -130,14 +141,14 @@ def compare(run: Comparison) -> None:
             if result is not None and writes:
                 drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
             if result is None:
-                adapter_dir = run.folder / "adapters" / stage.name
-                result = run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, adapter_dir)
+                result = _run_cell(run, stage)
                 if writes:
                     finish(run.folder, stage.name, result)
             results.append(result)
             progress.update()
     if writes:
         titles = {row.name: row.title for row in run.rows}
+        titles |= {name: merge.kind.title for name, merge in run.merges.items()}
         data = compare_report.gather(titles, _reference(titles), base_result, run.stages, results)
         data |= {"settings": run.settings, "versions": versions()}
         compare_report.write(data, run.folder)
@@ -145,6 +156,14 @@ def compare(run: Comparison) -> None:
         if run.quick:
             print("\nA quick comparison shows that every step works; it is too short to learn the tasks.")
         print(f"\nwritten to {run.folder}: compare.json, compare.md, accuracy.png, parameters.png")
+
+
+def _run_cell(run: Comparison, stage: Stage) -> dict[str, Any]:
+    if stage.label in run.merges:
+        settings, size = run.merges[stage.label], run.recipe.eval_batch_size
+        return compare_merged.run(run.base, run.encoder, run.tasks, stage, settings, run.folder, size)
+    adapter_dir = run.folder / "adapters" / stage.name
+    return run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, adapter_dir)
 
 
 def _reference(rows: Sequence[str] | dict[str, str]) -> str:

@@ -14,7 +14,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from .at_once import write_at_once
-from .results import SINGLE, aligned
+from .results import MERGED, SINGLE, aligned
 from .training import Stage
 
 CONFIDENCE = 0.95
@@ -29,7 +29,8 @@ ONE_SEED = "With one seed the intervals know of the items alone: how far runs di
 EQUAL = (
     "Equal for all rows: frozen base, tasks, test items, passes over every training example, batch size, schedule and, for a seed, "
     "the order of the examples. Single is one adapter a task, whose parameters and seconds are summed, and whose steps add up to those of "
-    "the mixture. Learning rates are the rows' own."
+    "the mixture. Learning rates are the rows' own. Merged is the single LoRAs of the seed made one model: parameters and seconds "
+    "include theirs, and differences are to the reference's mixture."
 )
 
 
@@ -96,11 +97,13 @@ def gather(
     lines = []
     for label in dict.fromkeys(stage.label for stage in stages):
         cells = [(s, r) for s, r in zip(stages, results, strict=True) if s.label == label]
-        lines.append(_line(label, cells, titles[cells[0][0].method], tasks))
+        row = label if label in titles else cells[0][0].method  # a merge has a label of its own
+        lines.append(_line(label, cells, titles[row], tasks))
     hits = {(line["row"], line["setting"]): _hits(line, tasks) for line in lines}
     for line in lines:
         line["average"] = interval(hits[line["row"], line["setting"]])._asdict() | line["average"]
-        other = hits.get((reference, line["setting"]))
+        against = "mixture" if line["setting"] == "merged" else line["setting"]
+        other = hits.get((reference, against))
         if line["row"] != reference and other is not None:
             own = hits[line["row"], line["setting"]]
             differences = [a - b for a, b in zip(own, other, strict=True)]
@@ -127,11 +130,13 @@ def _line(label: str, cells: Sequence[tuple[Stage, Mapping[str, Any]]], title: s
     items = {task: [_of(cells, seed, task)["items"][task] for seed in seeds] for task in tasks}
     accuracies = {task: [right.count("1") / len(right) for right in own] for task, own in items.items()}
     averages = [statistics.fmean(own[i] for own in accuracies.values()) for i in range(len(seeds))]
-    single = label.endswith(SINGLE)
+    setting = (
+        {SINGLE: "single", MERGED: "merged"}.get(label[label.rfind("-") :], "mixture") if "-" in label else "mixture"
+    )
     return {
         "row": label.removesuffix(SINGLE),
         "title": title,
-        "setting": "single" if single else "mixture",
+        "setting": setting,
         "accuracy": {
             task: {"mean": statistics.fmean(own), "std": _std(own), "per_seed": own} for task, own in accuracies.items()
         },
@@ -289,7 +294,7 @@ def _draw_parameters(data: Mapping[str, Any], path: Path) -> None:
         xlabel="trained parameters", ylabel="average accuracy, %", xscale="log",
         title=f"Accuracy against size, {_sampled(data)}",
     )  # fmt: skip
-    for setting, marker in (("mixture", "o"), ("single", "s")):
+    for setting, marker in (("mixture", "o"), ("single", "s"), ("merged", "^")):
         lines = [line for line in data["rows"] if line["setting"] == setting]
         for line in lines:
             mean, half = _error(line)

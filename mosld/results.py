@@ -15,7 +15,7 @@ from .methods import NAMES
 from .training import Stage
 
 PACKAGES = ("mosld", "torch", "transformers", "peft", "accelerate")
-SINGLE = "-single"
+SINGLE, MERGED = "-single", "-merged"
 
 
 def versions() -> dict[str, str]:

@@ -241,6 +241,11 @@ def test_a_whole_seed_of_all_methods_comes_before_the_next():
         (["--sweep", "rank=4", "--methods", "lora_equal"], "--sweep contradicts lora_equal"),
         (["--learning-rates", "mola=1e-3,x=1"], "learning-rates must be name=rate,... of the methods"),
         (["--learning-rates", "mola=fast"], "learning-rates must be positive and finite numbers, got 'fast'"),
+        (["--merge", "soup"], "merge must be of task_arithmetic, ties, adamerging_task, "),
+        (["--merge", "ties", "--methods", "mosld"], "lora must be among the methods, got mosld"),
+        (["--merge", "ties", "--setting", "mixture"], "which --setting mixture does not train"),
+        (["--merge", "ties", "--sweep", "rank=2", "--methods", "lora"], "--merge contradicts --sweep"),
+        (["--merge-steps", "5"], "--merge-steps 5 is for --merge, which is not given"),
         (["--max_steps", "5"], "--max_steps is set by mosld compare: use --num_train_epochs"),
         (["--validation", "1"], "validation must be a share in (0, 1), got 1"),
         (["--quick"], "--quick is for the embedded tasks and model"),
@@ -332,3 +337,28 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(seed_std, item_std):
 
 def test_a_row_is_known_by_its_whole_recipe():
     assert Row("a", "A", Adapter("mosld")) != Row("a", "A", Adapter("mosld", {"r": 4}))
+
+
+def test_merges_of_the_single_loras_stand_in_the_same_table(data, tmp_path, monkeypatch):  # noqa: F811
+    merges = ("--merge", "task_arithmetic,adamerging_task++,concrete_task_arithmetic", "--merge-steps", "2")
+    assert call(data, tmp_path / "o", *merges, methods="lora,mosld", seeds=2) == 0
+    names = ["task_arithmetic", "adamerging_task++", "concrete_task_arithmetic"]
+    own = {row["row"]: row for row in told(tmp_path / "o")["rows"] if row["setting"] == "merged"}
+    assert list(own) == [f"{name}-merged" for name in names]
+    single = line(tmp_path / "o", "lora", "single")
+    more = [row["trained_parameters"] - single["trained_parameters"] for row in own.values()]
+    assert more[:2] == [0, 2] and more[2] > 1000  # coefficients, and a mask
+    assert all(row["train_seconds"] > single["train_seconds"] for row in own.values())
+    mixture = line(tmp_path / "o", "mosld", "mixture")["average"]["mean"]
+    for row in own.values():
+        assert row["difference"]["average"]["mean"] == pytest.approx(row["average"]["mean"] - mixture)
+    # The cell is what `mosld merge` makes of the same adapters.
+    adapters = [str(tmp_path / "o" / "adapters" / f"lora-single-{task}-seed1") for task in ("even", "vowel")]
+    tasks = [f"{task}={data / task}.jsonl:{data / task}.jsonl" for task in ("even", "vowel")]
+    words_ = ["merge", "--method", "task_arithmetic", "--base", str(data / "model"), *adapters, "--tasks", *tasks]
+    assert main([*words_, "--output", str(tmp_path / "merge")]) == 0
+    scores = json.loads((tmp_path / "merge" / "results.json").read_text())["tasks"]
+    for task in ("even", "vowel"):
+        assert own["task_arithmetic-merged"]["accuracy"][task]["per_seed"][1] == scores[task]["accuracy"]
+    rest = recorded_cells(monkeypatch)
+    assert call(data, tmp_path / "o", *merges, methods="lora,mosld", seeds=2) == 0 and not rest
