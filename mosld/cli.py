@@ -146,7 +146,10 @@ def _add_compare(verbs) -> None:
         "--merge", metavar="A,B,...",
         help=f"also merge the LoRAs of single tasks, by methods of {', '.join(compare_merged.KNOWN)}",
     )  # fmt: skip
-    parser.add_argument("--merge-steps", type=int, metavar="N", help="of adaptive merging (default: the method's)")
+    parser.add_argument(
+        "--merge-options", metavar="NAME=V,...",
+        help=f"of adaptive merging: {', '.join(compare_merged.OPTIONS)} (default: the method's)",
+    )  # fmt: skip
     parser.add_argument(
         "--validation", type=float, metavar="SHARE",
         help="score this share of the training examples, held out, instead of the test items: for choosing settings",

@@ -92,7 +92,7 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
     _check(options)
     names = _method_names(options)
     rates = _rates(options.learning_rates, names)
-    merges = compare_merged.chosen(options.merge, options.merge_steps, names, options.setting)
+    merges = compare_merged.chosen(options.merge, options.merge_options, names, options.setting)
     if merges and options.sweep:
         raise ValueError("--merge contradicts --sweep, whose rows are no plain LoRAs of single tasks")
     instead = {"--seed": "--seeds N", "--output_dir": "--output DIR", "--max_steps": "--num_train_epochs"}

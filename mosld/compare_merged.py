@@ -35,11 +35,14 @@ def row(name: str) -> str:
     return f"{name}{MERGED}"
 
 
-def chosen(text: str | None, steps: int | None, rows: Sequence[str], setting: str) -> dict[str, MergeSettings]:
+OPTIONS = {"steps": int, "learning_rate": float, "batch_size": int}
+
+
+def chosen(text: str | None, options: str | None, rows: Sequence[str], setting: str) -> dict[str, MergeSettings]:
     """ "ties,adamerging_task" -> row -> settings; raises ValueError for what cannot be merged, and why."""
     if not text:
-        if steps is not None:
-            raise ValueError(f"--merge-steps {steps} is for --merge, which is not given")
+        if options is not None:
+            raise ValueError(f"--merge-options {options} is for --merge, which is not given")
         return {}
     names = text.split(",")
     if unknown := [name for name in names if name not in KNOWN]:
@@ -50,11 +53,23 @@ def chosen(text: str | None, steps: int | None, rows: Sequence[str], setting: st
         )
     if setting == "mixture":
         raise ValueError("--merge merges the LoRAs of single tasks, which --setting mixture does not train")
-    given: dict[str, Any] = {} if steps is None else {"steps": steps}
+    given = _options(options)
     return {
         row(name): MergeSettings(name, adaptive=AdaptiveSettings(**given), concrete=ConcreteSettings(**given))
         for name in dict.fromkeys(names)
     }
+
+
+def _options(text: str | None) -> dict[str, Any]:
+    """ "steps=100,learning_rate=5e-3" -> fields of both settings"""
+    given = {}
+    for part in text.split(",") if text else ():
+        name, _, value = part.partition("=")
+        try:
+            given[name] = OPTIONS[name](value)
+        except (KeyError, ValueError):
+            raise ValueError(f"merge-options must be name=number,... of {', '.join(OPTIONS)}, got {part!r}") from None
+    return given
 
 
 def plan(merges: Sequence[str], seeds: int) -> list[Stage]:

@@ -4,10 +4,12 @@ Holds K updates of every changed weight, and while it runs one merged copy of th
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,9 +51,13 @@ class DenseMerge:
 def running(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
     """The forward of `model` with other `weights`, from its arguments to its logits."""
     device = next(model.parameters()).device
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def forward(**arguments: Any) -> Tensor:
-        return functional_call(model, dict(weights), kwargs=on_device(arguments, device)).logits
+        keep = None if keeps else arguments.pop("logits_to_keep", None)
+        logits = functional_call(model, dict(weights), kwargs=on_device(arguments, device)).logits
+        return logits if keep is None else logits[:, keep.to(logits.device)]
 
     return forward
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..tasks.encode import Encoded, Encoder
 from ..tasks.examples import Task, TaskFileError
 
-Forward = Callable[..., Tensor]  # the model's arguments by name -> its logits
+# The model's arguments by name -> its logits. Of logits_to_keep [n], places in the sequence: those logits alone.
+Forward = Callable[..., Tensor]
 
 
 class Unlabelled(Protocol):
@@ -60,10 +61,13 @@ class Questions:
             input_ids[i, :length] = torch.tensor(row.prompt + row.answer)
             mask[i, :length] = 1
             target[i, len(row.prompt) : length] = True
-        logits = forward(input_ids=input_ids, attention_mask=mask)
-        input_ids, target = input_ids.to(logits.device), target.to(logits.device)
-        log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, input_ids[:, 1:].unsqueeze(2)).squeeze(2)
-        totals = torch.where(target[:, 1:], log_probs, 0.0).sum(1)  # of each choice
+        first = (
+            min(len(row.prompt) for row in rows) - 1
+        )  # predicts the first answer: a large vocabulary is read from here
+        logits = forward(input_ids=input_ids, attention_mask=mask, logits_to_keep=torch.arange(first, width - 1))
+        said, target = (own[:, first + 1 :].to(logits.device) for own in (input_ids, target))
+        log_probs = logits.float().log_softmax(-1).gather(2, said.unsqueeze(2)).squeeze(2)
+        totals = torch.where(target, log_probs, 0.0).sum(1)  # of each choice
         return torch.stack([entropy(own) for own in totals.split([len(q.choices) for q in questions])]).mean()
 
 

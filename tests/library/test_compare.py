@@ -245,7 +245,12 @@ def test_a_whole_seed_of_all_methods_comes_before_the_next():
         (["--merge", "ties", "--methods", "mosld"], "lora must be among the methods, got mosld"),
         (["--merge", "ties", "--setting", "mixture"], "which --setting mixture does not train"),
         (["--merge", "ties", "--sweep", "rank=2", "--methods", "lora"], "--merge contradicts --sweep"),
-        (["--merge-steps", "5"], "--merge-steps 5 is for --merge, which is not given"),
+        (["--merge-options", "steps=5"], "--merge-options steps=5 is for --merge, which is not given"),
+        (
+            ["--merge", "ties", "--merge-options", "size=5", "--methods", "lora"],
+            "merge-options must be name=number,... of",
+        ),
+        (["--merge", "ties", "--merge-options", "steps=0", "--methods", "lora"], "steps must be at least 1, got 0"),
         (["--max_steps", "5"], "--max_steps is set by mosld compare: use --num_train_epochs"),
         (["--validation", "1"], "validation must be a share in (0, 1), got 1"),
         (["--quick"], "--quick is for the embedded tasks and model"),
@@ -340,7 +345,12 @@ def test_a_row_is_known_by_its_whole_recipe():
 
 
 def test_merges_of_the_single_loras_stand_in_the_same_table(data, tmp_path, monkeypatch):  # noqa: F811
-    merges = ("--merge", "task_arithmetic,adamerging_task++,concrete_task_arithmetic", "--merge-steps", "2")
+    merges = (
+        "--merge",
+        "task_arithmetic,adamerging_task++,concrete_task_arithmetic",
+        "--merge-options",
+        "steps=2,batch_size=4",
+    )
     assert call(data, tmp_path / "o", *merges, methods="lora,mosld", seeds=2) == 0
     names = ["task_arithmetic", "adamerging_task++", "concrete_task_arithmetic"]
     own = {row["row"]: row for row in told(tmp_path / "o")["rows"] if row["setting"] == "merged"}
