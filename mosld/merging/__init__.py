@@ -1,1 +1,34 @@
-"""One multi-task model out of separately trained ones: task vectors, and the methods that merge them."""
+"""One multi-task model out of separately trained ones: task vectors, and the methods that merge them.
+
+    vectors = read_task_vectors([...])  ->  merged = merge(model, vectors, MergeSettings("ties"))  ->  save_checkpoint(...)
+"""
+
+from .adaptive import AdaptiveSettings
+from .artefacts import applied, save_checkpoint, save_lora, save_mixture
+from .concrete import ConcreteSettings
+from .merge import Merged, MergeSettings, merge
+from .methods import METHODS
+from .realign import RealignSettings, realign
+from .unlabelled import Inputs, Questions, without_labels
+from .vectors import MergeError, TaskVector, read_task_vectors
+
+__all__ = [
+    "METHODS",
+    "AdaptiveSettings",
+    "ConcreteSettings",
+    "Inputs",
+    "MergeError",
+    "MergeSettings",
+    "Merged",
+    "Questions",
+    "RealignSettings",
+    "TaskVector",
+    "applied",
+    "merge",
+    "read_task_vectors",
+    "realign",
+    "save_checkpoint",
+    "save_lora",
+    "save_mixture",
+    "without_labels",
+]
