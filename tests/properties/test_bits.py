@@ -124,7 +124,7 @@ def test_autocast_is_a_call_in_its_dtype(recipe):
     same(results, {n: t.float() if n == "dx" else t for n, t in plain.items()})
 
 
-@cases(150, recipe=recipes(kinds=MODERATE, layouts=("plain",)))
+@cases(150, recipe=recipes(kinds=MODERATE, layouts=("plain",), dtypes=(torch.bfloat16, *WIDE, torch.float16)))
 def test_without_b_it_is_the_frozen_layer(recipe):
     """x is contiguous: with three dimensions or more that are not, torch's own linear takes another product than with two."""
     recipe = recipe._replace(base=True, incoming=("dout",))
