@@ -59,7 +59,7 @@ def least(dtype: torch.dtype) -> float:
 
 def rounded(a: Ball, dtype: torch.dtype, times: int = 1) -> Ball:
     """Rounded to `dtype`, `times` times, and lost where that overflows."""
-    rad = a.rad + times * (unit(dtype) * a.most + least(dtype) * (a.most > 0))
+    rad = a.rad + times * (unit(dtype) * a.most + least(dtype) * _nonzero(a.most))
     return ball(a.mid, _fits(a.mid.abs() + rad, dtype, rad))
 
 
@@ -94,11 +94,11 @@ def product(*factors: Ball, dtype: torch.dtype, bias: Ball | None = None, in_pie
     if bias is not None:
         mid, rad, size, apart = mid + bias.mid, rad + bias.rad, size + bias.most, apart + bias.most
     terms = sum(a.mid.shape[-1] for a, _ in pairs)
-    rad = rad + _growth(terms, dtype) * size + terms * least(wide) * (size > 0)
+    rad = rad + _growth(terms, dtype) * size + terms * least(wide) * _nonzero(size)
     rad = _fits(size, wide, rad)
     if in_pieces or len(pairs) > 1 or bias is not None:
         stored = size if in_pieces else apart
-        rad = _fits(stored, dtype, rad + unit(dtype) * stored + least(dtype) * (size > 0))
+        rad = _fits(stored, dtype, rad + unit(dtype) * stored + least(dtype) * _nonzero(size))
     return rounded(ball(mid, rad), dtype)
 
 
@@ -106,6 +106,10 @@ def _growth(terms: int, dtype: torch.dtype) -> float:
     """Of the sum's own rounding and that of the centre, which is computed in float64."""
     u = (terms + 1) * (unit(router_dtype(dtype)) + unit(torch.float64))
     return u / (1 - u)
+
+
+def _nonzero(size: Tensor) -> Tensor:
+    return (size > 0).double()  # a number times bool would be float32, and what float64 may lose zero there
 
 
 def _fits(size: Tensor, dtype: torch.dtype, rad: Tensor) -> Tensor:

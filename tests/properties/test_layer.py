@@ -56,12 +56,12 @@ def run_layer(recipe: Recipe, layer: MoSLDLinear, tensors: dict[str, Tensor], ba
         logits = layer.adapter.router_logits
         assert y.shape == (*recipe.leading, recipe.shape.D_out) and logits.shape == (*recipe.leading, recipe.shape.E)
         results = {"y": flat(y.detach()), "logits": flat(logits.detach())}
-        if not recipe.wanted:
+        wanted = [n for n in recipe.present() if n in recipe.wanted]
+        if not wanted:
             assert not y.requires_grad
             return results
         trained = {n: getattr(layer.adapter, n.removesuffix("_weight")).weight for n in GRADIENTS[3:]}
         trained |= {"x": x, "weight": layer.weight, "bias": layer.bias}
-        wanted = [n for n in recipe.present() if n in recipe.wanted]
         loss = balance_loss(layer) if balance else None
         outs, arriving = [y], [tensors["dout"]]
         if loss is not None and loss.requires_grad:
