@@ -1,6 +1,7 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
 # make test   every test that runs without a GPU
 # make test-gpu  the tests that need an NVIDIA GPU
+# make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
@@ -11,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu check bench tune
+.PHONY: demo test test-gpu fuzz check bench tune
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -21,6 +22,9 @@ test: $(EXTRAS)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
+
+fuzz: $(READY)
+	MOSLD_FUZZ=1 $(BIN)/python -m pytest tests/properties
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def _of_layer(adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None) -> Ten
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be NaN.
     """
-    logits = logits.flatten(0, -2)
+    logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
     real = None if mask is None else (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
     if real is not None:
         logits = torch.where(real, logits, 0.0)

@@ -221,7 +221,7 @@ class _Moments:
         if self.mask is not None and values.shape[:-1] == self.mask.shape:
             self.masked = True
             values = values[self.mask.to(values.device).bool()]
-        return values.flatten(0, -2).cpu().double()
+        return values.reshape(-1, values.shape[-1]).cpu().double()
 
     def gates(self) -> LayerGates:
         gates, squares, mixed, cross, hidden, out = self.sums

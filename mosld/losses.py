@@ -160,7 +160,7 @@ def _contrast(
 ) -> Tensor:
     """logits [..., E], hidden [..., rows of A], gram [E R, E R], index and real [n] as `_sample` returns them"""
     experts, rank = adapter.num_experts, adapter.r
-    logits, hidden = logits.flatten(0, -2), hidden.flatten(0, -2)
+    logits, hidden = (values.reshape(-1, values.shape[-1]) for values in (logits, hidden))
     if index is not None:
         logits, hidden = logits[index], hidden[index]
     if real is None:

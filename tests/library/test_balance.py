@@ -203,6 +203,24 @@ def test_a_recomputation_that_does_not_come_is_told():
     assert model[0].adapter.owed is None
 
 
+def test_a_single_vector_is_one_token():
+    model, x = layers((4, 2)), torch.randn(6, dtype=torch.float64)
+    told = []
+    for one in (x, x.unsqueeze(0)):
+        model(one)
+        loss = balance_loss(model)
+        (grad,) = torch.autograd.grad(loss, model[0].router.weight)
+        told.append((loss, grad, router_stats(model)["0"]))
+    (loss, grad, stats), (expected, expected_grad, expected_stats) = told
+    torch.testing.assert_close((loss, grad), (expected, expected_grad))
+    assert (
+        stats.tokens == 1
+        and stats.dead == expected_stats.dead
+        and stats.entropy == pytest.approx(expected_stats.entropy)
+    )
+    torch.testing.assert_close(stats.gates, expected_stats.gates)
+
+
 def test_dense_layers_are_left_out():
     model = layers((3, 3))
     model(torch.randn(4, 6, dtype=torch.float64))

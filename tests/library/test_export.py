@@ -297,6 +297,9 @@ def test_layers_adapted_by_hand_leave_too(tmp_path):
     with pytest.raises(ValueError, match=r"attention_mask must have one entry per token; \[1, 2\] fits no layer"):
         export_lora(model, tmp_path / "bad", [{"x": x, "attention_mask": torch.ones(1, 2)}])
     assert not model.up._forward_hooks.keys() - hooks
+    single = [export_lora(model, tmp_path / name, [{"x": one}])["up"] for name, one in (("v", x[0]), ("b", x[:1]))]
+    assert single[0].tokens == 1 and single[0].gates == pytest.approx(single[1].gates)
+    assert single[0].output_error == pytest.approx(single[1].output_error)
     model.up.router.weight.data.zero_()
     export_lora(model, tmp_path / "uniform")
     lora = peft.PeftModel.from_pretrained(Nested(), str(tmp_path / "uniform"))

@@ -159,9 +159,10 @@ def test_a_sample_of_tokens_is_of_real_ones_and_what_the_seed_says(keeps_hidden)
     assert contrastive_loss(own, tokens=8).item() == pytest.approx(whole)
 
 
-def test_one_token_has_no_positives(keeps_hidden):
+@pytest.mark.parametrize("leading", [(1, 1), ()], ids=["batch", "vector"])
+def test_one_token_has_no_positives(keeps_hidden, leading):
     own = layer().eval()
-    x = torch.randn(1, 1, 6, dtype=WIDE, requires_grad=True)
+    x = torch.randn(*leading, 6, dtype=WIDE, requires_grad=True)
     own(x)
     value = contrastive_loss(own)
     assert value.item() == 0
