@@ -3,8 +3,8 @@
 <layer>.mosld_shared_a.weight [r, in]     <layer>.mosld_expert_b.weight [out, E r]     <layer>.mosld_router.weight [E, in]
 
 and for other mixtures than MoSLD's what `Mixture.shapes` tells. A feed-forward block's begin with mosld_gate_a, mosld_gate_b.
-Beside them is `adapter_model.sha256`, a checksum of the weights in the form of `sha256sum`; adapters without it are
-taken as they are.
+Beside them is `adapter_model.sha256`, a checksum of the weights in the form of `sha256sum`, and in a comment one of what the
+configuration computes with; adapters without it are taken as they are.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from .mixture import BLOCK_PARTS, PARTS, Mixture
 CONFIG, WEIGHTS, DIGEST = "adapter_config.json", "adapter_model.safetensors", "adapter_model.sha256"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
 PEFT_PREFIX = "base_model.model."
+# Fields of the configuration that change nothing of what is computed, so that the checksum leaves them out.
+TOLD = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode")
 _KEY = re.compile(rf"(.+)\.mosld_({'|'.join({**dict.fromkeys(PARTS), **dict.fromkeys(BLOCK_PARTS)})})\.weight")
 
 
@@ -38,17 +40,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise AdapterFileError(f"{folder} is not a saved adapter: {CONFIG} is missing")
-    try:
-        fields = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from error
-    method = fields.get("peft_type") if isinstance(fields, dict) else None
-    if method != "MOSLD":
+    fields = read_json(folder / CONFIG)
+    if (method := fields.get("peft_type")) != "MOSLD":
         raise AdapterFileError(f"{folder / CONFIG} is of no MoSLD adapter: its peft_type is {method!r}")
     if not (folder / WEIGHTS).is_file():
         pickles = [name for name in PICKLES if (folder / name).is_file()]
         more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
         raise AdapterFileError(f"{folder} is not a saved adapter: {WEIGHTS} is missing{more}")
+    return fields
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """raises AdapterFileError, naming the file, where it holds no JSON object."""
+    try:
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"{path} must hold an object, got {type(fields).__name__}: its peft_type is None")
     return fields
 
 
@@ -68,21 +79,27 @@ class AdapterWeights:
 
     layers: name in the base model -> SavedLayer. mixtures: name -> Mixture. others: name -> shape of what was saved beside
     them (modules_to_save).
-    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor, when a size is
-    not what `mixture_of` (a layer's name -> its Mixture) says, or as `check_digest`.
+    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor or has one that no
+    mixture has, when a size is not what `mixture_of` (a layer's name -> its Mixture) says, for weights that are no
+    floating-point numbers, or as `check_digest`.
     """
 
     def __init__(self, path: Path, mixture_of: Callable[[str], Mixture]):
         self.path = path
         self._file = _open(path)
         keys = sorted(self._file.keys(), key=_in_order)
-        shapes = {key: list(self._file.get_slice(key).get_shape()) for key in keys}
+        slices = {key: self._file.get_slice(key) for key in keys}
+        shapes = {key: list(own.get_shape()) for key, own in slices.items()}
         self._keys: dict[str, dict[str, str]] = {}
         self.others: dict[str, list[int]] = {}
         for key, shape in shapes.items():
             match = _KEY.fullmatch(key)
-            if match is None:
+            if match is None and ".mosld_" in key:
+                raise AdapterFileError(f"{path} holds {key}, which is no tensor that this version of mosld knows")
+            elif match is None:
                 self.others[key.removeprefix(PEFT_PREFIX)] = shape
+            elif not (kind := str(slices[key].get_dtype())).startswith(("F", "BF")):
+                raise AdapterFileError(f"{path} holds {key} in {kind}: weights must be floating-point numbers")
             else:
                 self._keys.setdefault(match[1].removeprefix(PEFT_PREFIX), {})[match[2]] = key
         if not self._keys:
@@ -104,7 +121,7 @@ class AdapterWeights:
 
 def _in_order(key: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10, which the file does not."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+    return [(len(part), part) if part.isdecimal() else (0, part) for part in key.split(".")]
 
 
 def _open(path: Path) -> safe_open:
@@ -129,27 +146,33 @@ def _checked(path: Path, name: str, shapes: dict[str, list[int]], mixture: Mixtu
                 f"{path} does not fit its {CONFIG}: mosld_{part} of {name} has shape {shapes[part]} where r={mixture.r} and "
                 f"{mixture.num_experts} experts make {shape}"
             )
+    if 0 in sizes:
+        raise AdapterFileError(f"{path} was altered: {name} has {sizes[0]} -> {sizes[1]} features")
     return SavedLayer(*sizes, mixture.r, mixture.num_experts, mixture.parameters(*sizes))
 
 
 def write_digest(folder: Path) -> None:
-    """Record the checksum of the weights in `folder`, as they are now."""
-    write_at_once(folder / DIGEST, f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}\n")
+    """Record the checksum of the weights in `folder`, as they are now, and of its configuration.
+
+    `sha256sum` passes comments over. The configuration has no line of its own, for its model may move and be called anew.
+    """
+    lines = [f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}", f"# {_config_digest(folder / CONFIG)}  {CONFIG}"]
+    write_at_once(folder / DIGEST, "".join(f"{line}\n" for line in lines))
 
 
 def check_digest(weights: Path) -> None:
-    """raises AdapterFileError when the weights are not those whose checksum lies beside them; without one, all are right.
+    """raises AdapterFileError when weights or configuration are not those whose checksums lie beside them; without, all are.
 
     `weights`: the file, which is read to its end.
     """
     record = weights.with_name(DIGEST)
     try:
-        lines = record.read_text().splitlines()
+        lines = [line.split() for line in record.read_text().splitlines()]
     except FileNotFoundError:
         return
     except UnicodeDecodeError:
         lines = []
-    recorded = next((line.split()[0] for line in lines if line.split()[1:] in ([WEIGHTS], [f"*{WEIGHTS}"])), None)
+    recorded = next((line[0] for line in lines if line[1:] in ([WEIGHTS], [f"*{WEIGHTS}"])), None)
     if recorded is None:
         raise AdapterFileError(f"{record} holds no checksum of {WEIGHTS}: delete it to load the weights unchecked")
     if recorded.lower() != _sha256(weights):
@@ -157,6 +180,25 @@ def check_digest(weights: Path) -> None:
             f"{weights} is not what {DIGEST} beside it was written for: its numbers were altered, or saving over it was "
             f"cut off. Save or copy it again; where another program changed it on purpose, delete {record}"
         )
+    config = weights.with_name(CONFIG)
+    told = next((line[1] for line in lines if len(line) == 3 and line[::2] == ["#", CONFIG]), None)
+    if told is not None and told.lower() != _config_digest(config):
+        raise AdapterFileError(
+            f"{config} is not what {DIGEST} beside it was written for: a field that decides what is computed was altered. "
+            f"Save or copy it again; where you changed it on purpose, delete {record}"
+        )
+
+
+def _config_digest(path: Path) -> str:
+    """Of all fields but those in TOLD, whatever their order."""
+    fields = {name: value for name, value in read_json(path).items() if name not in TOLD}
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = sorted(map(str, value))  # PEFT saves its sets in any order
+    # Of two patterns for numbers of experts the first counts.
+    patterns = fields.get("num_experts_pattern")
+    text = json.dumps([fields, list(patterns) if isinstance(patterns, dict) else None], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

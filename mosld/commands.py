@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import counting, export_command
-from .adapter_file import AdapterFileError
+from .adapter_file import WEIGHTS, AdapterFileError, read_json
 from .at_once import write_at_once
 from .config import MoSLDConfig
 from .export import check_output, export_lora
@@ -355,10 +356,15 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is not a saved adapter: {name} is missing")
+    config = folder / "adapter_config.json"
+    if (method := read_json(config).get("peft_type")) not in [*PeftType]:
+        raise ModelError(f"{config} cannot be used: its peft_type is {method!r}, which PEFT does not know")
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except AdapterFileError:
         raise
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS} is cut off, altered or no safetensors file: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
 

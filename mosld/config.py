@@ -1,6 +1,9 @@
 """MoSLDConfig: what `peft.get_peft_model` needs to adapt a model with MoSLD."""
 
+import json
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -13,7 +16,9 @@ from peft.utils.other import get_pattern_key
 
 from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, write_digest
 from .at_once import folder_beside
-from .mixture import FIELDS, Mixture
+from .mixture import FIELDS, Mixture, number
+
+LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what PEFT makes of layers_pattern
 
 
 @dataclass
@@ -76,9 +81,12 @@ class MoSLDConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    saved = None  # no field: the path of the weights that lay beside the file that it was read from
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register` in tuner.py
+        self._check_names()
         for name in ("target_modules", "exclude_modules"):  # PEFT works on sets and saves lists
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
@@ -103,10 +111,38 @@ class MoSLDConfig(PeftConfig):
             raise ValueError(
                 f"up_dropout={self.up_dropout} contradicts shared='up', where `dropout` falls on elements of B"
             )
-        for experts in (self.num_experts, *self.num_experts_pattern.values()):
-            self._mixture(experts)
-        if self.balance_coef < 0:
-            raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef}")
+        if not isinstance(self.num_experts_pattern, dict):
+            raise ValueError(f"num_experts_pattern must be a dictionary, got {self.num_experts_pattern!r}")
+        self._mixture(self.num_experts)
+        for pattern, experts in self.num_experts_pattern.items():
+            _check_expression("num_experts_pattern", pattern, r"(.*\.)?({})$")
+            try:
+                self._mixture(experts)
+            except ValueError as error:
+                raise ValueError(f"num_experts_pattern={{{pattern!r}: {experts!r}}} cannot be used: {error}") from error
+        if not 0 <= number(self.balance_coef) < math.inf:
+            raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef!r}")
+
+    def _check_names(self) -> None:
+        """raises ValueError for what is no name, no regular expression or no number of a layer."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":  # which PEFT would take letter by letter
+                _check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
+            elif value is not None and not _is_list(value, str):
+                raise ValueError(f"{name} must be None or names, got {value!r}")
+            elif name == "layers_pattern":
+                for pattern in value or []:
+                    _check_expression(name, pattern, LAYERS)
+        layers = self.layers_to_transform
+        if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
+            raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
+
+    def _keep_order(self, path: Path) -> None:
+        """PEFT sorts what it saves, and of two patterns that match a layer the first counts."""
+        if len(self.num_experts_pattern) > 1:
+            saved = {**json.loads(path.read_text()), "num_experts_pattern": self.num_experts_pattern}
+            path.write_text(json.dumps(saved, indent=2))
 
     def experts_of(self, layer: str) -> int:
         """How many experts the layer of this name has."""
@@ -118,7 +154,9 @@ class MoSLDConfig(PeftConfig):
 
     def _mixture(self, experts: int) -> Mixture:
         values = {name: getattr(self, name) for name in FIELDS}
-        values |= {"num_experts": experts, "mixing": self.mixing or ("reduce" if self.shared == "up" else "expand")}
+        values["num_experts"] = experts
+        if self.mixing is None:
+            values["mixing"] = "reduce" if self.shared == "up" else "expand"
         if self.shared == "up":
             values |= {"dropout": 0.0, "up_dropout": self.dropout}
         return Mixture(**values)
@@ -144,10 +182,21 @@ class MoSLDConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS)
+        path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # the last two are PEFT's, of what is no adapter's configuration
+            if not path.is_file():
+                raise
+            raise AdapterFileError(f"{path} cannot be used: {error}") from error
+        weights = path.with_name(WEIGHTS)
         if isinstance(config, MoSLDConfig) and weights.is_file():
             AdapterWeights(weights, config.mixture_of)
+            config.saved = weights
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -158,6 +207,7 @@ class MoSLDConfig(PeftConfig):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_beside(folder / CONFIG) as aside:
             super().save_pretrained(str(aside), **kwargs)
+            self._keep_order(aside / CONFIG)
             (aside / CONFIG).replace(folder / CONFIG)
             # Until here the old checksum refuses PEFT's new weights, which would be a mixture with the old configuration.
             (folder / DIGEST).unlink(missing_ok=True)
@@ -172,3 +222,19 @@ class MoSLDConfig(PeftConfig):
             warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
         if (folder / WEIGHTS).is_file():
             write_digest(folder)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(
+        isinstance(one, kind) and not isinstance(one, bool) for one in value
+    )
+
+
+def _check_expression(name: str, pattern: Any, inside: str) -> None:
+    """raises ValueError where `pattern` is no regular expression, or none `inside` that of PEFT."""
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError(f"it is {type(pattern).__name__}")
+        re.compile(inside.replace("{}", pattern))
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error

@@ -74,12 +74,12 @@ def _value(name: str, text: str) -> Any:
 
 def _made(text: str, base: str | None, own: dict[str, Any], depth: int | None) -> MoSLDConfig:
     mixing = _mixing(base, own)
-    if mixing in MIXINGS:
+    if isinstance(mixing, str) and mixing in MIXINGS and isinstance(own.get("mixing_options", {}), dict):
         of_mixing = {name: own.pop(name) for name in list(own) if name in MIXINGS[mixing].options}
         if of_mixing:
             own["mixing_options"] = {**own.get("mixing_options", {}), **of_mixing}
     if unknown := MoSLDConfig.unknown_fields(own):
-        options = [*MIXINGS[mixing].options] if mixing in MIXINGS else []
+        options = [*MIXINGS[mixing].options] if isinstance(mixing, str) and mixing in MIXINGS else []
         known = ", ".join([*sorted(field.name for field in fields(MoSLDConfig)), *options])
         raise ValueError(f"{text}: there is no field {', '.join(unknown)}; there are: {known}")
     if isinstance(experts := own.get("num_experts"), str):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mosld_kernels import gating, mixing
 
-from .mixture import Mixture, register_mixing
+from .mixture import Mixture, number, register_mixing
 from .routing import by_row
 
 
@@ -121,7 +121,7 @@ def _check_pool(m: Mixture) -> None:
     if m.r > m.num_experts:
         raise ValueError(f"r={m.r} contradicts num_experts={m.num_experts}: r of them are selected")
     weight = m.option("conditional_weight")
-    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= number(weight) < math.inf:
         raise ValueError(f"conditional_weight in mixing_options must be at least 0, got {weight!r}")
 
 

@@ -7,6 +7,7 @@ docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class Mixing:
     check: Callable[["Mixture"], None] = lambda m: None
     per_expert: bool = True
     block: Callable[["Mixture", int, int], dict[str, tuple[int, ...]]] | None = None
+
+
+def number(value: Any) -> float:
+    """`value` as a float; NaN, which no comparison holds for, where it is no number or larger than any float."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 PARTS = ("shared_a", "expert_b", "router", "tasks", "mixer")  # the tensors that the mixture of a linear layer may train
@@ -108,26 +117,31 @@ class Mixture:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("dropout", "up_dropout", "input_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            if not 0 <= number(getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in ("alpha", "temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            if not 0 < number(getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         for name in ("down_std", "router_std"):
             std = getattr(self, name)
-            if std is not None and not (math.isfinite(std) and std >= 0):
-                raise ValueError(f"{name} must be None or at least 0, got {std}")
+            if std is not None and not 0 <= number(std) < math.inf:
+                raise ValueError(f"{name} must be None or at least 0, got {std!r}")
         for name, known in (("mixing", MIXINGS), ("router", ROUTERS), ("gate", GATES)):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.gate == "top_k" and self.routes and self.kind.gate is None and self.top_k > self.num_experts:
             raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 < number(self.top_p) <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         kind = self.kind
-        if unknown := sorted(set(self.mixing_options) - set(kind.options)):
+        if not isinstance(self.mixing_options, dict):
+            raise ValueError(f"mixing_options must be a dictionary, got {self.mixing_options!r}")
+        if unknown := sorted(map(str, set(self.mixing_options) - set(kind.options))):
             known = ", ".join(kind.options) or "none"
             raise ValueError(f"mixing_options of {self.mixing!r} may have {known}, got {', '.join(unknown)}")
+        for name, value in self.mixing_options.items():
+            if isinstance(kind.options[name], bool) and not isinstance(value, bool):
+                raise ValueError(f"{name} in mixing_options must be True or False, got {value!r}")
         if self.router == "task" and self.num_tasks is None:
             raise ValueError("router='task' contradicts num_tasks=None: say how many tasks there are")
         if kind.per_task and self.num_tasks is None:

@@ -48,7 +48,8 @@ def experts_by_depth(blocks: int, *experts: int) -> dict[str, int]:
 
 def _config(defaults: dict[str, Any], overrides: dict[str, Any]) -> MoSLDConfig:
     """mixing_options are overridden one by one, everything else as a whole."""
-    options = {**defaults.pop("mixing_options", {}), **overrides.pop("mixing_options", {})}
+    options, own = defaults.pop("mixing_options", {}), overrides.pop("mixing_options", {})
+    options = {**options, **own} if isinstance(own, dict) else own  # which MoSLDConfig refuses
     return MoSLDConfig(**{**defaults, **overrides}, mixing_options=options)
 
 

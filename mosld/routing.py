@@ -60,7 +60,7 @@ def set_routing(
     if unknown := sorted(by_layer.keys() - {name for name, _ in adapters}):
         raise ValueError(f"gates name layers that are not adapted: {', '.join(unknown)}")
     for name, adapter in adapters:
-        device = adapter.shared_a.weight.device
+        device = next(adapter.parameters()).device  # a block has no shared_a
         own = ids if ids is None or device.type == "meta" else ids.to(device)  # once, and not in every forward
         adapter.routing = Routing(own, by_layer.get(name), prior)
 

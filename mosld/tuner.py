@@ -17,11 +17,13 @@ from peft.utils import (
     PeftType,
     register_peft_method,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mosld_kernels.dispatch import autocasts
 
+from .adapter_file import AdapterFileError
 from .block import BlockAdapter, check_block, is_block
 from .layer import MoSLDAdapter, call_me
 from .mixture import BLOCK_PARTS, PARTS, Mixture
@@ -200,12 +202,14 @@ class MoSLDModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
+            take_back(self, adapter_name)
             if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
                 raise
             raise type(error)(f"{error} {'; '.join(hints)}") from error
         if cast(Any, self.peft_config[adapter_name]).mixing == "block" and not any(
             isinstance(module, MoSLDPeftBlock) and adapter_name in module.mixtures for module in model.modules()
         ):
+            take_back(self, adapter_name)
             raise ValueError(
                 f"mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', got {targets}"
             )
@@ -237,6 +241,25 @@ class MoSLDModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Which PEFT calls with what a file holds; an adapter that does not fit is not left there without its weights."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, MoSLDModel):
+            saved = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
+            path = getattr(config, "saved", None)
+            try:
+                _check_fit(tuner.model, saved)
+                _check_whole(tuner.model, adapter_name, saved)
+            except ValueError as error:
+                if path is None:
+                    raise
+                if _is_untrained(tuner.model, adapter_name):  # it was placed a moment ago, for these weights
+                    take_back(tuner, adapter_name)
+                raise AdapterFileError(f"{path} cannot be used: {error}") from error
+        return remapped
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
@@ -279,6 +302,47 @@ def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
                 raise ValueError(
                     f"the adapter does not fit the base model: it was trained for {name}, which is not here"
                 )
+
+
+def _check_whole(model: nn.Module, adapter_name: str, saved: Mapping[str, Tensor]) -> None:
+    """raises ValueError, with the first layer, where `saved` has nothing for a layer of the adapter."""
+    saved_layers = {_unwrapped(key).partition(f".{PREFIX}")[0] for key in saved if f".{PREFIX}" in key}
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, MoSLDPeftLayer)
+            and adapter_name in module.mixtures
+            and _unwrapped(name) not in saved_layers
+        ):
+            raise ValueError(
+                f"the adapter does not fit the base model: its configuration adapts {_unwrapped(name)}, and it was saved "
+                "without weights for it"
+            )
+
+
+def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter is as it began, every B zero."""
+    layers = [m for m in model.modules() if isinstance(m, MoSLDPeftLayer) and adapter_name in m.mixtures]
+    weights = [named for layer in layers for named in layer.mixtures[adapter_name].named_parameters()]
+    return not any(weight.any() for name, weight in weights if name.endswith("_b.weight") and not weight.is_meta)
+
+
+def take_back(tuner: BaseTuner, adapter_name: str) -> None:
+    """As if the adapter had not been placed: what was wrapped for it alone is unwrapped."""
+    tuner.peft_config.pop(adapter_name, None)
+    if not tuner.peft_config:
+        vars(tuner.model).pop("peft_config", None)
+    for name, module in list(tuner.model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, MoSLDPeftLayer) and adapter_name in module.mixtures:
+            if len(module.mixtures) > 1:
+                module.delete_adapter(adapter_name)
+            else:
+                setattr(tuner.model.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            if len(module._adapters) > 1:
+                module.delete_adapter(adapter_name, new_active_adapters=tuner.active_adapters)
+            else:
+                setattr(tuner.model.get_submodule(parent), child, module.original_module)
 
 
 def _unwrapped(name: str) -> str:

@@ -38,8 +38,10 @@ def saved(tmp_path):
 
 
 def change_config(folder, **changes):
+    """As one does who changes it on purpose."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (folder / DIGEST).unlink(missing_ok=True)
 
 
 def change_weights(folder, change):
@@ -121,7 +123,9 @@ def test_a_changed_number_is_refused_by_name_and_nothing_is_built(saved):
 
 
 def test_the_checksum_is_one_that_sha256sum_checks(saved):
-    assert (saved / DIGEST).read_text() == f"{hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()}  {WEIGHTS}\n"
+    of_weights, of_config = (saved / DIGEST).read_text().splitlines()
+    assert of_weights == f"{hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()}  {WEIGHTS}"
+    assert of_config.startswith("# ") and of_config.endswith("  adapter_config.json")  # a comment
     if program := shutil.which("sha256sum"):
         subprocess.run([program, "--check", "--strict", DIGEST], cwd=saved, check=True, capture_output=True)
 

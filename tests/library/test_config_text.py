@@ -60,7 +60,7 @@ def test_a_json_file_and_an_adapters_folder(tmp_path):
         ("mosld:", "written name=value, with commas between, got ''"),
         ("mosld:r", "written name=value, with commas between, got 'r'"),
         ("mosld:r=x", "mosld:r=x: r must be an integer of at least 1, got 'x'"),
-        ("mosld:dropout=x", "mosld:dropout=x: a field has a value of the wrong type"),
+        ("mosld:dropout=x", r"mosld:dropout=x: dropout must be in \[0, 1\], got 'x'"),
         ("mosld:r_up=3", "there is no field r_up; there are: alpha, .*, up_dropout$"),
         ("malora:rup=3", "there is no field rup; there are: alpha, .*, up_dropout, r_up$"),
         ("mosld:num_experts=8/x", "num_experts must be an integer, or several such as 8/6/4/2, got '8/x'"),

@@ -1,0 +1,110 @@
+"""`mosld eval` and `mosld export` of a damaged adapter: they say which file it is, end with 2, and write nothing."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from mosld import MoSLDConfig
+from mosld.adapter_file import CONFIG, DIGEST, WEIGHTS
+from tests.cli_data import write_data
+from tests.models import perturb, tiny_llama
+
+from .damage import FILES, Damage, command, cuts, flips, headers, records, swaps, tensor_changes, tensors_of, write
+from .profile import cases
+
+TARGETS = ["q_proj"]
+
+
+def adapter(config: peft.PeftConfig, seed: int) -> dict[str, bytes]:
+    model = peft.get_peft_model(tiny_llama(vocab_size=258), config)  # byte_tokenizer's 256 bytes and two more
+    torch.manual_seed(seed)
+    perturb(model)
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name)
+        return {file: (Path(name) / file).read_bytes() for file in FILES if (Path(name) / file).is_file()}
+
+
+def tensors(files: dict[str, bytes]) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as name:
+        return tensors_of(files[WEIGHTS], Path(name, "aside"))
+
+
+with torch.random.fork_rng():
+    SAVED, OTHER = (adapter(MoSLDConfig(r=2, num_experts=3, target_modules=TARGETS), seed) for seed in (1, 2))
+    LORA = adapter(peft.LoraConfig(r=2, target_modules=TARGETS), 1)
+
+
+def not_json(files: dict[str, bytes]) -> None:
+    files[CONFIG] = files[CONFIG].replace(b"{", b"[", 1)
+
+
+def of_no_method(files: dict[str, bytes]) -> None:
+    files[CONFIG] = files[CONFIG].replace(b'"MOSLD"', b'"MOSLP"').replace(b'"LORA"', b'"LORB"')
+
+
+DAMAGES = st.one_of(
+    *(kind(file, len(SAVED[file])) for kind in (flips, cuts) for file in (DIGEST, WEIGHTS)),
+    cuts(CONFIG, len(SAVED[CONFIG]) - 2),  # more than its last brace and line
+    headers(SAVED[WEIGHTS]),
+    records(SAVED[DIGEST]),
+    swaps(tensors(SAVED), tensors(OTHER)),
+    tensor_changes(tensors(SAVED)),
+    st.builds(Damage, st.just("not JSON"), st.just(not_json)),
+    st.builds(Damage, st.just("of no method"), st.just(of_no_method)),
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield write_data(Path(name))
+
+
+def run(data: Path, files: dict[str, bytes], verb: str) -> None:
+    (data / "adapter").mkdir(exist_ok=True)
+    write(files, data / "adapter")
+    task = ["--task", f"even={data / 'even.jsonl'}"] if verb == "eval" else []
+    own = ["--model", str(data / "model"), "--adapter", str(data / "adapter"), "--output", str(data / "out")]
+    command(verb, *own, *task)
+
+
+def refused(data: Path, files: dict[str, bytes], verb: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        run(data, files, verb)
+    assert any(str(data / "adapter" / name) in str(caught.value) for name in FILES), caught.value
+    assert not (data / "out").exists()
+
+
+def same_record(files: dict[str, bytes]) -> bool:
+    """Damage to the checksum that says what it said: a capital letter, another blank, a comment that is lost."""
+    lines = files.get(DIGEST, b"").lower().split(b"\n")
+    expected = SAVED[DIGEST].lower().split(b"\n")
+    return (
+        files[WEIGHTS] == SAVED[WEIGHTS] and files[CONFIG] == SAVED[CONFIG] and lines[0].split() == expected[0].split()
+    )
+
+
+@cases(25, damage=DAMAGES, verb=st.sampled_from(("eval", "export")))
+def test_a_command_names_the_file_and_ends_with_2(data, damage, verb):
+    files = damage(SAVED)
+    if not same_record(files):
+        refused(data, files, verb)
+
+
+@cases(15, damage=cuts(WEIGHTS, len(LORA[WEIGHTS])) | cuts(CONFIG, len(LORA[CONFIG]) - 2))
+def test_eval_of_a_lora_that_is_cut_off(data, damage):
+    refused(data, damage(LORA), "eval")
+
+
+def test_undamaged_they_run(data):
+    for files, verb in ((SAVED, "eval"), (SAVED, "export"), (LORA, "eval")):
+        run(data, files, verb)
+        out = data / "out"
+        assert out.exists()
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
