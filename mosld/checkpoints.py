@@ -3,10 +3,19 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 from .adapter_file import WEIGHTS, AdapterFileError, check_digest
 
 STATE = "trainer_state.json"  # which the Trainer writes last
+
+
+class WholeCheckpointsMixin:
+    """For any Trainer: `trainer_state.json` comes after the files of every process, not of the first alone."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        cast(Any, super())._save_rng_state(output_dir)
+        cast(Any, self).accelerator.wait_for_everyone()
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

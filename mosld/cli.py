@@ -5,8 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from . import commands, compare, compare_merged, counting, merge_command
+from .failures import explain
 from .inspection import as_text
 from .merging.channel import NOISES
 from .merging.methods import METHODS as METHODS_OF_MERGING
@@ -297,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.command not in ("train", "compare") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    folder = Path(options.output) if getattr(options, "output", None) else None
     try:
         try:
             if options.command == "train":
@@ -311,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
             print(f"mosld {options.command}: {error}", file=sys.stderr)
             return 2
+        if isinstance(work, (commands.Run, compare.Comparison)):
+            folder = work.folder
         if isinstance(work, merge_command.MergeRun):
             return _merge(work)
         if isinstance(work, commands.Run):
@@ -324,6 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = explain(error, options.command, folder)
+        if told is None:
+            raise
+        print(f"\nmosld {options.command}: {told}", file=sys.stderr)
+        return 1
     finally:
         release()
     return 0

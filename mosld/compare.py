@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import commands, compare_merged, compare_report
+from .failures import LESS_MEMORY, CellsFailed, first_line, free_memory, out_of_memory
 from .merging.merge import MergeSettings
 from .merging.unlabelled import without_labels
 from .methods import LORA, METHODS, NAMES, Adapter
@@ -129,23 +130,30 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
 
 
 def compare(run: Comparison) -> None:
-    """Train and score every cell that is not finished yet, then show and write the results."""
+    """Train and score every cell that is not finished yet, then show and write the results.
+
+    raises CellsFailed where some had too little memory, after the others are finished.
+    """
     writes = PartialState().is_main_process
     base_result = finished(run.folder, "base") or score_base(run.base, run.encoder, run.tasks, run.recipe)
     if writes:
         finish(run.folder, "base", base_result)
     results = []
+    failed: dict[str, str] = {}
     with tqdm(total=len(run.stages), desc="compare", unit="cell", disable=not writes) as progress:
         for stage in run.stages:
             result = finished(run.folder, stage.name)
             if result is not None and writes:
                 drop_checkpoints(run.folder, stage.name)  # the process may have been killed before it did
             if result is None:
-                result = _run_cell(run, stage)
-                if writes:
+                result = _try_cell(run, stage, failed)
+                if writes and result is not None:
                     finish(run.folder, stage.name, result)
-            results.append(result)
+            if result is not None:
+                results.append(result)
             progress.update()
+    if failed:
+        raise CellsFailed(_without(failed, run))
     if writes:
         titles = {row.name: row.title for row in run.rows}
         titles |= {name: merge.kind.title for name, merge in run.merges.items()}
@@ -164,6 +172,40 @@ def _run_cell(run: Comparison, stage: Stage) -> dict[str, Any]:
         return compare_merged.run(run.base, run.encoder, run.tasks, stage, settings, run.folder, size)
     adapter_dir = run.folder / "adapters" / stage.name
     return run_stage(run.base, run.encoder, run.tasks, stage, run.recipe, run.folder, adapter_dir)
+
+
+def _try_cell(run: Comparison, stage: Stage, failed: dict[str, str]) -> dict[str, Any] | None:
+    """The cell's result; None, with the reason in `failed`, where memory was lacking or a LoRA that it merges has failed.
+
+    raises CellsFailed at once where several processes train: the others wait for this one in the middle of the cell.
+    """
+    needs = compare_merged.needs(stage, run.tasks) if stage.label in run.merges else []
+    if lacking := [name for name in needs if name in failed]:
+        failed[stage.name] = f"merges {', '.join(lacking)}"
+        return None
+    try:
+        return _run_cell(run, stage)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        failed[stage.name] = first_line(error)
+        if PartialState().num_processes > 1:
+            raise CellsFailed(_without(failed, run)) from error
+    free_memory()
+    tqdm.write(f"out of memory in {stage.name}; the other cells go on")
+    return None
+
+
+def _without(failed: dict[str, str], run: Comparison) -> str:
+    """What to say of a comparison without the cells `failed`, cell -> reason."""
+    cells = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+    return (
+        f"out of memory in {len(failed)} of {len(run.stages)} cells:{cells}\n"
+        f"Every finished cell is kept in {run.folder}; the tables are written when all are finished. Free memory on the device, "
+        "or take a larger one, and run the same command again: it runs what is missing alone. "
+        f"{LESS_MEMORY['compare'].capitalize()} needs less, but changes every row: give it with another --output. A table "
+        "without a method: the same command with the other --methods."
+    )
 
 
 def _reference(rows: Sequence[str] | dict[str, str]) -> str:

@@ -76,12 +76,17 @@ def plan(merges: Sequence[str], seeds: int) -> list[Stage]:
     return [Stage(label, LORA, seed) for seed in range(seeds) for label in merges]
 
 
+def needs(stage: Stage, tasks: Sequence[Task]) -> list[str]:
+    """The cells whose LoRAs a merge makes one."""
+    return [Stage(f"{LORA}{SINGLE}", LORA, stage.seed, task.name).name for task in tasks]
+
+
 def run(
     base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, settings: MergeSettings, folder: Path,
     batch_size: int,
 ) -> dict:  # fmt: skip
     """Merge the LoRAs of the stage's seed, in `folder` of the comparison, and score the model; `base` is left as it was."""
-    singles = [Stage(f"{LORA}{SINGLE}", LORA, stage.seed, task.name).name for task in tasks]
+    singles = needs(stage, tasks)
     trained = [result for name in singles if (result := finished(folder, name)) is not None]
     start = time.perf_counter()
     vectors = read_task_vectors([folder / "adapters" / name for name in singles])

@@ -258,7 +258,8 @@ def _save(work: MergeRun, merged: Merged) -> dict[str, Any]:
             save_model(work.base, target, tokenizer)
             return found
     if form == "lora":
-        found["lost"] = save_lora(work.base, merged, target)
+        # There already where a run was killed before it wrote its results.
+        found["lost"] = save_lora(work.base, merged, target, overwrite=True)
     elif form == "mosld":
         found["lost"] = save_mixture(work.base, merged, target, work.options.rank)
     else:

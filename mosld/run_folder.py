@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from .at_once import is_leftover, remove_leftovers, write_at_once
+from .failures import existing, writable
 
 try:
     import fcntl
@@ -53,10 +54,12 @@ class RunFolderError(ValueError):
 def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
     """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
-    raises RunFolderError for a folder that holds another run, a finished one, or something else.
+    raises RunFolderError for a folder that holds another run, a finished one, or something else, and for one where this
+    process may not write.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
+    _check_writable(folder)
     state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
     if state == "foreign":
         raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
@@ -89,6 +92,18 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False,
         written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
     write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
     return state == "unfinished"
+
+
+def _check_writable(folder: Path) -> None:
+    """What is of a run in `folder`, or the folder that it would be made in, before anything costs time."""
+    place = existing(folder)
+    own = [folder / name for name in (*OWN, LOCK)] if folder.exists() else []
+    for path in (place, *(path for path in own if path.exists())):
+        if not writable(path):
+            raise RunFolderError(
+                f"{folder} cannot be written, since this process may not write to {path}: choose another --output, or "
+                "change its permissions"
+            )
 
 
 def release() -> None:

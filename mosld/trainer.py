@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .balance import balance_loss
-from .checkpoints import check_adapters, last_whole_checkpoint
+from .checkpoints import WholeCheckpointsMixin, check_adapters, last_whole_checkpoint
 from .router import RouterStats, RouterUse, forget_routing, no_choice, running_adapters
 from .task_column import TaskColumnMixin
 
@@ -18,7 +18,7 @@ ROUTER_LOGS = ("summary", "layers", "off")
 AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
-class MoSLDTrainerMixin(TaskColumnMixin):
+class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
     balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by

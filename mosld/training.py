@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -24,13 +25,14 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from .at_once import folder_at_once, write_at_once
 from .card import write_card
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import STATE, WholeCheckpointsMixin, last_whole_checkpoint
 from .methods import LORA, Adapter, task_setter
 from .progress import show_progress
 from .router import RouterUse
@@ -65,6 +67,10 @@ class Stage:
         return "-".join([self.label, *([self.task] if self.task else []), f"seed{self.seed}"])
 
 
+class LoraTrainer(WholeCheckpointsMixin, Trainer):
+    """transformers' Trainer, whose checkpoints can be gone on from after any process was killed."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Training stopped on request, after saving a checkpoint."""
 
@@ -86,7 +92,7 @@ def count_trained(base: PreTrainedModel, adapter: Adapter, num_tasks: int) -> in
 
     raises ValueError, naming the targets, when none of them is in the model or one cannot be adapted.
     """
-    model = get_peft_model(base, adapter.config(num_tasks))
+    model = _adapted(base, adapter.config(num_tasks))
     try:
         return model.get_nb_trainable_parameters()[0]
     finally:
@@ -96,7 +102,24 @@ def count_trained(base: PreTrainedModel, adapter: Adapter, num_tasks: int) -> in
 def _restore(base: PreTrainedModel, model: PeftModel) -> None:
     """Take the adapter out of `base` again."""
     model.unload()
+    _forget_peft(base)
+
+
+def _forget_peft(base: PreTrainedModel) -> None:
     vars(base).pop("peft_config", None)  # PEFT leaves it there and would warn of a second adapter
+
+
+def _adapted(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`base` with an adapter in its layers; where that fails (out of memory), `base` is left as it was."""
+    try:
+        return get_peft_model(base, config)
+    except BaseException:
+        layers = [(name, module) for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name, layer in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+        _forget_peft(base)
+        raise
 
 
 def score_base(base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], recipe: Recipe) -> dict:
@@ -123,7 +146,7 @@ def run_stage(
     adapter = recipe.adapters[stage.method]
     mixture = adapter.mixture(len(chosen))
     set_seed(stage.seed)
-    model = get_peft_model(base, adapter.config(len(chosen)))
+    model = _adapted(base, adapter.config(len(chosen)))
     try:
         start = time.perf_counter()
         loss = _train(model, encoder, chosen, stage, recipe, run_dir / "checkpoints" / stage.name)
@@ -169,7 +192,7 @@ def _train(
     if mixture is not None and mixture.wants_tasks:
         rows = [{**row, "task_ids": place} for row, (place, _) in zip(rows, examples, strict=True)]
     arguments = training_arguments([*recipe.trainer.get(stage.method, []), "--seed", str(stage.seed)], checkpoints)
-    trainer_class = Trainer if adapter.is_lora else MoSLDTrainer
+    trainer_class = LoraTrainer if adapter.is_lora else MoSLDTrainer
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -178,9 +201,14 @@ def _train(
     )
     show_progress(trainer, f"train {stage.name}")
     last = last_whole_checkpoint(checkpoints)
-    with _stop_on_interrupt(trainer):
-        trainer.train(resume_from_checkpoint=last)
-    return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    state = TrainerState.load_from_json(str(Path(last, STATE))) if last else None
+    if last and state and state.global_step >= state.max_steps:
+        trainer._load_from_checkpoint(last)  # all steps are done; `train` would take one more in the middle of an epoch
+    else:
+        with _stop_on_interrupt(trainer):
+            trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
+    return [(int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
 def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:

@@ -22,8 +22,8 @@ LONGEST = 500  # more changes than anything here makes
 TIMEOUT_S = 300  # the first process waits for all imports
 
 # Its processes begin with everything imported, in milliseconds.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.kills", "tests.library.test_kills", "mosld.cli"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.kills", "tests.library.test_kills", "mosld.cli", "tests.faults.moments"])
 
 
 def killed_at_every_change(work: Callable[[Path], None], folder: Path) -> Iterator[int]:
@@ -36,7 +36,7 @@ def killed_at_every_change(work: Callable[[Path], None], folder: Path) -> Iterat
         for number in range(1, LONGEST):
             shutil.rmtree(folder)
             shutil.copytree(before, folder)
-            process = _processes.Process(target=_run, args=(work, folder, number))
+            process = processes.Process(target=_run, args=(work, folder, number))
             process.start()
             process.join(TIMEOUT_S)
             assert process.exitcode in (0, -signal.SIGKILL), f"killed at change {number}: exit code {process.exitcode}"
@@ -54,7 +54,7 @@ def killed_at(change: str, work: Callable[..., None], *arguments: object, never:
     where Python removes a folder, PATH is a name alone. raises AssertionError when nothing was killed, or when a change
     that `never` finds came before.
     """
-    process = _processes.Process(target=_run_to, args=(change, never, work, arguments))
+    process = processes.Process(target=_run_to, args=(change, never, work, arguments))
     process.start()
     process.join(TIMEOUT_S)
     assert process.exitcode == -signal.SIGKILL, f"{change}: exit code {process.exitcode}"

@@ -34,16 +34,16 @@ def applied(base: nn.Module, merged: Merged) -> Iterator[nn.Module]:
         yield base
 
 
-def save_lora(base: nn.Module, merged: Merged, folder: Path) -> float:
+def save_lora(base: nn.Module, merged: Merged, folder: Path, overwrite: bool = False) -> float:
     """One LoRA whose rank is the sum of the adapters', for plain PEFT; -> what its dtype loses of the update.
 
-    raises MergeError for a merge that did not stay factored.
+    overwrite: replace an earlier one in `folder`, as `export_lora`. raises MergeError for a merge that did not stay factored.
     """
     _expect_factored(merged, "lora")
     model = FactoredMerge(base, merged.vectors)
     try:
         model.write(merged.coefficients)
-        export_lora(model.model, folder)
+        export_lora(model.model, folder, overwrite=overwrite)
     finally:
         model.unload()
     return _lost(base, merged, folder)

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..at_once import write_at_once
+from ..at_once import folder_beside
 from .unlabelled import Unlabelled, batches
+
+STATE = "state.safetensors"
 
 
 class Descent:
@@ -69,39 +71,33 @@ class Descent:
                 next(stream)
         return own
 
-    @property
-    def _files(self) -> tuple[Path, Path]:
-        assert self.folder is not None
-        return self.folder / "state.safetensors", self.folder / "log.json"
-
     def _fields(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self.settings).items() if key not in ("steps", "save_steps")}
 
     def _save(self) -> None:
-        """The log goes last; what it has more than the state is forgotten."""
+        """All in one file, so that a killed process leaves the state before or this one, each with its own losses."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"variable.{name}": value.detach() for name, value in self.variables.items()}
-        tensors["generator"] = self.generator.get_state()
+        tensors |= {"generator": self.generator.get_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
         for title, optimiser in self.optimisers.items():
             for i, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"{title}.{i}.{name}": value for name, value in state.items()}
-        state, log = self._files
-        # safetensors replaces files whole.
-        save_file({k: v.contiguous() for k, v in tensors.items()}, state, metadata={"step": str(len(self.losses))})
-        write_at_once(log, json.dumps({"settings": self._fields(), "losses": self.losses}) + "\n")
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with folder_beside(self.folder / STATE) as aside:  # safetensors' own leftovers have no name to know them by
+            save_file(whole, aside / STATE, metadata={"settings": json.dumps(self._fields())})
+            (aside / STATE).replace(self.folder / STATE)
 
     def _resume(self) -> None:
-        if self.folder is None or not all(path.is_file() for path in self._files):
+        if self.folder is None or not (self.folder / STATE).is_file():
             return
-        state, log = self._files
-        told, tensors = json.loads(log.read_text()), load_file(state)
-        with safe_open(state, framework="pt") as file:
-            step = int((file.metadata() or {}).get("step", 0))
+        tensors = load_file(self.folder / STATE)
+        with safe_open(self.folder / STATE, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get("settings", "null"))
         shapes = {name: tensors.get(f"variable.{name}", torch.empty(0)).shape for name in self.variables}
         fits = all(shapes[name] == value.shape for name, value in self.variables.items())
-        if told["settings"] != self._fields() or not fits or not 0 < step <= len(told["losses"]):
+        if settings != json.loads(json.dumps(self._fields())) or not fits:
             return
         with torch.no_grad():
             for name, value in self.variables.items():
@@ -114,4 +110,4 @@ class Descent:
                     _, i, name = key.split(".", 2)
                     own.setdefault(int(i), {})[name] = value
             optimiser.load_state_dict({**optimiser.state_dict(), "state": own})
-        self.losses = told["losses"][:step]
+        self.losses = tensors["losses"].tolist()
