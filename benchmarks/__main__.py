@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import bench, calls, gpu, kernels, layer, memory, processes, report, roofline, scaling, training
+from . import bench, calls, gpu, kernels, layer, memory, processes, report, roofline, scaling, soak, training
 from .measure import Budget
 from .peers import PEERS, choose
 from .shapes import LAYERS
@@ -184,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiles.add_argument("--out", type=Path, help="also write the rows to this JSON file, which MOSLD_TILES can name")
     tiles.set_defaults(run=_tune)
+    long = verbs.add_parser("soak", help="thousands of training steps, kills and adapter switches: no leak, no drift")
+    soak.add_arguments(long)
+    long.set_defaults(run=soak.run)
     return parser
 
 
