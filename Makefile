@@ -3,6 +3,7 @@
 # make test-gpu  the tests that need an NVIDIA GPU
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
+# make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu check bench tune
+.PHONY: demo test test-gpu check bench mutants tune
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -29,6 +30,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks bench
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
 
 tune: $(READY)
 	$(BIN)/python -m benchmarks tune --out runs/tiles.json
