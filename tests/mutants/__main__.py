@@ -52,12 +52,13 @@ def _run(results: Results, faults: list[Fault], jobs: int, timeout: float) -> No
     if not faults:
         return
     survived: list[str] = []
-    with tqdm(total=len(faults), desc="mutants", unit="fault") as progress:
+    with tqdm(total=len(faults), desc="the tests without a fault", unit="fault") as progress:
 
         def after(fault: Fault, outcome: Outcome) -> None:
             results.add(fault, outcome)
             if not outcome.caught:
                 survived.append(fault.name)
+            progress.set_description("mutants", refresh=False)
             progress.update()
             progress.set_postfix_str(f"{len(survived)} survived {' '.join(survived[-2:])}".strip())
 

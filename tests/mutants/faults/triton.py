@@ -25,7 +25,7 @@ FAULTS = [
         "        router = tl.load(router_tile, mask=mask_e & (d + dd[:, None] < D_IN), other=0.0)",
         "        router = tl.load(router_tile, mask=mask_e, other=0.0)",
         "an expert with a NaN in its router, or whatever lies behind the last, spoils its neighbour",
-        (FILE,),
+        (f"{FILE}::test_a_bad_row_of_a_or_of_the_router_stays_alone",),
     ),
     Fault(
         "last_tile_of_d_in_wins",
@@ -121,7 +121,7 @@ FAULTS = [
         "            dout = tl.load(dout_tile, mask=mask_t & (o + do[None, :] < D_OUT), other=0.0)",
         "            dout = tl.load(dout_tile, mask=mask_t, other=0.0)",
         "where D_out is no multiple of the tile, a NaN in one token's gradient spreads to the one before",
-        (FILE,),
+        (f"{FILE}::test_a_bad_gradient_stays_with_its_token",),
     ),
     Fault(
         "experts_that_do_not_exist",
