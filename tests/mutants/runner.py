@@ -1,13 +1,15 @@
 """Runs tests with one planted fault at a time, in a copy of the repository: which test notices which fault.
 
-A fault's text is put in place of the right one, its tests run in a process of their own up to the first that fails, and the
-text is put back. Tests marked slow or gpu do not take part. A hang is a fault caught, and told apart.
+A fault's text is put in place of the right one, its tests run in a process of their own (`warm`) up to the first that fails,
+and the text is put back. Tests marked slow or gpu do not take part. A hang is a fault caught, and told apart.
 """
 
 import hashlib
+import json
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -16,14 +18,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from tests.mutants.fault import Fault
 
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "build", "dist")
-PYTEST = ("-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+PYTEST = ("-q", "-x", "--color=no", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+# What many tests import, and what takes long to import.
+PRELOADED = (
+    "torch", "pytest", "peft", "transformers.trainer", "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+)  # fmt: skip
 _RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -52,114 +61,131 @@ def key(root: Path, fault: Fault) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> Outcome:
-    """Run pytest's paths `tests` in the copy `tree`, up to the first that fails.
+class Tree:
+    """A copy of the repository, and a process that runs tests in it.
 
-    raises RunnerError where pytest itself could not run, or found no test.
+    packages: what must be imported from this copy and from no other, an installed one say. preloaded: see `PRELOADED`.
     """
-    command = [sys.executable, *PYTEST, f"--basetemp={tree.parent / 'scratch'}", "-x", *tests]
-    start = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=tree, env=_environment(tree), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
+
+    def __init__(self, root: Path, folder: Path, packages: Sequence[str], preloaded: Sequence[str]):
+        self.folder, self.path, self.packages = folder, folder / "tree", list(packages)
+        shutil.copytree(root, self.path, ignore=NOT_COPIED)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("warm.py")), *preloaded], env=self._environment(), bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTHONPATH")}
+        if not torch.cuda.is_available():
+            kept["TRITON_INTERPRET"] = "1"  # as tests/conftest.py does, which comes too late here
+        return {
+            **kept,
+            "OMP_NUM_THREADS": "1",
+            # A file that is as long as before and written within the same second would pass for the one compiled before.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # no test needs one
+            "MOSLD_CACHE": str(self.folder / "cache"),  # what a faulty run leaves there serves nobody else
+        }
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            pipe.close()  # pyright: ignore
+
+    def run(self, tests: Sequence[str], timeout: float) -> Outcome:
+        """Run pytest's paths `tests`, up to the first that fails.
+
+        raises RunnerError where pytest itself could not run, found no test, or tested another copy.
+        """
+        log = self.folder / "log.txt"
+        arguments = [*PYTEST, f"--basetemp={self.folder / 'scratch'}", *tests]
+        request = {"tree": str(self.path), "packages": self.packages, "log": str(log), "arguments": arguments}
+        self._process.stdin.write(f"{json.dumps(request)}\n".encode())
+        group = self._answer()  # the first time it comes when all is imported
+        start = time.monotonic()
+        hangs = not select.select([self._process.stdout], [], [], timeout)[0]
+        with suppress(ProcessLookupError):  # whatever it has started ends with it
+            os.killpg(group, signal.SIGKILL)
+        status, seconds = os.waitstatus_to_exitcode(self._answer()), time.monotonic() - start
+        if hangs:
+            return Outcome("hang", "", seconds)
+        if status < 0:
+            return Outcome("crash", signal.Signals(-status).name, seconds)
+        if status == 0:
+            return Outcome("passed", "", seconds)
+        output = log.read_text(errors="replace")
+        red = _RED.findall(output)
+        if status in (1, 2) and red:  # 2: a file could not be collected
+            return Outcome("error" if f"ERROR {red[0]}" in output else "failed", red[0], seconds)
+        raise RunnerError(f"pytest ended with {status} on {' '.join(tests)}:\n{output[-3000:]}")
+
+    def _answer(self) -> int:
+        line = self._process.stdout.readline()  # pyright: ignore
+        if not line:
+            raise RunnerError(f"the process that runs tests ended with {self._process.wait()}")
+        return int(line)
+
+    def run_fault(self, fault: Fault, timeout: float) -> Outcome:
+        """Plant, test, and put back."""
+        path = self.path / fault.file
+        right = path.read_text()
+        path.write_text(fault.planted(right))
         try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return Outcome("hang", "", time.monotonic() - start)
+            return self.run(fault.tests, timeout)
         finally:
-            with suppress(ProcessLookupError):  # whatever it has started ends with it
-                os.killpg(process.pid, signal.SIGKILL)
-    seconds = time.monotonic() - start
-    red = _RED.findall(output)
-    if process.returncode < 0:
-        return Outcome("crash", signal.Signals(-process.returncode).name, seconds)
-    if process.returncode == 0:
-        return Outcome("passed", "", seconds)
-    if process.returncode in (1, 2) and red:  # 2: a file could not be collected
-        return Outcome("error" if f"ERROR {red[0]}" in output else "failed", red[0], seconds)
-    raise RunnerError(f"pytest ended with {process.returncode} on {' '.join(tests)}:\n{output[-3000:]}")
-
-
-def _environment(tree: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTHONPATH")}
-    return {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        # A file that is as long as before and written within the same second would pass for the one compiled before.
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # no test needs one, and importing them takes longer than many tests
-        "MOSLD_CACHE": str(tree.parent / "cache"),  # what a faulty run leaves there serves nobody else
-    }
+            path.write_text(right)
 
 
 @contextmanager
-def copies(root: Path, count: int) -> Iterator[list[Path]]:
-    """`count` copies of the repository, gone at the end; each in a folder of its own, for what its tests write."""
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        trees = [Path(folder).resolve() / str(number) / "tree" for number in range(count)]
-        for tree in trees:
-            shutil.copytree(root, tree, ignore=NOT_COPIED)
-        yield trees
+def trees(root: Path, count: int, packages: Sequence[str], preloaded: Sequence[str]) -> Iterator[list[Tree]]:
+    """`count` of them, each in a folder of its own, gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ExitStack() as stack:
+        made = []
+        for number in range(count):
+            own = Path(folder).resolve() / str(number)
+            own.mkdir()
+            made.append(tree := Tree(root, own, packages, preloaded))
+            stack.callback(tree.close)
+        yield made
 
 
-def check_imports(tree: Path, packages: Sequence[str]) -> None:
-    """raises RunnerError where tests in `tree` would import another copy, an installed one say: no fault would show."""
-    program = f"import importlib.util as u\nfor name in {list(packages)!r}: print(u.find_spec(name).origin)"
-    found = subprocess.run(
-        [sys.executable, "-c", program], cwd=tree, env=_environment(tree), capture_output=True, text=True, check=True
-    )
-    for origin in found.stdout.splitlines():
-        if not Path(origin).resolve().is_relative_to(tree):
-            raise RunnerError(f"tests in the copy would import {origin}")
-
-
-def check_green(tree: Path, faults: Sequence[Fault], timeout: float) -> None:
+def check_green(tree: Tree, faults: Sequence[Fault], timeout: float) -> None:
     """raises RunnerError where a test fails without any fault."""
     tests = sorted({test for fault in faults for test in fault.tests})
-    tests = [test for test in tests if test.partition("::")[0] == test or test.partition("::")[0] not in tests]
-    outcome = run_tests(tree, tests, timeout * max(1, len(tests)))
+    tests = [test for test in tests if "::" not in test or test.partition("::")[0] not in tests]
+    outcome = tree.run(tests, timeout * max(1, len(tests)))
     if outcome.caught:
         raise RunnerError(f"{outcome.test or 'a test'} does not pass without a fault ({outcome.how})")
 
 
-def run_fault(tree: Path, fault: Fault, timeout: float) -> Outcome:
-    """Plant, test, and put back."""
-    path = tree / fault.file
-    right = path.read_text()
-    path.write_text(fault.planted(right))
-    try:
-        return run_tests(tree, fault.tests, timeout)
-    finally:
-        path.write_text(right)
-
-
 def run_faults(
-    root: Path, faults: Sequence[Fault], jobs: int, timeout: float, after: Callable[[Fault, Outcome], object]
-) -> None:
+    root: Path, faults: Sequence[Fault], jobs: int, timeout: float, after: Callable[[Fault, Outcome], object],
+    preloaded: Sequence[str] = PRELOADED,
+) -> None:  # fmt: skip
     """Run `faults`, `jobs` at a time, and call `after` with each as soon as it is done.
 
-    raises RunnerError before the first where a test is red without a fault, or the copy is not what is tested.
+    raises RunnerError before the first where a test is red without a fault.
     """
-    with copies(root, jobs) as trees:
-        check_imports(trees[0], sorted({Path(fault.file).parts[0] for fault in faults}))
-        check_green(trees[0], faults, timeout)
-        free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for tree in trees:
+    packages = sorted({Path(fault.file).parts[0] for fault in faults})
+    with trees(root, jobs, packages, preloaded) as made, ThreadPoolExecutor(jobs) as threads:
+        check_green(made[0], faults, timeout)
+        free: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+        for tree in made:
             free.put(tree)
 
         def in_a_tree(fault: Fault) -> Outcome:
             tree = free.get()
             try:
-                return run_fault(tree, fault, timeout)
+                return tree.run_fault(fault, timeout)
             finally:
                 free.put(tree)
 
-        with ThreadPoolExecutor(jobs) as threads:
-            running = {threads.submit(in_a_tree, fault): fault for fault in faults}
-            try:
-                for done in as_completed(running):
-                    after(running[done], done.result())
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+        running = {threads.submit(in_a_tree, fault): fault for fault in faults}
+        try:
+            for done in as_completed(running):
+                after(running[done], done.result())
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise

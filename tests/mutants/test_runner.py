@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.mutants.fault import Fault
 from tests.mutants.results import Results
 from tests.mutants.runner import Outcome, RunnerError, key, run_faults
 
+PRELOADED = ("pytest",)  # these tests import nothing else
 SOURCE = (
     "def double(x):\n    n = 0\n    while n < x:\n        n += 1\n    return n + x\n\n\ndef unused():\n    return 1\n"
 )
@@ -40,7 +42,7 @@ def repository(tmp_path):
 
 def outcomes(repository, *faults, jobs=1, timeout=60.0):
     seen = {}
-    run_faults(repository, faults, jobs, timeout, lambda fault, outcome: seen.update({fault.name: outcome}))
+    run_faults(repository, faults, jobs, timeout, lambda fault, outcome: seen.update({fault.name: outcome}), PRELOADED)
     return seen
 
 
@@ -80,9 +82,14 @@ def test_tests_that_cannot_be_run_are_no_fault_caught(repository):
         outcomes(repository, WRONG._replace(tests=("tests/test_gone.py",)))
 
 
-def test_a_copy_that_would_not_be_imported_is_refused(repository):
-    with pytest.raises(RunnerError, match="tests in the copy would import .*pytest"):
-        outcomes(repository, WRONG._replace(file="pytest/__init__.py"))
+def test_tests_of_another_copy_are_refused(repository):
+    elsewhere = repository / "runs/toy"  # where a fault would never show
+    elsewhere.mkdir()
+    (elsewhere / "__init__.py").write_text(SOURCE)
+    path = f"import sys\nsys.path.insert(0, {str(elsewhere.parent)!r})\nimport toy as numbers\n"
+    (repository / "tests/test_numbers.py").write_text(path + TESTS.replace("from toy import numbers\n", ""))
+    with pytest.raises(RunnerError, match="the tests imported toy from .*runs/toy"):
+        outcomes(repository, WRONG)
 
 
 @pytest.mark.parametrize("what", ["its file", "its test", "itself"])
@@ -105,6 +112,7 @@ def run(repository, monkeypatch):
     areas = {"numbers": [WRONG], "others": [HARMLESS]}
     monkeypatch.setattr(command, "ROOT", repository)
     monkeypatch.setattr(command, "AREAS", areas)
+    monkeypatch.setattr(command, "run_faults", partial(run_faults, preloaded=PRELOADED))
     output, ran = repository / "results/mutants.json", []
     add = Results.add
     monkeypatch.setattr(

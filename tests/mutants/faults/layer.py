@@ -166,7 +166,7 @@ FAULTS = [
         '            values |= {"dropout": 0.0, "up_dropout": self.dropout}',
         '            values |= {"up_dropout": self.dropout}',
         "with a shared up-projection A is dropped, too",
-        ("tests/methods/test_presets.py", "tests/methods/test_equations.py"),
+        ("tests/methods/test_equations.py",),
     ),
     Fault(
         "shared_up_is_ignored",
@@ -174,6 +174,6 @@ FAULTS = [
         '"mixing": self.mixing or ("reduce" if self.shared == "up" else "expand")}',
         '"mixing": self.mixing or "expand"}',
         'shared="up" shares the down-projection',
-        ("tests/methods/test_presets.py", "tests/methods/test_equations.py"),
+        ("tests/methods/test_equations.py",),
     ),
 ]
