@@ -4,6 +4,7 @@
 # make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
+# make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu fuzz check bench tune
+.PHONY: demo test test-gpu fuzz check bench mutants tune
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -33,6 +34,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks bench
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
 
 tune: $(READY)
 	$(BIN)/python -m benchmarks tune --out runs/tiles.json

@@ -81,6 +81,13 @@ def test_a_trace_does_not_hold_one_mask():
         assert torch.equal(traced(seed_tensor(seed)), keep_mask(seed_tensor(seed), (4, 16), 0.5))
 
 
+@pytest.mark.parametrize("salts", [(2, 9), (0, 1)])
+def test_a_traced_mask_has_the_salts_of_an_eager_one(salts):
+    """Traced, it is drawn in torch; eager on a CPU, in NumPy."""
+    traced = make_fx(lambda seed: keep_mask(seed, (5, 13), 0.5, *salts))(seed_tensor(1))
+    assert torch.equal(traced(seed_tensor(7)), keep_mask(seed_tensor(7), (5, 13), 0.5, *salts))
+
+
 @pytest.mark.parametrize("shape", [(8, 64), (3, 5), (1, 1), (7, 33), (0, 4)])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
 def test_mask_follows_the_specification_element_by_element(shape, p):

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
 from mosld_kernels import mosld_delta, mosld_linear, reference
+from mosld_kernels.eager import FEW_TOKENS
 from tests.accuracy import assert_no_less_accurate
 from tests.inputs import DIAGONAL_SHAPES, SHAPES, Shape, make_case
 from tests.runs import NAMES, PLACES, SEED, assert_accurate, run
@@ -27,6 +28,14 @@ def settings(shape, p=0.2):
 def test_float64_equals_the_reference(shape, bias, p):
     case = make_case(shape)
     ours, truth = run(mosld_linear, case, shape, p, bias), run(reference.mosld_linear, case, shape, p, bias)
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_more_tokens_than_few_take_another_product_to_the_same_gradient(mixing):
+    shape = Shape(FEW_TOKENS + 1, 6, 5, 2, 3, 2, mixing)
+    case = make_case(shape)
+    ours, truth = run(mosld_linear, case, shape), run(reference.mosld_linear, case, shape)
     for name, value in truth.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -217,6 +217,29 @@ def test_a_bad_token_stays_alone(bad, dtype, mixing):
     assert not soiled["y"][7].isfinite().any()
 
 
+def test_a_bad_gradient_stays_with_its_token(mixing):
+    """D_out is no multiple of the tile: behind each token's gradient lies the next one's in its last tile."""
+    shape = Shape(21, 40, 22, 4, 6, 2, mixing)
+    case = make_case(shape, torch.float32).to(torch.float32)
+    clean = run(mosld_linear, case, shape, backend="triton")["dx"]
+    case.dout[7, 3] = float("nan")
+    soiled = run(mosld_linear, case, shape, backend="triton")["dx"]
+    others = torch.arange(21) != 7
+    assert torch.equal(soiled[others], clean[others]) and not soiled[7].isfinite().any()
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_a_bad_row_of_a_or_of_the_router_stays_alone(row):
+    """D_in is no multiple of the tile, so that behind each row lies the next one in its last tile."""
+    x, down_weight = torch.randn(3, 21), torch.randn(5, 21)
+    hidden, logits, _, _ = down(x, down_weight, 2, 1, 1.0)
+    down_weight[row, 0] = float("nan")
+    spoilt = torch.cat(down(x, down_weight, 2, 1, 1.0)[:2], dim=1)
+    expected = torch.cat((hidden, logits), dim=1)
+    expected[:, row] = float("nan")
+    torch.testing.assert_close(spoilt, expected, equal_nan=True)
+
+
 def test_a_token_does_not_depend_on_its_batch(mixing):
     torch.manual_seed(1)
     x, down_weight = torch.randn(60, 70), torch.randn(12, 70)

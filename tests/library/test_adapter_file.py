@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import mosld
 from mosld import MoSLDConfig
-from mosld.adapter_file import AdapterFileError, AdapterWeights
+from mosld.adapter_file import AdapterFileError, AdapterWeights, check_digest, write_digest
 from mosld.inspection import inspect_adapter
 from mosld.mixture import Mixture
 from mosld.tuner import MoSLDPeftLinear
@@ -120,6 +120,19 @@ def test_a_changed_number_is_refused_by_name_and_nothing_is_built(saved):
     assert list(model.peft_config) == ["default"]
     (saved / DIGEST).unlink()  # as the message says
     load(saved)
+
+
+def test_the_checksum_is_of_the_whole_file_however_long(tmp_path):
+    save_file({"w": torch.zeros(3, 1 << 20, dtype=torch.uint8)}, tmp_path / WEIGHTS)
+    write_digest(tmp_path)
+    check_digest(tmp_path / WEIGHTS)
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    for place in (1 << 19, 3 << 19, len(data) - 1):
+        data[place] ^= 1
+        (tmp_path / WEIGHTS).write_bytes(data)
+        with pytest.raises(AdapterFileError, match="its numbers were altered"):
+            check_digest(tmp_path / WEIGHTS)
+        data[place] ^= 1
 
 
 def test_the_checksum_is_one_that_sha256sum_checks(saved):

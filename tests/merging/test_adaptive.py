@@ -86,6 +86,25 @@ def test_a_dense_merge_is_the_model_with_the_sum_added():
     assert torch.equal(model(ids).logits, before)
 
 
+@torch.no_grad()
+def test_every_layer_is_merged_by_its_own_coefficients_and_mask_and_so_it_is_written():
+    model = base()
+    taus = dict(vectors(model))
+    merge = DenseMerge(model, taus.items())
+    coefficients = torch.randn(len(taus), 2)
+    masks = {name: torch.rand(tau.shape[1:]) for name, tau in taus.items()}
+    for own in (None, masks):
+        updates = dict(merge.updates(coefficients, own))
+        assert updates.keys() == taus.keys()
+        for (name, tau), (a, b) in zip(taus.items(), coefficients.tolist(), strict=True):
+            expected = a * tau[0] + b * tau[1]
+            torch.testing.assert_close(updates[name], expected if own is None else own[name] * expected)
+    ids = torch.randint(0, len(TOKENIZER), (2, 6))
+    run = merge(coefficients, masks)(input_ids=ids)
+    write(model, merge.updates(coefficients, masks))
+    torch.testing.assert_close(model(ids).logits, run)
+
+
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_the_entropy_falls_and_a_run_that_was_cut_off_goes_on_exactly(tmp_path, by_layer):
     model = base()
@@ -99,6 +118,30 @@ def test_the_entropy_falls_and_a_run_that_was_cut_off_goes_on_exactly(tmp_path, 
     assert torch.equal(resumed, whole) and again == losses
     with pytest.raises(ValueError, match="needs unlabelled data of at least one task"):
         minimise_entropy(merge, shape, [])
+
+
+def test_a_run_that_goes_on_sees_the_questions_that_come_next(tmp_path):
+    """In batches of three of eight questions, where a step depends on which they are."""
+    model = base()
+    model.lm_head.weight.data.mul_(10)
+    merge = DenseMerge(model, vectors(model))
+    settings = AdaptiveSettings(steps=4, learning_rate=0.05, batch_size=3, save_steps=1)
+    whole, losses = minimise_entropy(merge, (2,), TASKS, settings)
+    assert len(set(losses)) == 4
+    minimise_entropy(merge, (2,), TASKS, replace(settings, steps=1), tmp_path)
+    resumed, again = minimise_entropy(merge, (2,), TASKS, settings, tmp_path)
+    assert torch.equal(resumed, whole) and again == losses
+
+
+def test_other_settings_begin_anew(tmp_path):
+    model = base()
+    merge = DenseMerge(model, vectors(model))
+    before = AdaptiveSettings(steps=2, learning_rate=0.05, batch_size=8, save_steps=1)
+    minimise_entropy(merge, (2,), TASKS, before, tmp_path)
+    after = replace(before, learning_rate=0.1, steps=3)
+    anew, losses = minimise_entropy(merge, (2,), TASKS, after, tmp_path)
+    expected, alone = minimise_entropy(merge, (2,), TASKS, after)
+    assert torch.equal(anew, expected) and losses == alone
 
 
 def test_a_relaxed_mask_becomes_the_discrete_one_as_the_temperature_falls():

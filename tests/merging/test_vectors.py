@@ -47,6 +47,22 @@ def test_a_vector_is_the_difference_that_peft_makes_by_merging(folders):
     assert seen == {name for own in tuned for name in base if not torch.equal(own[name], base[name])}
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_alphas_of_their_own_and_rslora_have_pefts_scales(tmp_path, use_rslora):
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=use_rslora, rank_pattern={"up_proj": 5},
+        alpha_pattern={"layers.1.self_attn.q_proj": 7},
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_llama(), config)
+    perturb(model)
+    model.save_pretrained(str(tmp_path))
+    base, tuned = tiny_llama().state_dict(), merged_by_peft(tmp_path)
+    vectors = dict(deltas(read_task_vectors([tmp_path]), base))
+    assert len(vectors) == 4
+    for name, (tau,) in vectors.items():
+        torch.testing.assert_close(tau, tuned[name] - base[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_full_checkpoint_has_the_same_vector_as_its_adapter(folders, tmp_path):
     model = peft.PeftModel.from_pretrained(tiny_llama(), str(folders[0])).merge_and_unload()
     model.save_pretrained(tmp_path / "full")

@@ -158,6 +158,12 @@ def test_scoring_leaves_the_mode_of_the_model(model):
     model.eval()
 
 
+def test_a_model_in_training_is_scored_without_its_dropout(model):
+    dropping = tiny_llama(vocab_size=len(TOKENIZER), attention_dropout=0.5).train()
+    pairs = [Encoded([5, 6, 7], [8, 9]), Encoded([10], [11])]
+    assert log_likelihoods(dropping, pairs, 1) == log_likelihoods(model, pairs, 1)
+
+
 def tasks_of(**sizes):
     return [Task(name, [Example(f"{name}{i}", "x") for i in range(size)]) for name, size in sizes.items()]
 
