@@ -159,10 +159,10 @@ def test_its_code_for_trl_trains(tmp_path, monkeypatch, offline):
 
 def test_its_commands_are_understood():
     lines = re.findall(r"^\.venv/bin/mosld (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         assert not build_parser().parse_known_args(line.split())[1]
-    ours = [_help(name) for name in ("train", "compare", "eval", "inspect", "export")]
+    ours = [_help(name) for name in ("train", "compare", "merge", "eval", "inspect", "export")]
     known = (*ours, _help("layer", benchmarks._parser()), "--learning_rate", "--help")
     for flag in re.findall(r"`(--[a-z-]+)", README):
         if "_" not in flag and not flag.startswith("--benchmark-"):  # pytest-benchmark's
