@@ -1,6 +1,6 @@
 """One multi-task model out of separately trained ones: task vectors, and the methods that merge them.
 
-    vectors = read_task_vectors([...])  ->  merged = merge(model, vectors, MergeSettings("ties"))  ->  save_checkpoint(...)
+vectors = read_task_vectors([...])  ->  merged = merge(model, vectors, MergeSettings("ties"))  ->  save_checkpoint(...)
 """
 
 from .adaptive import AdaptiveSettings
