@@ -156,7 +156,9 @@ def write_digest(folder: Path) -> None:
 
     `sha256sum` passes comments over. The configuration has no line of its own, for its model may move and be called anew.
     """
-    lines = [f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}", f"# {_config_digest(folder / CONFIG)}  {CONFIG}"]
+    lines = [f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}"]
+    if (folder / CONFIG).is_file():
+        lines.append(f"# {_config_digest(folder / CONFIG)}  {CONFIG}")
     write_at_once(folder / DIGEST, "".join(f"{line}\n" for line in lines))
 
 

@@ -107,7 +107,7 @@ class MoSLDConfig(PeftConfig):
             raise ValueError(
                 f"shared={self.shared!r} contradicts mixing={self.mixing!r}: 'reduce' is what a shared up-projection does"
             )
-        if self.shared == "up" and self.up_dropout:
+        if self.shared == "up" and self.up_dropout != 0:
             raise ValueError(
                 f"up_dropout={self.up_dropout} contradicts shared='up', where `dropout` falls on elements of B"
             )

@@ -171,8 +171,8 @@ FAULTS = [
     Fault(
         "shared_up_is_ignored",
         "mosld/config.py",
-        '"mixing": self.mixing or ("reduce" if self.shared == "up" else "expand")}',
-        '"mixing": self.mixing or "expand"}',
+        'values["mixing"] = "reduce" if self.shared == "up" else "expand"',
+        'values["mixing"] = "expand"',
         'shared="up" shares the down-projection',
         ("tests/methods/test_equations.py",),
     ),

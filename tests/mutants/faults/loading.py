@@ -59,8 +59,8 @@ FAULTS = [
     Fault(
         "any_method_passes",
         "mosld/adapter_file.py",
-        '    if method != "MOSLD":',
-        "    if method is None:",
+        'if (method := fields.get("peft_type")) != "MOSLD":',
+        'if (method := fields.get("peft_type")) is None:',
         "another method's adapter is reported as damaged",
         ("tests/library/test_inspect.py", *FILE),
     ),
@@ -69,7 +69,7 @@ FAULTS = [
         "mosld/config.py",
         "        if isinstance(config, MoSLDConfig) and weights.is_file():\n"
         "            AdapterWeights(weights, config.mixture_of)\n",
-        "",
+        "        if isinstance(config, MoSLDConfig) and weights.is_file():\n",
         "a damaged adapter is found after the model was changed, or never",
         FILE,
     ),

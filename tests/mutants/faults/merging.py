@@ -210,7 +210,7 @@ FAULTS = [
     Fault(
         "resumed_with_other_settings",
         "mosld/merging/descent.py",
-        '        if told["settings"] != self._fields() or not fits',
+        "        if settings != json.loads(json.dumps(self._fields())) or not fits",
         "        if not fits",
         "a run with new settings goes on from one with old ones",
         ADAPTIVE,
