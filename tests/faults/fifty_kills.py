@@ -120,7 +120,8 @@ def killed_run(case: Case, folder: Path, generator: random.Random, seen: Counter
         *case.words[case.words.index("--output") + 2 :],
     ]
     kept, done, at = Kept(), [], time.monotonic()
-    while not done or done[-1]["killed_in"] is not None:
+    # One killed when its results are written has ended; the same command would say so.
+    while not done or (done[-1]["killed_in"] is not None and not (folder / "results.json").is_file()):
         moment = _next(case, generator, seen) if len(done) < kills else None
         made = attempt(own, folder.parent / "printed.txt", moment)
         kept.add(made.events, folder)
