@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mosld.cli import main
+from tests.faults.moments import save_often
 from tests.kills import TIMEOUT_S, processes
 
 
@@ -38,6 +39,7 @@ def full_at(change: str, filler: Path, words: list[str], printed: Path) -> tuple
 
 def _run(change: str, filler: Path, words: list[str], printed: Path) -> None:
     to_file(printed)
+    save_often()
     done = False
 
     def listen(event: str, arguments: tuple) -> None:

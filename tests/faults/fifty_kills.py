@@ -235,6 +235,7 @@ def gather(runs: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         "kills_by_verb_and_phase": by_phase,
         "runs": len(runs),
         "restarts": sum(run["processes"] - 1 for run in runs),
+        "killed_after_the_results": sum(len(run["kills"]) == run["processes"] for run in runs),
         "kills_of_a_run": {"most": max(len(run["kills"]) for run in runs),
                            "mean": round(statistics.fmean(len(run["kills"]) for run in runs), 2)},
         "runs_equal_to_the_undisturbed": sum(not run["faults"] for run in runs),
