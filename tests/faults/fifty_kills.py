@@ -180,8 +180,12 @@ def compare_folders(whole: Path, cut: Path) -> tuple[list[str], Counter]:
 
 
 def _without_times(told: Any) -> Any:
+    """And without the order of what PEFT keeps as a set, which a new interpreter writes in another."""
     if isinstance(told, dict):
-        return {name: _without_times(value) for name, value in told.items() if not TIMES.search(name)}
+        own = {name: _without_times(value) for name, value in told.items() if not TIMES.search(name)}
+        if isinstance(own.get("target_modules"), list):
+            own["target_modules"] = sorted(own["target_modules"])
+        return own
     return [_without_times(value) for value in told] if isinstance(told, list) else told
 
 
