@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from mosld.cli import main
 from mosld.failures import explain
 from tests.cli_data import FAST, words, write_data
 from tests.faults.disk import full_at, small_disk
@@ -112,9 +113,29 @@ def test_a_full_disk_is_known_however_its_writer_says_it(tmp_path):
     assert explain(RuntimeError("a bug"), "train", tmp_path) is None and explain(OSError("x"), "train", None) is None
 
 
+@pytest.mark.slow
+def test_without_a_disk_of_its_own_a_write_that_is_refused_ends_in_the_same_words(
+    data, trained, tmp_path, monkeypatch, capsys
+):
+    """For machines that let nobody mount one: Python's own writes say that the disk is full."""
+    own, real = words(data, tmp_path / "run", *TRAIN), type(tmp_path).write_text
+
+    def full(path, *arguments, **options):
+        if ".mosld-seed0" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "write_text", full)
+        assert main(own) == 1
+    said = capsys.readouterr().err
+    assert f"the disk is full: {tmp_path / 'run'} (" in said and "Make room there. What is finished is kept" in said
+    assert main(own) == 0
+    assert compare_folders(trained, tmp_path / "run")[0] == []
+
+
 def test_an_error_of_the_programs_own_keeps_its_traceback(data, tmp_path, monkeypatch):
     from mosld import commands
-    from mosld.cli import main
 
     def fail(run):
         raise RuntimeError("a bug")
