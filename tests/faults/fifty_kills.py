@@ -120,7 +120,8 @@ def killed_run(case: Case, folder: Path, generator: random.Random, seen: Counter
         *case.words[case.words.index("--output") + 2 :],
     ]
     kept, done, at = Kept(), [], time.monotonic()
-    while not done or done[-1]["killed_in"] is not None:
+    # One killed when its results are written has ended; the same command would say so.
+    while not done or (done[-1]["killed_in"] is not None and not (folder / "results.json").is_file()):
         moment = _next(case, generator, seen) if len(done) < kills else None
         made = attempt(own, folder.parent / "printed.txt", moment)
         kept.add(made.events, folder)
@@ -179,8 +180,12 @@ def compare_folders(whole: Path, cut: Path) -> tuple[list[str], Counter]:
 
 
 def _without_times(told: Any) -> Any:
+    """And without the order of what PEFT keeps as a set, which a new interpreter writes in another."""
     if isinstance(told, dict):
-        return {name: _without_times(value) for name, value in told.items() if not TIMES.search(name)}
+        own = {name: _without_times(value) for name, value in told.items() if not TIMES.search(name)}
+        if isinstance(own.get("target_modules"), list):
+            own["target_modules"] = sorted(own["target_modules"])
+        return own
     return [_without_times(value) for value in told] if isinstance(told, list) else told
 
 
@@ -234,6 +239,7 @@ def gather(runs: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         "kills_by_verb_and_phase": by_phase,
         "runs": len(runs),
         "restarts": sum(run["processes"] - 1 for run in runs),
+        "killed_after_the_results": sum(len(run["kills"]) == run["processes"] for run in runs),
         "kills_of_a_run": {"most": max(len(run["kills"]) for run in runs),
                            "mean": round(statistics.fmean(len(run["kills"]) for run in runs), 2)},
         "runs_equal_to_the_undisturbed": sum(not run["faults"] for run in runs),

@@ -83,10 +83,18 @@ def _run(words: list[str], printed: Path, sender: Connection, moment: Moment | N
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    save_often()
     _Told(sender, moment).listen()
     code = main(words)
     sys.stdout.flush()
     os._exit(code)
+
+
+def save_often() -> None:
+    """For this process: a merge's state after every other step."""
+    for module in (compare_merged, merge_command):
+        module.AdaptiveSettings = functools.partial(module.AdaptiveSettings, save_steps=SAVE_STEPS)
+        module.ConcreteSettings = functools.partial(module.ConcreteSettings, save_steps=SAVE_STEPS)
 
 
 class _Told:
@@ -146,8 +154,6 @@ class _Told:
         self.around(training, "_train", "training")
         for module in (compare_merged, merge_command):
             self.around(module, "merge", "training")
-            module.AdaptiveSettings = functools.partial(module.AdaptiveSettings, save_steps=SAVE_STEPS)
-            module.ConcreteSettings = functools.partial(module.ConcreteSettings, save_steps=SAVE_STEPS)
         self.before(Trainer, "training_step", lambda own, *_: ("step", _stage(own), own.state.global_step + 1))
         self.around(
             Trainer, "_save_checkpoint", "checkpointing", lambda own, *_: ("kept", _stage(own), own.state.global_step)
