@@ -14,7 +14,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu fuzz check bench mutants tune
+.PHONY: demo test test-gpu fuzz check bench mutants soak tune
 
 demo: $(READY)
 	$(BIN)/mosld train
