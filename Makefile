@@ -5,6 +5,7 @@
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
 # make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
+# make soak   thousands of training steps, kills and adapter switches, and training curves in every dtype; ten minutes
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
 
@@ -13,7 +14,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu fuzz check bench mutants tune
+.PHONY: demo test test-gpu fuzz check bench mutants soak tune
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -37,6 +38,10 @@ bench: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks soak
+	$(BIN)/python -m benchmarks curves
 
 tune: $(READY)
 	$(BIN)/python -m benchmarks tune --out runs/tiles.json

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import bench, calls, gpu, kernels, layer, memory, processes, report, roofline, scaling, soak, training
+from . import bench, calls, curves, gpu, kernels, layer, memory, processes, report, roofline, scaling, soak, training
 from .measure import Budget
 from .peers import PEERS, choose
 from .shapes import LAYERS
@@ -187,6 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     long = verbs.add_parser("soak", help="thousands of training steps, kills and adapter switches: no leak, no drift")
     soak.add_arguments(long)
     long.set_defaults(run=soak.run)
+    many = verbs.add_parser("curves", help="training curves in every dtype beside float64's, and how far seeds differ")
+    curves.add_arguments(many)
+    many.set_defaults(run=curves.run)
     return parser
 
 

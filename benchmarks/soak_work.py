@@ -41,7 +41,8 @@ class Samples:
 
     def take(self, step: int) -> None:
         if step in (self.warm, self.total):
-            self.rows.append({"step": step, **memory()._asdict(), "tensors": live_tensors()})
+            tensors = live_tensors()  # first, because it collects: garbage must not make what is compared with larger
+            self.rows.append({"step": step, **memory()._asdict(), "tensors": tensors})
         elif step % self.every == 0:
             self.rows.append({"step": step, **memory()._asdict()})
 
