@@ -187,7 +187,12 @@ def _add_merge(verbs) -> None:
     how = parser.add_argument_group("method")
     how.add_argument("--scale", type=float, metavar="LAMBDA", help="coefficients at first (0.3; of ties 1)")
     how.add_argument("--keep", type=float, default=0.2, metavar="SHARE", help="that TIES trims to (default: 0.2)")
-    how.add_argument("--steps", type=int, help="of adaptive methods (default: 500; masks of concrete_* 2000)")
+    how.add_argument(
+        "--steps",
+        type=int,
+        help="of adaptive methods, and of their masks (default: 500; concrete_task_arithmetic 2000, "
+        "concrete_adamerging 1000 and 1000)",
+    )
     how.add_argument("--learning-rate", type=float, default=1e-3, help="Adam's, of adaptive methods (default: 1e-3)")
     how.add_argument("--batch-size", type=int, default=16, help="questions of each task in a step (default: 16)")
     how.add_argument("--clamp", action="store_true", help="keep trained coefficients in [0, 1]")

@@ -55,7 +55,11 @@ def chosen(text: str | None, options: str | None, rows: Sequence[str], setting: 
         raise ValueError("--merge merges the LoRAs of single tasks, which --setting mixture does not train")
     given = _options(options)
     return {
-        row(name): MergeSettings(name, adaptive=AdaptiveSettings(**given), concrete=ConcreteSettings(**given))
+        row(name): MergeSettings(
+            name,
+            adaptive=AdaptiveSettings(**{"steps": METHODS[name].steps, **given}),
+            concrete=ConcreteSettings(**{"steps": METHODS[name].mask_steps, **given}),
+        )
         for name in dict.fromkeys(names)
     }
 

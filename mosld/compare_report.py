@@ -130,9 +130,8 @@ def _line(label: str, cells: Sequence[tuple[Stage, Mapping[str, Any]]], title: s
     items = {task: [_of(cells, seed, task)["items"][task] for seed in seeds] for task in tasks}
     accuracies = {task: [right.count("1") / len(right) for right in own] for task, own in items.items()}
     averages = [statistics.fmean(own[i] for own in accuracies.values()) for i in range(len(seeds))]
-    setting = (
-        {SINGLE: "single", MERGED: "merged"}.get(label[label.rfind("-") :], "mixture") if "-" in label else "mixture"
-    )
+    ends = {SINGLE: "single", MERGED: "merged"}
+    setting = next((name for end, name in ends.items() if label.endswith(end)), "mixture")
     return {
         "row": label.removesuffix(SINGLE),
         "title": title,

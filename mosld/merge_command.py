@@ -58,6 +58,8 @@ def prepare(options: argparse.Namespace) -> MergeRun:
     raises ValueError (TaskFileError, MergeError, RunFolderError and ModelError among them); nothing is written then.
     """
     settings = _settings(options)
+    if options.unlabelled is not None and options.unlabelled < 1:
+        raise ValueError(f"unlabelled must be at least 1, got {options.unlabelled}")
     channels = _channels(options)
     realignment = _realignment(options)
     form = _form(options)
@@ -118,12 +120,13 @@ def run(work: MergeRun) -> None:
 
 
 def _settings(options: argparse.Namespace) -> MergeSettings:
-    steps = {} if options.steps is None else {"steps": options.steps}
+    kind = METHODS[options.method]
+    steps, mask_steps = (kind.steps, kind.mask_steps) if options.steps is None else (options.steps, options.steps)
     common = {"learning_rate": options.learning_rate, "batch_size": options.batch_size, "seed": options.seed}
     return MergeSettings(
         options.method, options.scale, options.keep,
-        AdaptiveSettings(clamp=options.clamp, **common, **steps),
-        ConcreteSettings(temperature=options.temperature, discrete=options.discrete, **common, **steps),
+        AdaptiveSettings(steps=steps, clamp=options.clamp, **common),
+        ConcreteSettings(steps=mask_steps, temperature=options.temperature, discrete=options.discrete, **common),
         seed=options.seed,
     )  # fmt: skip
 
@@ -147,6 +150,12 @@ def _channels(options: argparse.Namespace) -> list[tuple[str, float]]:
         raise ValueError(f"snr-db must be numbers with commas between them, got {options.snr_db!r}") from None
     if not all(abs(ratio) <= 200 for ratio in ratios):
         raise ValueError(f"snr-db must be in [-200, 200], got {options.snr_db}")
+    if options.snr_db is not None and set(noises) == {"ideal"}:
+        raise ValueError(
+            f"--snr-db {options.snr_db} is of noise, and --noise is ideal: give --noise isotropic or worst"
+        )
+    if len(set(noises)) < len(noises) or len(set(ratios)) < len(ratios):
+        raise ValueError(f"noise and snr-db must differ, got {options.noise} and {options.snr_db}")
     return [(noise, ratio) for noise in noises for ratio in (ratios if noise != "ideal" else [0.0])]
 
 

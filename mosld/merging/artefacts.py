@@ -13,9 +13,7 @@ from ..export import export_lora
 from .dense import kept, write
 from .factored import FactoredMerge, mixed
 from .merge import Merged
-from .vectors import MergeError, named_tensors, read_task_vectors
-
-FORMS = ("lora", "mosld", "checkpoint")
+from .vectors import MergeError, check_untied, named_tensors, read_task_vectors
 
 
 @contextlib.contextmanager
@@ -56,7 +54,7 @@ def save_mixture(base: nn.Module, merged: Merged, folder: Path, rank: int | None
     -> how far it is from the merge, |error| / |update|: what sharing A loses. raises MergeError as `save_lora`.
     """
     _expect_factored(merged, "mosld")
-    model, _ = mixed(base, merged.vectors, merged.coefficients, merged.layers, rank)
+    model = mixed(base, merged.vectors, merged.coefficients, merged.layers, rank)
     try:
         with folder_at_once(folder) as aside:
             model.save_pretrained(str(aside))
@@ -70,7 +68,8 @@ def save_checkpoint(
     base: PreTrainedModel, merged: Merged, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
     """The merged weights in the base's dtype, with its tokenizer; -> what that dtype loses of the update. `base` is left
-    as it is."""
+    as it is. raises MergeError for an adapter of a layer with a tied weight."""
+    check_untied(merged.vectors, named_tensors(base))
     with kept(base, merged_weights(merged)):
         lost = write(base, merged.updates(base))
         save_model(base, folder, tokenizer)

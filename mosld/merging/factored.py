@@ -66,20 +66,20 @@ class FactoredMerge:
 def mixed(
     base: nn.Module, vectors: Sequence[TaskVector], coefficients: Tensor, layers: Sequence[str], rank: int | None = None,
     **settings: Any,
-) -> tuple[PeftModel, float]:  # fmt: skip
+) -> PeftModel:  # fmt: skip
     """Merge, then mix: `base`, adapted in place, with one expert a task and a router of tokens that can be trained from here.
 
     The router starts at zero with a softmax over all experts, so that every gate is 1 / K, and expert k holds K lambda_k
     times its task vector: the mixture starts as the merged model.
     coefficients: [K], or [layers, K] in the order of `layers`. rank: of the A that all experts share, the best basis of that
         size; None keeps an A for each expert, and every vector exactly. settings: fields of MoSLDConfig.
-    -> the model, and |error| / |updates| of the shared basis, 0 without one. raises MergeError as `stacked`.
+    raises MergeError as `stacked`.
     """
     count = len(vectors)
     scaled = _scaled_vectors(vectors, coefficients.expand(len(layers), count) * count, layers)
     if rank is None:
         routed = {"router": "token", "gate": "softmax", "router_std": 0.0, "top_k": count, **settings}
-        return stacked(base, scaled, **routed), 0.0
+        return stacked(base, scaled, **routed)
     check_fit(base, scaled)
     config = MoSLDConfig(
         r=rank, alpha=rank, num_experts=count, target_modules=target_modules(base, layers),
@@ -87,19 +87,13 @@ def mixed(
     )  # fmt: skip
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
-    lost = size = 0.0
     for name, (_, adapter) in adapted_layers(model.get_base_model()).items():
         d_out, d_in = adapter.expert_b.weight.shape[0], adapter.shared_a.weight.shape[1]
         none = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
-        factors = [(vector.factors or {}).get(name, none) for vector in scaled]
-        shared, ups, error = shared_basis(factors, rank)
+        shared, ups, _ = shared_basis([(vector.factors or {}).get(name, none) for vector in scaled], rank)
         adapter.shared_a.weight.copy_(shared)
         adapter.expert_b.weight.copy_(torch.cat(ups, 1))
-        total = sum(
-            float(torch.linalg.norm(torch.linalg.qr(own.up.double()).R @ own.down.double())) ** 2 for own in factors
-        )
-        lost, size = lost + error**2 * total, size + total
-    return model, (lost / size) ** 0.5 if size else 0.0
+    return model
 
 
 def _scaled_vectors(vectors: Sequence[TaskVector], scales: Tensor, layers: Sequence[str]) -> list[TaskVector]:

@@ -16,7 +16,7 @@ from .elementwise import disjoint_mean, summed, ties
 from .factored import FactoredMerge, check_fit
 from .methods import METHODS, WIRELESS, Method
 from .unlabelled import Unlabelled
-from .vectors import MergeError, TaskVector, check_whole, deltas, named_tensors
+from .vectors import MergeError, TaskVector, check_untied, check_whole, deltas, named_tensors
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def merge(
     count = len(vectors)
     if settings.kind.factored and all(vector.factors is not None for vector in vectors):
         return _factored(base, vectors, settings, unlabelled, folder)
+    check_untied(vectors, named_tensors(base))
     names = [name for name, _ in _walk(base, vectors, settings.method)]
     if not names:
         raise MergeError("nothing is left to merge: the vectors change no weight of the base model")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Method:
     """adaptive: whether unlabelled data decides something. factored: whether adapters can stay factored in it. scale: its
-    coefficients at first."""
+    coefficients at first. steps: in which these are trained, mask_steps: the mask before them."""
 
     title: str
     adaptive: bool = False
@@ -26,6 +26,8 @@ class Method:
     masked: bool = False
     factored: bool = False
     scale: float = 0.3
+    steps: int = 500
+    mask_steps: int = 2000
 
 
 METHODS = {
@@ -36,7 +38,9 @@ METHODS = {
     "adamerging_task++": Method("AdaMerging++, task-wise", adaptive=True, ties=True),
     "adamerging_layer++": Method("AdaMerging++, layer-wise", adaptive=True, by_layer=True, ties=True),
     "concrete_task_arithmetic": Method("Concrete task arithmetic", masked=True, adaptive=True),
-    "concrete_adamerging": Method("Concrete AdaMerging, layer-wise", masked=True, adaptive=True, by_layer=True),
+    "concrete_adamerging": Method(
+        "Concrete AdaMerging, layer-wise", masked=True, adaptive=True, by_layer=True, steps=1000, mask_steps=1000
+    ),
     "r_mtllmf": Method("R-MTLLMF"),
 }
 WIRELESS = "r_mtllmf"

@@ -233,20 +233,35 @@ def deltas(
 ) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time: its name and the updates [K, *shape] of all vectors in float32, zeros where one has none.
 
-    base: name -> tensor; one that has two names (tied weights) is walked by the first that a vector knows it by. without:
-        names that are left out.
+    base: name -> tensor. One with several names (tied weights) is walked once, by the first of them, whichever each checkpoint
+        knows it by; adapters alone keep the names of their layers. without: names that are left out.
     raises MergeError for a layer that the base has not, and as `TaskVector.delta`.
     """
-    seen: set[int] = set()
+    names: dict[int, list[str]] = {}  # of each tensor
+    for name, tensor in base.items():
+        names.setdefault(id(tensor), []).append(name)
+    whole, seen = any(vector.factors is None for vector in vectors), set()
     for name in all_weights(vectors):
         if name not in base:
             raise _unknown(next(vector for vector in vectors if name in vector.weights()), name)
-        own = base[name].detach().cpu()
-        if not own.is_floating_point() or name in without or id(base[name]) in seen:
+        own, known = base[name].detach().cpu(), names[id(base[name])] if whole else [name]
+        if not own.is_floating_point() or known[0] in without or known[0] in seen:
             continue
-        seen.add(id(base[name]))
-        found = [vector.delta(name, own) for vector in vectors]
-        yield name, torch.stack([torch.zeros(own.shape) if delta is None else delta for delta in found])
+        seen.add(known[0])
+        found = [next((d for n in known if (d := vector.delta(n, own)) is not None), None) for vector in vectors]
+        yield known[0], torch.stack([torch.zeros(own.shape) if delta is None else delta for delta in found])
+
+
+def check_untied(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> None:
+    """raises MergeError for an adapter of a layer whose weight has another name too: its update is the layer's alone, and no
+    weight of the base can hold it. base: `named_tensors` of it."""
+    for vector in vectors:
+        for name in vector.weights() if vector.factors is not None else ():
+            if others := [other for other, tensor in base.items() if other != name and tensor is base[name]]:
+                raise MergeError(
+                    f"{vector.folder} adapts {name.removesuffix('.weight')}, whose weight is also {', '.join(others)}: merge it "
+                    "by task_arithmetic, adamerging_task or adamerging_layer as a lora or mosld"
+                )
 
 
 def check_whole(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> None:

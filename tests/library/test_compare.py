@@ -187,6 +187,17 @@ def test_the_page_of_the_committed_run_is_that_of_its_file():
         assert words[last + 1] == given[given.index("--num_train_epochs") + 1]
 
 
+def test_the_committed_rates_are_the_best_of_the_committed_sweep():
+    folder = ROOT / "benchmarks/results/compare"
+    chosen = json.loads((folder / "compare.json").read_text())["settings"]["rows"]
+    best: dict = {}
+    for own in json.loads((folder / "rates.json").read_text())["rows"]:
+        method, _, rate = own["row"].partition("-learning_rate")
+        best[method] = max(best.get(method, (0, "")), (own["average"]["mean"], rate))
+    assert len(best) == 6
+    assert {method: rate for method, (_, rate) in best.items()} == {m: chosen[m]["trainer"][-1] for m in best}
+
+
 def recorded_cells(monkeypatch, stop_after=None) -> list[str]:
     ran, real = [], compare_module.run_stage
 
