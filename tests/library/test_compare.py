@@ -383,5 +383,13 @@ def test_merges_of_the_single_loras_stand_in_the_same_table(data, tmp_path, monk
     scores = json.loads((tmp_path / "merge" / "results.json").read_text())["tasks"]
     for task in ("even", "vowel"):
         assert own["task_arithmetic-merged"]["accuracy"][task]["per_seed"][1] == scores[task]["accuracy"]
+    for method in ("adamerging_task++", "concrete_task_arithmetic"):  # which a seed and its adapters decide
+        more = ("--steps", "2", "--batch-size", "4", "--seed", "1", "--output", str(tmp_path / method))
+        words_ = ["merge", "--method", method, "--base", str(data / "model"), *adapters, "--tasks", *tasks]
+        assert main([*words_, *more]) == 0
+        alone = json.loads((tmp_path / method / "results.json").read_text())
+        cell = json.loads((tmp_path / "o" / "stages" / f"{method}-merged-seed1.json").read_text())
+        assert [loss for _, loss in cell["loss"]] == alone["losses"]
+        assert cell["coefficients"] == alone["coefficients"]
     rest = recorded_cells(monkeypatch)
     assert call(data, tmp_path / "o", *merges, methods="lora,mosld", seeds=2) == 0 and not rest

@@ -52,6 +52,10 @@ def test_questions_hold_no_answer():
     assert vars(question).keys() == {"choices"}
     turned = Task("x", [], [replace(e, answer=0) for e in task("x").test])
     assert without_labels(ENCODER, turned) == TASKS[0]  # whichever is right, the questions are the same
+    both = Task("x", task("z", 3).test, task("x").test)
+    assert without_labels(ENCODER, both) == TASKS[0]  # the test examples' where there are any
+    assert without_labels(ENCODER, Task("x", task("x").test, [])) == TASKS[0]
+    assert without_labels(ENCODER, both, 3).questions == TASKS[0].questions[:3]
 
 
 @torch.no_grad()

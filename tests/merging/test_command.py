@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mosld
-from mosld import merge_command
-from mosld.cli import main
+from mosld import compare_merged, merge_command
+from mosld.cli import build_parser, main
 from mosld.merging import descent
 from mosld.merging.methods import METHODS
 from tests.cli_data import write_data
@@ -85,7 +85,7 @@ def test_task_arithmetic_of_loras_leaves_as_one_lora_that_equals_the_dense_sum(d
     assert merge(data, tmp_path / "o", "task_arithmetic", "--scale", "0.7") == 0
     near(logits(data, tmp_path / "o" / "adapter"), expected(data, {"a": 0.7, "b": 0.7}))
     own = told(tmp_path / "o")
-    assert own["coefficients"] == pytest.approx([0.7, 0.7]) and own["form"] == "lora" and own["lost"] < 1e-6
+    assert own["coefficients"] == pytest.approx([0.7, 0.7]) and own["form"] == "lora" and 0 < own["lost"] < 1e-6
     fields = json.loads((tmp_path / "o" / "adapter" / "adapter_config.json").read_text())
     assert fields["peft_type"] == "LORA" and fields["r"] <= sum(RANKS.values()) + 1
     out = capsys.readouterr().out
@@ -162,6 +162,25 @@ def test_answers_are_never_read_before_the_merge_is_scored(data, tmp_path):
     one, other = told(tmp_path / "true"), told(tmp_path / "turned")
     assert one["coefficients"] == other["coefficients"]
     assert one["tasks"]["even"]["accuracy"] == pytest.approx(1 - other["tasks"]["even"]["accuracy"])
+
+
+def test_adaptive_methods_see_as_many_questions_as_were_asked_for(data, tmp_path):
+    for name, more in (("all", ()), ("two", ("--unlabelled", "2"))):
+        assert merge(data, tmp_path / name, "adamerging_task", *FEW, *more) == 0
+    assert told(tmp_path / "all")["losses"][0] != told(tmp_path / "two")["losses"][0]
+
+
+def test_without_other_words_the_steps_are_the_papers():
+    def steps(method, *more):
+        options = build_parser().parse_args(["merge", "--method", method, "a", "--output", "o", *more])
+        settings = merge_command._settings(options)
+        return settings.adaptive.steps, settings.concrete.steps
+
+    assert steps("adamerging_task") == steps("adamerging_layer++") == (500, 2000)
+    assert steps("concrete_task_arithmetic")[1] == 2000 and steps("concrete_adamerging") == (1000, 1000)
+    assert steps("concrete_adamerging", "--steps", "7") == (7, 7)
+    own = compare_merged.chosen("concrete_adamerging,adamerging_task", None, ["lora"], "both")
+    assert [(s.adaptive.steps, s.concrete.steps) for s in own.values()] == [(1000, 1000), (500, 2000)]
 
 
 @pytest.mark.parametrize("rank", [None, 1, 8])
