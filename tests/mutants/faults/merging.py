@@ -266,7 +266,7 @@ FAULTS = [
     Fault(
         "tied_weights_twice",
         "mosld/merging/vectors.py",
-        "        seen.add(id(base[name]))\n",
+        "        seen.add(known[0])\n",
         "",
         "tied embeddings get their update twice",
         (*COMMAND, *VECTORS),
