@@ -1,7 +1,8 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
 # make test   every test that runs without a GPU
 # make test-gpu  the tests that need an NVIDIA GPU
-# make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour
+# make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
+#             benchmarks/results/fuzz.json
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
 # make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
@@ -26,7 +27,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
 fuzz: $(READY)
-	MOSLD_FUZZ=1 $(BIN)/python -m pytest tests/properties
+	MOSLD_FUZZ=1 MOSLD_FUZZ_REPORT=benchmarks/results/fuzz.json $(BIN)/python -m pytest tests/properties
 
 check: $(READY)
 	$(BIN)/ruff check .

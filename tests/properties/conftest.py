@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import installed, machine
+
 from .profile import FUZZ, SEED, TIMES, tried
 
 START = time.monotonic()
@@ -38,6 +40,8 @@ def pytest_sessionfinish(session, exitstatus):
         session.config.workeroutput["mosld_cases"] = dict(tried)
     elif path:
         report = {
+            "verb": "fuzz",
+            "machine": {**machine(), "hypothesis": installed("hypothesis")},
             "cases": sum(tried.values()),
             "per_test": dict(sorted(tried.items())),
             "seconds": round(time.monotonic() - START, 1),
