@@ -316,6 +316,7 @@ def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
         "compare_lora": not options.no_lora,
         "single": options.single,
         "seeds": options.seeds,
+        "processes": PartialState().num_processes,
         "quick": options.quick,
         "split": options.split,
         "model_files": model_state(options.model) if options.model else {},

@@ -302,6 +302,7 @@ def _settings(options: argparse.Namespace, proportions: dict[str, float] | str) 
         "max_length": options.max_length,
         "proportions": proportions,
         "eval_batch_size": options.eval_batch_size,
+        "processes": PartialState().num_processes,
     }
 
 

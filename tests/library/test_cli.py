@@ -11,9 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
-from mosld import MoSLDConfig
+from mosld import MoSLDConfig, commands, compare
 from mosld.cli import main
 from mosld.run_folder import RunFolderError, claim, release
 from mosld.tasks.encode import Encoder
@@ -97,6 +98,24 @@ def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
     error = capsys.readouterr().err
     assert "holds a run with other settings (adapters, seeds, single)" in error
     assert (run / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("module", [commands, compare])
+def test_a_run_goes_on_with_as_many_processes_as_it_began_with(data, tmp_path, monkeypatch, capsys, module):
+    """More of them take larger steps: another training."""
+
+    class Two(PartialState):
+        num_processes = property(lambda self: 2, lambda self, value: None)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_stage", broken)
+    own = words(data, tmp_path / "run", *FAST, command=module.__name__.rpartition(".")[2].replace("commands", "train"))
+    assert main(own) == 130
+    monkeypatch.setattr(module, "PartialState", Two)
+    assert main(own) == 2
+    assert "other settings (processes)" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_left_alone(data, tmp_path, capsys):
