@@ -10,6 +10,7 @@ from pathlib import Path
 from . import commands, compare, compare_merged, counting, merge_command
 from .failures import explain
 from .inspection import as_text
+from .known_models import EMBEDDED
 from .merging.channel import NOISES
 from .merging.methods import METHODS as METHODS_OF_MERGING
 from .merging.vectors import MergeError
@@ -178,7 +179,7 @@ def _add_merge(verbs) -> None:
     parser.add_argument(
         "--tasks", "--task", dest="task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
         help="name=train.jsonl:test.jsonl of each task: adaptive methods predict on its questions, without their answers, and "
-        "the merged model is scored (default: none; of the embedded base its tasks)",
+        f"the merged model is scored; or {EMBEDDED}, all of the embedded tasks (default: none; of the embedded base those)",
     )  # fmt: skip
     parser.add_argument("--save-as", choices=tuple(merge_command.FORMS), help="default: lora where the method keeps "
                         "adapters factored, else checkpoint. mosld: one expert a task, with a router to train on")  # fmt: skip
@@ -284,7 +285,13 @@ MODEL_HELP = "folder or hub name of a causal language model (default: the embedd
 
 def _add_data(parser: argparse.ArgumentParser, task_help: str, model_help: str = MODEL_HELP) -> None:
     parser.add_argument("--model", help=model_help)
-    parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE", help=task_help)
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help=f"{task_help}; or {EMBEDDED}, all of the embedded tasks",
+    )
     _add_reading(parser)
 
 

@@ -24,11 +24,11 @@ from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
 from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
-from .run_folder import check_free, claim, file_digest, free_folder, model_state
+from .run_folder import check_free, claim, free_folder, model_state
+from .task_options import EMBEDDED, chosen_tasks, task_settings
 from .tasks.base_model import load_base, train_base_apart
-from .tasks.embedded import embedded_tasks
 from .tasks.encode import Encoder
-from .tasks.examples import Task, TaskFileError, parse_task, read_tasks
+from .tasks.examples import Task, TaskFileError
 from .tasks.mixing import parse_proportions
 from .tasks.scoring import candidates, score_tasks
 from .training import (
@@ -193,7 +193,7 @@ def inspect(options: argparse.Namespace) -> dict:
         raise ValueError("--config and --target-modules are for a method before training: leave out ADAPTER")
     if (options.task or options.quick) and not options.model:
         raise ValueError("--task and --quick need --model: the experts' use is that of a model that runs")
-    if options.quick and options.model != "embedded":
+    if options.quick and options.model != EMBEDDED:
         raise ValueError("--quick is for --model embedded")
     report = inspect_adapter(options.adapter)
     if options.model:
@@ -211,7 +211,7 @@ def _count(options: argparse.Namespace) -> dict:
         raise ValueError("give the folder of an ADAPTER, or --model NAME to count what methods would train on it")
     if options.task:
         raise ValueError("--task is for an ADAPTER: a method that is not trained uses no experts yet")
-    if options.quick and options.model != "embedded":
+    if options.quick and options.model != EMBEDDED:
         raise ValueError("--quick is for --model embedded")
     return counting.count(options.model, options.config, options.target_modules, options.quick)
 
@@ -225,7 +225,7 @@ def _write_report(report: dict, output: Path | None) -> dict:
 
 def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, RouterStats]], dict[str, dict]]:
     """task -> layer -> its routing of the test items, and task -> score."""
-    if options.model == "embedded":  # the other verbs' default
+    if options.model == EMBEDDED:  # the other verbs' default
         options = argparse.Namespace(**{**vars(options), "model": None})
     tasks = chosen_tasks(options, only_test=True)
     base, tokenizer = load_model(options)
@@ -295,30 +295,16 @@ def _recipe(
     return Recipe(adapters, trainer, proportions, options.eval_batch_size)
 
 
-def chosen_tasks(options: argparse.Namespace, only_test: bool = False) -> list[Task]:
-    if options.task:
-        tasks = read_tasks(options.task)
-        return [Task(t.name, t.train if t.test else [], t.test or t.train) for t in tasks] if only_test else tasks
-    if options.model:
-        raise TaskFileError("--model needs at least one --task name=file.jsonl")
-    sizes = {"train": 200, "test": 40} if options.quick else {}
-    return embedded_tasks(**sizes, split=options.split)
-
-
 def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
     """What decides the results: two runs with equal settings are the same run."""
-    files = [path for spec in options.task for path in parse_task(spec)[1:] if path]
     return {
-        "model": options.model or "embedded",
-        "tasks": options.task or "embedded",
-        "task_files": {str(path): file_digest(path) for path in files},
+        "model": options.model or EMBEDDED,
+        **task_settings(options),
         "method": options.method,
         "compare_lora": not options.no_lora,
         "single": options.single,
         "seeds": options.seeds,
         "processes": PartialState().num_processes,
-        "quick": options.quick,
-        "split": options.split,
         "model_files": model_state(options.model) if options.model else {},
         "versions": versions(),
         "max_length": options.max_length,

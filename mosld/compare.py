@@ -29,9 +29,10 @@ from .merging.merge import MergeSettings
 from .merging.unlabelled import without_labels
 from .methods import LORA, METHODS, NAMES, Adapter
 from .results import versions
-from .run_folder import COMPARE, check_free, claim, file_digest, free_folder, model_state
+from .run_folder import COMPARE, check_free, claim, free_folder, model_state
+from .task_options import EMBEDDED, chosen_tasks, task_settings
 from .tasks.encode import Encoder
-from .tasks.examples import Task, TaskFileError, parse_task
+from .tasks.examples import Task, TaskFileError
 from .tasks.mixing import parse_proportions
 from .training import (
     Recipe,
@@ -270,7 +271,7 @@ def _number(what: str, text: str) -> str:
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
-    tasks = commands.chosen_tasks(options)
+    tasks = chosen_tasks(options)
     if options.validation is not None:
         tasks = [_validation(task, options.validation) for task in tasks]
     for side in ("train", "test"):
@@ -289,13 +290,9 @@ def _validation(task: Task, share: float) -> Task:
 
 def _settings(options: argparse.Namespace, proportions: dict[str, float] | str) -> dict[str, Any]:
     """What decides the results beside the rows, the seeds and which of the settings are run."""
-    files = [path for spec in options.task for path in parse_task(spec)[1:] if path]
     return {
-        "model": options.model or "embedded",
-        "tasks": options.task or "embedded",
-        "task_files": {str(path): file_digest(path) for path in files},
-        "quick": options.quick,
-        "split": options.split,
+        "model": options.model or EMBEDDED,
+        **task_settings(options),
         "validation": options.validation,
         "model_files": model_state(options.model) if options.model else {},
         "versions": versions(),

@@ -26,13 +26,13 @@ from .merging.unlabelled import Unlabelled, without_labels
 from .merging.vectors import TaskVector, check_whole, named_tensors, read_task_vectors
 from .results import aligned, versions
 from .run_folder import MERGE, check_free, claim, file_digest, model_state
+from .task_options import EMBEDDED, chosen_tasks, task_settings
 from .tasks.encode import Encoder
-from .tasks.examples import Task, parse_task
+from .tasks.examples import Task
 from .tasks.scoring import score_tasks
 from .training import finish, finished
 
 FORMS = {"lora": "adapter", "mosld": "adapter", "checkpoint": "model"}
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def prepare(options: argparse.Namespace) -> MergeRun:
     form = _form(options)
     options = argparse.Namespace(**vars(options))
     options.model = None if options.base == EMBEDDED else options.base
-    tasks = commands.chosen_tasks(options) if options.task or options.model is None else []
+    tasks = chosen_tasks(options) if options.task or options.model is None else []
     if not tasks and (realignment is not None or len(channels) > 1):
         what = "--shots" if realignment is not None else "a study of several channels"
         raise ValueError(f"{what} needs --tasks name=train.jsonl:test.jsonl")
@@ -181,7 +181,6 @@ def _form(options: argparse.Namespace) -> str | None:
 
 def _told(options, settings, realignment, channels, form) -> dict[str, Any]:
     """What decides the result: two merges with equal settings are the same."""
-    files = [path for spec in options.task for path in parse_task(spec)[1:] if path]
     adapters = {
         str(folder): {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
         for folder in options.adapter
@@ -190,10 +189,7 @@ def _told(options, settings, realignment, channels, form) -> dict[str, Any]:
         "base": options.base,
         "base_files": model_state(options.model) if options.model else {},
         "adapters": adapters,
-        "tasks": options.task or EMBEDDED,
-        "task_files": {str(path): file_digest(path) for path in files},
-        "split": options.split,
-        "quick": options.quick,
+        **task_settings(options),
         "max_length": options.max_length,
         "unlabelled": options.unlabelled,
         "merge": asdict(settings),
