@@ -24,7 +24,7 @@ from .at_once import folder_at_once
 from .config import MoSLDConfig
 from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates, fixed_matrix
 from .layer import MoSLDAdapter, MoSLDLinear
-from .tuner import MoSLDPeftBlock, MoSLDPeftLinear
+from .tuner import MoSLDPeftBlock, MoSLDPeftLayer, MoSLDPeftLinear
 
 CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "export.json"
 EXPERT = "expert_{}"  # the folder of one expert's LoRA
@@ -84,14 +84,9 @@ def export_lora(
 def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
     """Layer name in `base` -> the layer and its mixture, of one adapter.
 
-    raises ValueError when there is none, for mixtures of feed-forward blocks, when adapter_name is unknown, or is needed to choose among active adapters.
+    raises ValueError when there is none, for an adapter with mixtures of feed-forward blocks, when adapter_name is unknown, or
+    is needed to choose among active adapters.
     """
-    blocks = [name for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)]
-    if blocks:
-        raise ValueError(
-            f"no LoRA equals a mixture of feed-forward blocks, such as the one on {blocks[0]}: there is a nonlinearity "
-            "between its layers, so not even with fixed gates"
-        )
     by_hand = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDLinear)}
     by_peft = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftLinear)}
     if "" in by_hand or (by_hand and by_peft):
@@ -100,13 +95,19 @@ def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
         if adapter_name is not None:
             raise ValueError(f"layers adapted by hand have no adapter name, got {adapter_name!r}")
         return {name: (layer, layer.adapter) for name, layer in by_hand.items()}
-    if not by_peft:
+    blocks = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)}
+    if not by_peft and not blocks:
         raise ValueError(f"{type(base).__name__} has no MoSLD layer")
-    chosen = _chosen(by_peft.values(), adapter_name)
+    chosen = _chosen([*by_peft.values(), *blocks.values()], adapter_name)
+    if own := [name for name, block in blocks.items() if chosen in block.mixtures]:
+        raise ValueError(
+            f"no LoRA equals a mixture of feed-forward blocks, such as the one on {own[0]}: there is a nonlinearity "
+            "between its layers, so not even with fixed gates"
+        )
     return {name: (layer, layer.mixtures[chosen]) for name, layer in by_peft.items() if chosen in layer.mixtures}
 
 
-def _chosen(layers: Iterable[MoSLDPeftLinear], adapter_name: str | None) -> str:
+def _chosen(layers: Iterable[MoSLDPeftLayer], adapter_name: str | None) -> str:
     layers = list(layers)
     known = sorted({name for layer in layers for name in layer.mixtures})
     if adapter_name is None:

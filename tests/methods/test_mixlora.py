@@ -246,6 +246,12 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     ):
         export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+    model.add_adapter("linear", MoSLDConfig(r=2, num_experts=2, target_modules=["q_proj"]))
+    export_lora(model, tmp_path / "lora", adapter_name="linear")  # beside it and, below, in its place
+    model.set_adapter("linear")
+    model.delete_adapter("default")
+    export_lora(model, tmp_path / "again", adapter_name="linear")
+    model = adapted()
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
     with pytest.raises(

@@ -205,14 +205,14 @@ def compiled_and_not(model, function, x, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_layer_is_the_same_forward_and_backward(name):
     """With the preset's dropout, whose masks come from the same generator. Other tasks are no other program."""
-    model = adapted(name).train()
-    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(3))
+    model = adapted(name).double().train()  # in float32 what cancels differs by more than what could be a fault
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(3)).double()
     place = f"base_model.model.model.layers.0.{'mlp' if name == 'mixlora' else 'self_attn.q_proj'}"
     layer = model.get_submodule(place)
     (eager, compiled), frames = compiled_and_not(model, lambda x: layer(x), x, name)
     assert frames == [1, 1]
     assert len(eager[0][1]) == len(layer.mixtures["default"].state_dict())
-    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
     if name in BY_TASK:
         assert not torch.allclose(eager[0][0], eager[1][0])
 

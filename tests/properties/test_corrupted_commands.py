@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from mosld import MoSLDConfig
@@ -99,7 +100,11 @@ def test_a_command_names_the_file_and_ends_with_2(data, damage, verb):
 
 @cases(15, damage=cuts(WEIGHTS, len(LORA[WEIGHTS])) | cuts(CONFIG, len(LORA[CONFIG]) - 2))
 def test_eval_of_a_lora_that_is_cut_off(data, damage):
-    refused(data, damage(LORA), "eval")
+    files = damage(LORA)
+    assume(
+        files[CONFIG].rstrip(b" \t\r\n") != LORA[CONFIG] or files[WEIGHTS] != LORA[WEIGHTS]
+    )  # blanks after JSON are JSON
+    refused(data, files, "eval")
 
 
 def test_undamaged_they_run(data):

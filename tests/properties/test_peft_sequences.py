@@ -230,11 +230,12 @@ class PeftSequences(RuleBasedStateMachine):
         torch.manual_seed(seed)
         optimizer = torch.optim.SGD([p for p in self.model.parameters()], lr=0.5)
         routed(self.model).train()(IDS, labels=IDS).loss.backward()
+        ups = [p for name, p in self.model.named_parameters() if p.requires_grad and f"_b.{self.active}." in name]
+        # B moves first, from zero too. Where attention is saturated its gradient may be too small to move it.
+        assert any(p.grad is not None and p.grad.any() for p in ups)
         optimizer.step()
         optimizer.zero_grad()
         before, now = self.adapters[self.active], tensors_in(self.model, self.active)
-        ups = [key for key in now if key.endswith("_b")]
-        assert any(not torch.equal(now[key], before.tensors[key]) for key in ups)  # B moves first, from zero too
         assert all(tensor.isfinite().all() for tensor in now.values())
         self.adapters[self.active] = Adapter(before.preset, before.config, now)
 
@@ -283,10 +284,11 @@ class PeftSequences(RuleBasedStateMachine):
         adapter, folder = self.adapters[name], self.folder / f"lora_{self.number}"
         m = adapter.config.mixture_of("")
         task = 1 if m.wants_tasks else None
-        if m.mixing in ("dense", "select") or any(one.preset == BLOCK for one in self.adapters.values()):
-            with pytest.raises(
-                ValueError, match="has no uniform gates|no LoRA equals a mixture of feed-forward blocks"
-            ):
+        if m.mixing in ("dense", "select") or adapter.preset == BLOCK:
+            no = (
+                "no LoRA equals a mixture of feed-forward blocks" if adapter.preset == BLOCK else "has no uniform gates"
+            )
+            with pytest.raises(ValueError, match=no):
                 export_lora(self.model, folder, adapter_name=name, task=task)
             assert not folder.exists()
             return
