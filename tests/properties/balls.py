@@ -81,8 +81,8 @@ def total(a: Ball, dim: int, dtype: torch.dtype) -> Ball:
 def product(*factors: Ball, dtype: torch.dtype, bias: Ball | None = None, in_pieces: bool = False) -> Ball:
     """a [M, S] b [S, N] c [M, s] d [s, N] ..., bias [N] -> a b + c d + ... + bias [M, N], stored in `dtype`.
 
-    Added up at least in float32, in any order. Between two products, and with in_pieces after any few terms of one, what has
-    come together so far may be stored in `dtype`.
+    Added up at least in float32, in any order. Between any two products, and with in_pieces after any few terms of one, what
+    has come together so far may be stored in `dtype`.
     """
     wide = router_dtype(dtype)
     pairs = [(_flushed(a, wide), _flushed(b, wide)) for a, b in zip(factors[::2], factors[1::2], strict=True)]
@@ -98,7 +98,8 @@ def product(*factors: Ball, dtype: torch.dtype, bias: Ball | None = None, in_pie
     rad = _fits(size, wide, rad)
     if in_pieces or len(pairs) > 1 or bias is not None:
         stored = size if in_pieces else apart
-        rad = _fits(stored, dtype, rad + unit(dtype) * stored + least(dtype) * _nonzero(size))
+        storages = max(1, len(pairs) - 1)
+        rad = _fits(stored, dtype, rad + storages * (unit(dtype) * stored + least(dtype) * _nonzero(size)))
     return rounded(ball(mid, rad), dtype)
 
 

@@ -5,6 +5,8 @@ from collections import Counter
 import torch
 from hypothesis import strategies as st
 
+from tests.inputs import torch_spreads_nan
+
 from .balls import outside
 from .formula import balls
 from .profile import cases
@@ -23,6 +25,13 @@ def judge(recipe: Recipe, tensors: dict | None = None) -> Counter:
     return count
 
 
+def where_nan_stays(recipe: Recipe) -> Recipe:
+    """The recipe, in float32 where torch's own products of these sizes would spread what is not finite."""
+    odd = any(size % 2 for size in recipe.shape[:5])
+    spreads = odd and (torch_spreads_nan(recipe.dtype) or torch_spreads_nan(recipe.adapter_dtype))
+    return recipe._replace(dtype=torch.float32, adapter_dtype=torch.float32) if spreads else recipe
+
+
 @cases(300, recipe=recipes())
 def test_every_number_is_where_rounding_can_take_it(recipe):
     count = judge(recipe)
@@ -33,6 +42,7 @@ def test_every_number_is_where_rounding_can_take_it(recipe):
 @cases(150, recipe=recipes(), where=st.lists(INSERTED, min_size=1, max_size=3))
 def test_what_is_not_finite_spoils_only_what_the_formula_says(recipe, where):
     """Infinities, NaN, the largest and the smallest numbers anywhere: no number that has a finite value is touched."""
+    recipe = where_nan_stays(recipe)
     tensors = recipe.tensors()
     insert(tensors, where)
     judge(recipe, tensors)
@@ -42,9 +52,10 @@ def test_what_is_not_finite_spoils_only_what_the_formula_says(recipe, where):
     100, recipe=recipes(kinds=("normal", "integers")), token=st.integers(0, 64), value=st.sampled_from(("nan", "inf"))
 )
 def test_a_token_that_is_not_finite_is_not_hidden_and_stays_alone(recipe, token, value):
-    tensors = recipe.tensors()
     if not recipe.shape.T:
         return
+    recipe = where_nan_stays(recipe)
+    tensors = recipe.tensors()
     x = flat(tensors["x"]).clone()
     token %= len(x)
     x[token] = float(value)
