@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import counting, export_command
-from .adapter_file import WEIGHTS, AdapterFileError, read_json
+from .adapter_file import CONFIG, WEIGHTS, AdapterFileError, check_weights, read_json
 from .at_once import write_at_once
 from .config import MoSLDConfig
 from .export import check_output, export_lora
+from .expressions import check_expressions
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
 from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
 from .mixture import Mixture
+from .model_files import check_model_folder
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
 from .run_folder import check_free, claim, file_digest, free_folder, model_state
@@ -336,9 +338,12 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         model, tokenizer = load_base(quick=options.quick)
         torch.nn.Module.to(model, PartialState().device)
         return model, tokenizer
+    check_model_folder(Path(options.model))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the model {options.model!r} cannot be loaded: give a folder with config.json, a tokenizer and safetensors "
@@ -353,11 +358,12 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
 
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     folder = Path(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} is not a saved adapter: {name} is missing")
-    config = folder / "adapter_config.json"
-    if (method := read_json(config).get("peft_type")) not in [*PeftType]:
+    config = folder / CONFIG
+    if not config.is_file():
+        raise ModelError(f"{folder} is not a saved adapter: {CONFIG} is missing")
+    check_weights(folder)
+    check_expressions(fields := read_json(config))
+    if (method := fields.get("peft_type")) not in [*PeftType]:
         raise ModelError(f"{config} cannot be used: its peft_type is {method!r}, which PEFT does not know")
     try:
         return PeftModel.from_pretrained(model, str(folder))
