@@ -7,6 +7,7 @@ are at most MAX_WAYS, where an open repetition such as `.*` counts WAYS, `a?` tw
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 try:
@@ -46,15 +47,17 @@ def check_expression(name: str, pattern: Any, inside: str = "{}") -> None:
         )
 
 
-def check_expressions(fields: Mapping[str, Any]) -> None:
-    """raises ValueError for an expression in an adapter_config.json of any method that `check_expression` refuses."""
-    for name in EXPRESSIONS:
-        if isinstance(fields.get(name), str):
-            check_expression(name, fields[name])
+def check_expressions(fields: Mapping[str, Any], path: Path) -> None:
+    """raises ValueError for an expression in the adapter_config.json at `path`, of any method, that `check_expression` refuses."""
+    expressions = [(name, fields[name]) for name in EXPRESSIONS if isinstance(fields.get(name), str)]
     for name in PATTERN_KEYS:
         if isinstance(fields.get(name), dict):
-            for pattern in fields[name]:
-                check_expression(name, pattern)
+            expressions += [(name, pattern) for pattern in fields[name]]
+    for name, pattern in expressions:
+        try:
+            check_expression(name, pattern)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def _ways(sequence: Any) -> int:

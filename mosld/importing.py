@@ -93,7 +93,7 @@ def _read_lora(folder: Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a saved LoRA: {CONFIG} is missing")
     check_weights(folder)
-    check_expressions(read_json(folder / CONFIG))
+    check_expressions(read_json(folder / CONFIG), folder / CONFIG)
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} must hold a LoRA, got {config.peft_type}")

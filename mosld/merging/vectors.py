@@ -122,12 +122,14 @@ def _read(folder: Path) -> TaskVector:
             return _read_mosld(folder)
         if method == "LORA":
             check_weights(folder)
-            check_expressions(fields)
+            check_expressions(fields, folder / CONFIG)
             return _read_lora(folder)
         raise MergeError(f"{folder / CONFIG} is of peft_type {method!r}; LORA and MOSLD adapters can be merged")
     files = _checkpoint_files(folder)
     if not files:
-        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
+        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint{more}")
     return TaskVector(folder.name, folder, files=files)
 
 
