@@ -19,7 +19,7 @@ except ImportError:
 
 WAYS = 30
 MAX_WAYS = 10_000_000
-MAX_LENGTH = 200_000  # characters: all layers of a large model, each by its whole name, are some ten thousands
+MAX_LENGTH = 100_000  # characters: all layers of a large model, each by its whole name, are some ten thousands
 PATTERN_KEYS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")  # from an expression to a number
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")  # one expression, or a list of names
 REPEATS = tuple(getattr(c, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(c, name))

@@ -57,7 +57,9 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise ModelError(f"{config} cannot be used: its peft_type is {method!r}, which PEFT does not know")
     for name, value in fields.items():
         if value and name != BASE and (name.endswith("_path") or name == "adapters"):
-            raise ModelError(f"{config} cannot be used: its {name}, {value!r:.100}, would have other folders' files opened")
+            raise ModelError(
+                f"{config} cannot be used: its {name}, {value!r:.100}, would have other folders' files opened"
+            )
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except AdapterFileError:

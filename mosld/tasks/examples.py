@@ -151,7 +151,7 @@ def parse_example(record: object) -> Example:
     if len(set(choices)) < len(choices):
         raise TaskFileError('"choices" must differ from each other')
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r}')
+        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r:.60}')
     return Example.multiple_choice(prompt, choices, answer)
 
 

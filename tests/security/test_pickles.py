@@ -68,7 +68,16 @@ def test_the_payload_works_where_it_is_opened(planted, marker, opened):
 def test_a_command_names_it(verb, method, planted, marker, opened, data, say, tmp_path):
     folder, out = planted(method), tmp_path / "out"
     words = {
-        "eval": ["--model", data / "model", "--adapter", folder, "--task", f"even={data / 'even.jsonl'}", "--output", out],
+        "eval": [
+            "--model",
+            data / "model",
+            "--adapter",
+            folder,
+            "--task",
+            f"even={data / 'even.jsonl'}",
+            "--output",
+            out,
+        ],
         "export": ["--model", data / "model", "--adapter", folder, "--output", out],
         "merge": ["--method", "ties", "--base", data / "model", folder, "--output", out],
     }[verb]
