@@ -6,6 +6,7 @@
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
 # make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
+# make audit  known vulnerabilities of what is installed; needs the network, so it is no part of the gate
 # make soak   thousands of training steps, kills and adapter switches, and training curves in every dtype; ten minutes
 # make tune   candidate tile sizes on the GPU at hand; writes runs/tiles.json, which MOSLD_TILES can name
 # Each makes .venv first when it is missing.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu fuzz check bench mutants soak tune
+.PHONY: demo test test-gpu fuzz check bench mutants soak tune audit
 
 demo: $(READY)
 	$(BIN)/mosld train
@@ -39,6 +40,12 @@ bench: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
+
+audit: $(READY)
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip list --format freeze --exclude-editable | sed 's/+.*//' > .venv/audit/installed.txt
+	.venv/audit/bin/pip-audit --requirement .venv/audit/installed.txt --no-deps --disable-pip
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks soak

@@ -26,6 +26,7 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run an
 PEFT_PREFIX = "base_model.model."
 # Fields of the configuration that change nothing of what is computed, so that the checksum leaves them out.
 TOLD = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode")
+MAX_KEY = 300  # characters of a tensor's name
 _KEY = re.compile(rf"(.+)\.mosld_({'|'.join({**dict.fromkeys(PARTS), **dict.fromkeys(BLOCK_PARTS)})})\.weight")
 
 
@@ -43,15 +44,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     fields = read_json(folder / CONFIG)
     if (method := fields.get("peft_type")) != "MOSLD":
         raise AdapterFileError(f"{folder / CONFIG} is of no MoSLD adapter: its peft_type is {method!r}")
-    if not (folder / WEIGHTS).is_file():
-        pickles = [name for name in PICKLES if (folder / name).is_file()]
-        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
-        raise AdapterFileError(f"{folder} is not a saved adapter: {WEIGHTS} is missing{more}")
+    check_weights(folder)
     return fields
 
 
+def check_weights(folder: Path, only_pickles: bool = False) -> None:
+    """raises AdapterFileError where `folder` lacks its safetensors file, with the name of a pickle that is there instead.
+
+    only_pickles: whether a folder with neither passes.
+    """
+    if (folder / WEIGHTS).is_file():
+        return
+    pickles = [name for name in PICKLES if (folder / name).is_file()]
+    if pickles or not only_pickles:
+        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
+        raise AdapterFileError(f"{folder} is not a saved adapter: {WEIGHTS} is missing{more}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """raises AdapterFileError, naming the file, where it holds no JSON object."""
+    """raises AdapterFileError, naming the file, where it holds no JSON object, or texts that would command a terminal."""
     try:
         fields = json.loads(path.read_text())
     except OSError as error:
@@ -60,7 +71,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterFileError(f"{path} must hold an object, got {type(fields).__name__}: its peft_type is None")
+    for text in (*fields, *(value for value in fields.values() if isinstance(value, str))):
+        if not text.isprintable():
+            raise AdapterFileError(f"{path} has {text!r:.100}, with characters that cannot be printed")
     return fields
+
+
+def check_name(adapter: str) -> None:
+    """raises ValueError for an adapter's name that is no folder's: PEFT saves every adapter but the default one in its own."""
+    if not adapter or adapter in (".", "..") or set(adapter) & set("/\\:\0"):
+        raise ValueError(f"an adapter's name becomes that of its folder, without / \\ : and NUL, got {adapter!r}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ class AdapterWeights:
 
     layers: name in the base model -> SavedLayer. mixtures: name -> Mixture. others: name -> shape of what was saved beside
     them (modules_to_save).
-    raises AdapterFileError when the file is cut off or no safetensors file, when a layer lacks a tensor or has one that no
+    raises AdapterFileError when the file is cut off or no safetensors file, for a name that no layer has, when a layer lacks a tensor or has one that no
     mixture has, when a size is not what `mixture_of` (a layer's name -> its Mixture) says, for weights that are no
     floating-point numbers, or as `check_digest`.
     """
@@ -88,6 +108,11 @@ class AdapterWeights:
         self.path = path
         self._file = _open(path)
         keys = sorted(self._file.keys(), key=_in_order)
+        if odd := next((key for key in keys if len(key) > MAX_KEY or not key.isprintable()), None):
+            raise AdapterFileError(
+                f"{path} holds {odd!r:.100}, which is no name of a tensor: it has {len(odd)} characters, of at most {MAX_KEY}, "
+                "all of which must be printable"
+            )
         slices = {key: self._file.get_slice(key) for key in keys}
         shapes = {key: list(own.get_shape()) for key, own in slices.items()}
         self._keys: dict[str, dict[str, str]] = {}
@@ -156,7 +181,7 @@ def write_digest(folder: Path) -> None:
 
     `sha256sum` passes comments over. The configuration has no line of its own, for its model may move and be called anew.
     """
-    lines = [f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}"]
+    lines = [f"{sha256(folder / WEIGHTS)}  {WEIGHTS}"]
     if (folder / CONFIG).is_file():
         lines.append(f"# {_config_digest(folder / CONFIG)}  {CONFIG}")
     write_at_once(folder / DIGEST, "".join(f"{line}\n" for line in lines))
@@ -177,7 +202,7 @@ def check_digest(weights: Path) -> None:
     recorded = next((line[0] for line in lines if line[1:] in ([WEIGHTS], [f"*{WEIGHTS}"])), None)
     if recorded is None:
         raise AdapterFileError(f"{record} holds no checksum of {WEIGHTS}: delete it to load the weights unchecked")
-    if recorded.lower() != _sha256(weights):
+    if recorded.lower() != sha256(weights):
         raise AdapterFileError(
             f"{weights} is not what {DIGEST} beside it was written for: its numbers were altered, or saving over it was "
             f"cut off. Save or copy it again; where another program changed it on purpose, delete {record}"
@@ -203,7 +228,8 @@ def _config_digest(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file of any size, read piece by piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from .adapter_file import WEIGHTS, AdapterFileError, check_digest
+from .adapter_file import PICKLES, WEIGHTS, AdapterFileError, check_digest, check_weights
 
 STATE = "trainer_state.json"  # which the Trainer writes last
 
@@ -36,7 +36,10 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def check_adapters(checkpoint: Path) -> None:
-    """raises AdapterFileError where an adapter in `checkpoint` was altered since; the Trainer itself does not look."""
+    """raises AdapterFileError where an adapter in `checkpoint` was altered since, or is a pickle now, which the Trainer would
+    open; the Trainer itself does not look."""
+    for folder in (checkpoint, *(path.parent for name in PICKLES for path in checkpoint.glob(f"*/{name}"))):
+        check_weights(folder, only_pickles=True)
     for weights in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")):  # several adapters have a folder each
         if weights.is_file():
             check_digest(weights)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import commands, compare, compare_merged, counting, merge_command
-from .failures import explain
+from .failures import explain, visible
 from .inspection import as_text
 from .known_models import EMBEDDED
 from .merging.channel import NOISES
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
                 work = verbs[options.command](options)
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
-            print(f"mosld {options.command}: {error}", file=sys.stderr)
+            print(visible(f"mosld {options.command}: {error}"), file=sys.stderr)
             return 2
         if isinstance(work, (commands.Run, compare.Comparison)):
             folder = work.folder
@@ -356,6 +356,6 @@ def _merge(work: merge_command.MergeRun) -> int:
     try:
         merge_command.run(work)
     except (MergeError, ArithmeticError) as error:  # a checkpoint's values are read when their turn comes
-        print(f"mosld merge: {error}", file=sys.stderr)
+        print(visible(f"mosld merge: {error}"), file=sys.stderr)
         return 2
     return 0

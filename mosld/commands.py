@@ -7,26 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from peft import PeftModel, PeftType
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from . import counting, export_command
-from .adapter_file import WEIGHTS, AdapterFileError, read_json
 from .at_once import write_at_once
 from .config import MoSLDConfig
 from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
+from .loading import load_adapter, load_model
 from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
 from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
 from .run_folder import check_free, claim, free_folder, model_state
 from .task_options import EMBEDDED, chosen_tasks, task_settings
-from .tasks.base_model import load_base, train_base_apart
 from .tasks.encode import Encoder
 from .tasks.examples import Task, TaskFileError
 from .tasks.mixing import parse_proportions
@@ -55,10 +52,6 @@ EMBEDDED_TRAINER = {
 QUICK_TRAINER = ["--num_train_epochs", "1", "--warmup_steps", "10", "--per_device_train_batch_size", "32"]
 OWN_TRAINER = ["--learning_rate", "3e-4", "--num_train_epochs", "3", "--warmup_steps", "0.05"]
 COMMON_TRAINER = ["--logging_steps", "10", "--save_strategy", "epoch", "--dataloader_pin_memory", "false"]
-
-
-class ModelError(ValueError):
-    """A model, tokenizer or adapter that cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     check_fit(encoder, tasks)
     on_task = None
     if options.adapter:
-        model = _load_adapter(model, options.adapter)
+        model = load_adapter(model, options.adapter)
         on_task = task_setter(model, tasks, _mixture(model))
     results = score_tasks(model, encoder, tasks, options.eval_batch_size, on_task=on_task)
     scores = {name: score.summary() for name, score in results.items()}
@@ -173,7 +166,7 @@ def export(options: argparse.Namespace) -> str:
     if gates == "calibrate":
         encoder = Encoder(tokenizer, longest_input(options, base))
         gates = export_command.calibration_batches(encoder, tasks, options.eval_batch_size)
-    model = _load_adapter(base, options.adapter)
+    model = load_adapter(base, options.adapter)
     layers = export_lora(
         model, output, gates, per_expert=options.per_expert, overwrite=options.overwrite, task=options.task_id
     )
@@ -231,7 +224,7 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
     base, tokenizer = load_model(options)
     encoder = Encoder(tokenizer, longest_input(options, base))
     check_fit(encoder, tasks)
-    model, use = _load_adapter(base, options.adapter), RouterUse()
+    model, use = load_adapter(base, options.adapter), RouterUse()
     mixture = _mixture(model)
     counts = mixture is not None and mixture.balances
     on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
@@ -314,46 +307,6 @@ def _settings(options: argparse.Namespace, recipe: Recipe) -> dict[str, object]:
 
 def _run_name(options: argparse.Namespace) -> str:
     return "-".join([options.method, *(["quick"] if options.quick else []), *(["own"] if options.model else [])])
-
-
-def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not options.model:
-        with PartialState().main_process_first():
-            train_base_apart(quick=options.quick)
-        model, tokenizer = load_base(quick=options.quick)
-        torch.nn.Module.to(model, PartialState().device)
-        return model, tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the model {options.model!r} cannot be loaded: give a folder with config.json, a tokenizer and safetensors "
-            f"weights, or the hub name of a causal language model\n{error}"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads, so any token serves
-    tokenizer.padding_side = "right"  # with a causal model, what stands to the right of a token cannot reach it
-    torch.nn.Module.to(model, PartialState().device)
-    return model.requires_grad_(False), tokenizer
-
-
-def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
-    folder = Path(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} is not a saved adapter: {name} is missing")
-    config = folder / "adapter_config.json"
-    if (method := read_json(config).get("peft_type")) not in [*PeftType]:
-        raise ModelError(f"{config} cannot be used: its peft_type is {method!r}, which PEFT does not know")
-    try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except AdapterFileError:
-        raise
-    except SafetensorError as error:
-        raise ModelError(f"{folder / WEIGHTS} is cut off, altered or no safetensors file: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"the adapter in {folder} does not fit the model: {error}") from error
 
 
 def longest_input(options: argparse.Namespace, model: PreTrainedModel) -> int:

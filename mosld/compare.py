@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from . import commands, compare_merged, compare_report
 from .failures import LESS_MEMORY, CellsFailed, first_line, free_memory, out_of_memory
+from .loading import load_model
 from .merging.merge import MergeSettings
 from .merging.unlabelled import without_labels
 from .methods import LORA, METHODS, NAMES, Adapter
@@ -105,7 +106,7 @@ def prepare(options: argparse.Namespace, trainer_words: Sequence[str]) -> Compar
     settings = _settings(options, proportions)
     folder = Path(options.output) if options.output else free_folder(_folder_name(options), settings, COMPARE)
     check_free(folder, settings, options.overwrite, COMPARE)
-    base, tokenizer = commands.load_model(options)
+    base, tokenizer = load_model(options)
     encoder = Encoder(tokenizer, commands.longest_input(options, base))
     commands.check_fit(encoder, tasks)
     if any(merge.kind.adaptive for merge in merges.values()):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -14,8 +13,9 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, write_digest
+from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, check_weights, write_digest
 from .at_once import folder_beside
+from .expressions import check_expression
 from .mixture import FIELDS, Mixture, number
 
 LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what PEFT makes of layers_pattern
@@ -115,7 +115,7 @@ class MoSLDConfig(PeftConfig):
             raise ValueError(f"num_experts_pattern must be a dictionary, got {self.num_experts_pattern!r}")
         self._mixture(self.num_experts)
         for pattern, experts in self.num_experts_pattern.items():
-            _check_expression("num_experts_pattern", pattern, r"(.*\.)?({})$")
+            check_expression("num_experts_pattern", pattern, r"(.*\.)?({})$")
             try:
                 self._mixture(experts)
             except ValueError as error:
@@ -128,12 +128,12 @@ class MoSLDConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str) and name != "modules_to_save":  # which PEFT would take letter by letter
-                _check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
+                check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
             elif value is not None and not _is_list(value, str):
                 raise ValueError(f"{name} must be None or names, got {value!r}")
             elif name == "layers_pattern":
                 for pattern in value or []:
-                    _check_expression(name, pattern, LAYERS)
+                    check_expression(name, pattern, LAYERS)
         layers = self.layers_to_transform
         if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
             raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
@@ -194,6 +194,8 @@ class MoSLDConfig(PeftConfig):
                 raise
             raise AdapterFileError(f"{path} cannot be used: {error}") from error
         weights = path.with_name(WEIGHTS)
+        if isinstance(config, MoSLDConfig) and path.is_file():
+            check_weights(path.parent, only_pickles=True)
         if isinstance(config, MoSLDConfig) and weights.is_file():
             AdapterWeights(weights, config.mixture_of)
             config.saved = weights
@@ -228,13 +230,3 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, (list, tuple, set)) and all(
         isinstance(one, kind) and not isinstance(one, bool) for one in value
     )
-
-
-def _check_expression(name: str, pattern: Any, inside: str) -> None:
-    """raises ValueError where `pattern` is no regular expression, or none `inside` that of PEFT."""
-    try:
-        if not isinstance(pattern, str):
-            raise TypeError(f"it is {type(pattern).__name__}")
-        re.compile(inside.replace("{}", pattern))
-    except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error

@@ -38,7 +38,7 @@ def read_config(text: str, depth: int | None = None) -> MoSLDConfig:
         )
     try:
         own = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(own, dict):
         raise ValueError(f"{path} must hold an object of a configuration's fields, got {type(own).__name__}")
@@ -68,7 +68,7 @@ def _pairs(text: str) -> dict[str, Any]:
 def _value(name: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return split_names(text) if name in NAMES else {"True": True, "False": False, "None": None}.get(text, text)
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_file import check_weights, read_json
 from .config import MoSLDConfig
 from .export import CONFIG, WEIGHTS, adapted_layers, target_modules
+from .expressions import check_expressions
 from .fixed_gates import PREFIX
 
 # What may differ from a LoraConfig's default in a LoRA that a mixture can compute.
@@ -88,9 +90,10 @@ def _repeats(config: MoSLDConfig) -> tuple[bool, bool]:
 
 def _read_lora(folder: Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
     """The configuration, and layer name -> A [R, D_in] and B [D_out, R]; raises ValueError for all but a plain LoRA."""
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a saved LoRA: {name} is missing")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a saved LoRA: {CONFIG} is missing")
+    check_weights(folder)
+    check_expressions(read_json(folder / CONFIG), folder / CONFIG)
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} must hold a LoRA, got {config.peft_type}")

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 EMBEDDED = "embedded"
 
@@ -134,8 +134,9 @@ def _embedded(quick: bool) -> nn.Module:
 
 def _of_folder(folder: Path) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        named = [getattr(transformers, name, None) for name in config.architectures or []]
-        return next((cls(config) for cls in named if cls), None) or AutoModel.from_config(config)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named = [getattr(transformers, str(name), None) for name in config.architectures or []]
+        models = [cls for cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
+        return models[0](config) if models else AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no config.json of a model that transformers knows: {error}") from error

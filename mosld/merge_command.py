@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import commands
 from .at_once import write_at_once
+from .loading import load_model
 from .merging.adaptive import AdaptiveSettings
 from .merging.artefacts import applied, merged_weights, save_checkpoint, save_lora, save_mixture, save_model
 from .merging.channel import NOISES
@@ -75,7 +76,7 @@ def prepare(options: argparse.Namespace) -> MergeRun:
     told = _told(options, settings, realignment, channels, form)
     folder = Path(options.output)
     check_free(folder, told, options.overwrite, MERGE)
-    base, tokenizer = commands.load_model(options)
+    base, tokenizer = load_model(options)
     encoder = Encoder(tokenizer, commands.longest_input(options, base))
     commands.check_fit(encoder, tasks)
     check_fit(base, vectors)

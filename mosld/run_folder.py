@@ -9,13 +9,13 @@ A comparison (`mosld compare`) is never finished: the same command with more met
 `rows`, by name, must agree where both have them.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO, cast
 
+from .adapter_file import sha256
 from .at_once import is_leftover, remove_leftovers, write_at_once
 from .failures import existing, writable
 
@@ -54,11 +54,16 @@ class RunFolderError(ValueError):
 def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
     """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
-    raises RunFolderError for a folder that holds another run, a finished one, or something else, and for one where this
-    process may not write.
+    raises RunFolderError for a folder that holds another run, a finished one, or something else, for one where this process
+    may not write, and for a run with symbolic links in it.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
+    if link := next(_links(folder), None):
+        raise RunFolderError(
+            f"{link} is a symbolic link, through which a run would write or remove files outside {folder}: choose another "
+            "--output, or put the file or folder itself there"
+        )
     _check_writable(folder)
     state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
     if state == "foreign":
@@ -92,6 +97,13 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False,
         written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
     write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
     return state == "unfinished"
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Symbolic links among what is a run's in `folder`, which may be one itself: whoever runs `mosld` has chosen it."""
+    for name in (*OWN, LOCK):
+        own = folder / name
+        yield from (path for path in (own, *(own.rglob("*") if not own.is_symlink() else ())) if path.is_symlink())
 
 
 def _check_writable(folder: Path) -> None:
@@ -176,4 +188,4 @@ def model_state(name: str) -> dict[str, list[int]]:
 
 
 def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return sha256(path)[:16]

@@ -224,7 +224,7 @@ def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingAr
     device = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
     words = ["--report_to", "none", "--save_total_limit", "1", "--ddp_find_unused_parameters", "false", *device]
     words += [*arguments, "--output_dir", str(output_dir)]
-    parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         _raise_value_error(
             f"{' '.join(unknown)} (mosld train --help lists the first, the transformers documentation the second)"

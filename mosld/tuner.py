@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mosld_kernels.dispatch import autocasts
 
-from .adapter_file import AdapterFileError
+from .adapter_file import AdapterFileError, check_name
 from .block import BlockAdapter, check_block, is_block
 from .layer import MoSLDAdapter, call_me
 from .mixture import BLOCK_PARTS, PARTS, Mixture
@@ -197,6 +197,7 @@ class MoSLDModel(BaseTuner):
 
         warns where some names match, raises PEFT's error (a ValueError) where none does.
         """
+        check_name(adapter_name)
         targets = cast(Any, self.peft_config[adapter_name]).target_modules
         hints = unmatched_targets(model, targets)
         try:

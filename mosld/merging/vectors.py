@@ -6,7 +6,6 @@ An adapter's vectors stay factored: merging several on one linear layer is our o
 needs whole matrices asks for one layer at a time (`TaskVector.delta`).
 """
 
-import json
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..adapter_file import CONFIG, WEIGHTS, AdapterWeights, read_config
+from ..adapter_file import CONFIG, WEIGHTS, AdapterWeights, check_weights, read_config, read_json
 from ..config import MoSLDConfig
+from ..expressions import check_expressions
 from ..fixed_gates import PREFIX
+from ..model_files import INDEX, files_of
 
-CHECKPOINT, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKPOINT = "model.safetensors"
 
 
 class MergeError(ValueError):
@@ -115,33 +116,27 @@ def read_task_vectors(folders: Sequence[str | Path], gates: str = "uniform") -> 
 
 def _read(folder: Path) -> TaskVector:
     if (folder / CONFIG).is_file():
-        fields = _json(folder / CONFIG)
+        fields = read_json(folder / CONFIG)
         method = fields.get("peft_type")
         if method == "MOSLD":
             return _read_mosld(folder)
         if method == "LORA":
+            check_weights(folder)
+            check_expressions(fields, folder / CONFIG)
             return _read_lora(folder)
         raise MergeError(f"{folder / CONFIG} is of peft_type {method!r}; LORA and MOSLD adapters can be merged")
     files = _checkpoint_files(folder)
     if not files:
-        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
+        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint{more}")
     return TaskVector(folder.name, folder, files=files)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise MergeError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise MergeError(f"{path} must hold an object, got {type(fields).__name__}")
-    return fields
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path]:
     """tensor's name -> the safetensors file that has it"""
     if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in _json(folder / INDEX)["weight_map"].items()}
+        return files_of(folder)
     if not (folder / CHECKPOINT).is_file():
         return {}
     with _opened(folder / CHECKPOINT) as file:
@@ -163,8 +158,6 @@ def _read_lora(folder: Path) -> TaskVector:
             raise MergeError(f"{folder} is more than s B A: it has {name}={getattr(config, name)!r}")
     if config.bias != "none":
         raise MergeError(f"{folder} is more than s B A: it has bias={config.bias!r}")
-    if not (folder / WEIGHTS).is_file():
-        raise MergeError(f"{folder} is not a saved adapter: {WEIGHTS} is missing")
     with _opened(folder / WEIGHTS) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
     factors: dict[str, Factors] = {}

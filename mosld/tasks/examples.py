@@ -5,19 +5,33 @@ One line of a task file is one JSON object in one of two forms:
     {"prompt": "...", "choices": ["...", "..."], "answer": 1}     multiple choice; answer is an index into choices
     {"prompt": "...", "completion": "..."}                        free text
 
-Every line of every file is checked before anything is trained, and all bad lines are reported at once.
+Every line of every file is checked before anything is trained, and all bad lines are reported at once. A line has these
+fields and no other: a misspelt one would be passed over.
 """
 
-import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MAX_REPORTED = 20  # bad lines listed in one report; the rest is counted
+from .jsonl import MAX_FAULTS, LineError, decode, read_lines
+
+FIELDS = ("prompt", "choices", "answer", "completion")
+MAX_REPORTED = 20  # bad lines listed in one message; the rest is counted
+MAX_CHOICES = 1000
+NO_CHARACTER = re.compile(r"[\x00\ud800-\udfff]")
+MAX_NAME = 100  # bytes of a task's name, which becomes part of files' names
 
 
 class TaskFileError(ValueError):
-    """A task specification or a task file that cannot be used; the message lists every fault found."""
+    """A task specification or a task file that cannot be used; the message lists the first MAX_REPORTED faults.
+
+    faults: all of them, in order, each with its file and line number.
+    """
+
+    def __init__(self, message: str, faults: Iterable[str] | None = None):
+        super().__init__(message)
+        self.faults = (message,) if faults is None else tuple(faults)
 
 
 @dataclass(frozen=True)
@@ -50,20 +64,25 @@ class Task:
 
 
 def parse_task(spec: str) -> tuple[str, Path, Path | None]:
-    """`name=train.jsonl[:test.jsonl]` -> name, training file, test file or None."""
+    """`name=train.jsonl[:test.jsonl]` -> name, training file, test file or None. raises TaskFileError."""
     name, equals, files = spec.partition("=")
     train, colon, test = files.partition(":")
     if not (equals and name and train) or (colon and not test):
         raise TaskFileError(f"a task is name=train.jsonl or name=train.jsonl:test.jsonl, got {spec!r}")
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise TaskFileError(f"a task's name has letters, digits, '.', '_' and '-' alone, got {name!r}")
+    if len(name.encode()) > MAX_NAME:
+        raise TaskFileError(f"a task's name has at most {MAX_NAME} bytes, got {len(name.encode())}")
+    if "\0" in files:
+        raise TaskFileError(f"a file's name holds no NUL character, got {files!r}")
     return name, Path(train), Path(test) if test else None
 
 
 def read_tasks(specs: list[str]) -> list[Task]:
     """Read every file of every `name=train.jsonl[:test.jsonl]`.
 
-    raises TaskFileError with all faults of all files, each as file, line number and what is wrong.
+    raises TaskFileError with all faults of all files, each as file, line number and what is wrong; of a file with more than
+    MAX_FAULTS bad lines those up to there.
     """
     parsed, faults = [], []
     for spec in specs:
@@ -82,27 +101,26 @@ def read_tasks(specs: list[str]) -> list[Task]:
     if faults:
         shown = faults[:MAX_REPORTED]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise TaskFileError("\n".join(["the task files cannot be used:", *shown, *more]))
+        raise TaskFileError("\n".join(["the task files cannot be used:", *shown, *more]), faults)
     return tasks
 
 
 def read_examples(path: Path, faults: list[str]) -> list[Example]:
     """The examples of one JSONL file; what is wrong with it is added to `faults`. Blank lines are passed over."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
-        return []
     examples, before = [], len(faults)
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold other line separators
-        if not line.strip():
-            continue
-        try:
-            examples.append(parse_example(json.loads(line)))
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
-        except TaskFileError as error:
-            faults.append(f"{path}:{number}: {error}")
+    try:
+        for number, line in read_lines(path):
+            try:
+                examples.append(parse_example(decode(line)))
+            except (LineError, TaskFileError) as error:
+                faults.append(f"{path}:{number}: {error}")
+            except RecursionError:  # from reading the line, or from writing its value into a message
+                faults.append(f"{path}:{number}: nested too deeply")
+            if len(faults) - before == MAX_FAULTS:
+                faults.append(f"{path}: not read beyond line {number}, the last of {MAX_FAULTS} bad ones")
+                break
+    except (OSError, LineError) as error:
+        faults.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
     if not examples and len(faults) == before:
         faults.append(f"{path}: no examples")
     return examples
@@ -112,6 +130,10 @@ def parse_example(record: object) -> Example:
     """One decoded line -> Example; raises TaskFileError saying which field is wrong."""
     if not isinstance(record, dict):
         raise TaskFileError(f"a line must be a JSON object, got {type(record).__name__}")
+    if unknown := [name for name in record if name not in FIELDS]:
+        raise TaskFileError(
+            f"there is no field {unknown[0]!r:.60}: a line has {', '.join(FIELDS[:3])}, or prompt, completion"
+        )
     prompt = _text(record, "prompt")
     if "completion" in record:
         if "choices" in record or "answer" in record:
@@ -122,10 +144,14 @@ def parse_example(record: object) -> Example:
     choices, answer = record["choices"], record.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise TaskFileError('"choices" must be a list of at least two texts')
+    if len(choices) > MAX_CHOICES:
+        raise TaskFileError(f'"choices" must be at most {MAX_CHOICES}, got {len(choices)}')
+    for choice in choices:
+        _check_characters("choices", choice)
     if len(set(choices)) < len(choices):
         raise TaskFileError('"choices" must differ from each other')
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r}')
+        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r:.60}')
     return Example.multiple_choice(prompt, choices, answer)
 
 
@@ -133,4 +159,11 @@ def _text(record: dict, key: str, empty_allowed: bool = True) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not (empty_allowed or value.strip()):
         raise TaskFileError(f'"{key}" must be {"a" if empty_allowed else "a non-empty"} text, got {value!r:.60}')
+    _check_characters(key, value)
     return value
+
+
+def _check_characters(key: str, text: str) -> None:
+    """raises TaskFileError for what no tokenizer takes: half a surrogate pair, a NUL."""
+    if wrong := NO_CHARACTER.search(text):
+        raise TaskFileError(f'"{key}" holds {wrong[0]!r}, which is no character of a text')

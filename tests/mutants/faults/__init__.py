@@ -10,6 +10,7 @@ from tests.mutants.faults import (
     merging,
     operator,
     routing,
+    security,
     tasks,
     triton,
 )
@@ -26,4 +27,5 @@ AREAS = {
     "loading": loading.FAULTS,
     "merging": merging.FAULTS,
     "tasks": tasks.FAULTS,
+    "security": security.FAULTS,
 }

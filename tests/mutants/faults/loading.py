@@ -10,8 +10,8 @@ FAULTS = [
     Fault(
         "checksum_not_compared",
         "mosld/adapter_file.py",
-        "    if recorded.lower() != _sha256(weights):",
-        "    if len(recorded) != len(_sha256(weights)):",
+        "    if recorded.lower() != sha256(weights):",
+        "    if len(recorded) != len(sha256(weights)):",
         "an adapter whose numbers were altered is loaded",
         FILE,
     ),

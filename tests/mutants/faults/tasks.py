@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "first_fault_hides_the_others",
         "mosld/tasks/examples.py",
-        '            faults.append(f"{path}:{number}: {error}")\n',
-        '            faults.append(f"{path}:{number}: {error}")\n            break\n',
+        '                faults.append(f"{path}:{number}: {error}")\n',
+        '                faults.append(f"{path}:{number}: {error}")\n                break\n',
         "a task file has to be mended line by line",
         EXAMPLES,
     ),

@@ -1,0 +1,91 @@
+"""Regular expressions from configurations, which PEFT matches with the names of layers: only those that end in time.
+
+Python's `re` tries one way after the other: `(a+)+` has 2 to the power of n ways through n letters. Here the ways are counted
+on the parsed expression before it is used. What repeats may hold no repetition and no choice, and the ways through the whole
+are at most MAX_WAYS, where an open repetition such as `.*` counts WAYS, `a?` two, and `a|b` the sum of its sides.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+try:
+    from re import _constants as c  # pyright: ignore[reportAttributeAccessIssue]  their home from Python 3.11 on
+    from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:
+    import sre_constants as c
+    import sre_parse as parser
+
+WAYS = 30
+MAX_WAYS = 10_000_000
+MAX_LENGTH = 100_000  # characters: all layers of a large model, each by its whole name, are some ten thousands
+PATTERN_KEYS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")  # from an expression to a number
+EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")  # one expression, or a list of names
+REPEATS = tuple(getattr(c, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(c, name))
+
+
+def check_expression(name: str, pattern: Any, inside: str = "{}") -> None:
+    """raises ValueError where `pattern` is no regular expression, none `inside` that of PEFT, or one that may not end.
+
+    name: of the setting, for the message.
+    """
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError(f"it is {type(pattern).__name__}")
+        if len(pattern) > MAX_LENGTH:
+            raise ValueError(f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
+        re.compile(inside.replace("{}", pattern))
+        ways = _ways(parser.parse(pattern))
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} has {pattern!r:.200}, which may take for ever: {error}") from error
+    if ways > MAX_WAYS:
+        raise ValueError(
+            f"{name} has {pattern!r:.200}, which may take for ever: there are {ways:.0e} ways through it, more than {MAX_WAYS:.0e}"
+        )
+
+
+def check_expressions(fields: Mapping[str, Any], path: Path) -> None:
+    """raises ValueError for an expression in the adapter_config.json at `path`, of any method, that `check_expression` refuses."""
+    expressions = [(name, fields[name]) for name in EXPRESSIONS if isinstance(fields.get(name), str)]
+    for name in PATTERN_KEYS:
+        if isinstance(fields.get(name), dict):
+            expressions += [(name, pattern) for pattern in fields[name]]
+    for name, pattern in expressions:
+        try:
+            check_expression(name, pattern)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _ways(sequence: Any) -> int:
+    """How many ways there are through a parsed expression. raises ValueError for a repetition in a repetition."""
+    ways = 1
+    for kind, value in sequence:
+        ways *= _ways_of(kind, value)
+    return ways
+
+
+def _ways_of(kind: Any, value: Any) -> int:
+    if kind in REPEATS:
+        least, most, repeated = value
+        inner = _ways(repeated)
+        if most <= 1:
+            return inner + most - least
+        if inner > 1:
+            raise ValueError("what it repeats holds a repetition or a choice itself")
+        return int(min(most - least + 1, WAYS))
+    if kind is c.BRANCH:
+        return sum(_ways(side) for side in value[1])
+    if kind is c.GROUPREF:
+        return 2  # so that none is repeated: what it stands for has any length
+    if kind is c.GROUPREF_EXISTS:
+        return sum(_ways(side) for side in value[1:] if side)
+    inside = value if isinstance(value, tuple) else (value,)  # of groups, lookaheads and what else holds an expression
+    ways = 1
+    for part in inside:
+        if isinstance(part, parser.SubPattern):
+            ways *= _ways(part)
+    return ways
