@@ -29,6 +29,15 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     raises ValueError and RuntimeError as `last_routing`, and RuntimeError when the last forward kept no gradient for
     a router that is being trained and nothing will be recomputed (torch.no_grad). Where a recomputation was expected
     and did not come, backward raises it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, balance_loss
+    >>> layer = MoSLDLinear(6, 5, num_experts=4, top_k=1)
+    >>> _ = nn.init.zeros_(layer.router.weight)  # an undecided router
+    >>> _ = layer(torch.randn(3, 6))
+    >>> balance_loss(layer).item()
+    1.0
     """
     kept, losses = KeptTensors(model, recomputed), []
     for name, adapter, _, mask in last_routing(model, attention_mask):

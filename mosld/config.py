@@ -52,6 +52,14 @@ class MoSLDConfig(PeftConfig):
     weights beside it are checked before anything is built: see AdapterWeights in `mosld.adapter_file`.
 
     raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
+
+    >>> from peft import get_peft_model
+    >>> from torch import nn
+    >>> from mosld import MoSLDConfig
+    >>> config = MoSLDConfig(r=2, num_experts=4, target_modules=["0"])
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    >>> model.print_trainable_parameters()  # 2 * 6 of A, 5 * 4 * 2 of B, 4 * 6 of the router
+    trainable params: 76 || all params: 111 || trainable%: 68.4685
     """
 
     r: int = 8
@@ -145,11 +153,23 @@ class MoSLDConfig(PeftConfig):
             path.write_text(json.dumps(saved, indent=2))
 
     def experts_of(self, layer: str) -> int:
-        """How many experts the layer of this name has."""
+        """How many experts the layer of this name has.
+
+        >>> from mosld import MoSLDConfig
+        >>> config = MoSLDConfig(num_experts=8, num_experts_pattern={"down_proj": 4})
+        >>> config.experts_of("model.layers.0.mlp.down_proj"), config.experts_of("model.layers.0.mlp.up_proj")
+        (4, 8)
+        """
         return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)
 
     def mixture_of(self, layer: str) -> Mixture:
-        """The mixture of the layer of this name."""
+        """The mixture of the layer of this name.
+
+        >>> from mosld import MoSLDConfig
+        >>> mixture = MoSLDConfig(r=2, num_experts_pattern={"down_proj": 4}).mixture_of("mlp.down_proj")
+        >>> mixture.shapes(6, 5), mixture.parameters(6, 5)
+        ({'shared_a': (2, 6), 'expert_b': (5, 8), 'router': (4, 6)}, 76)
+        """
         return self._mixture(self.experts_of(layer))
 
     def _mixture(self, experts: int) -> Mixture:
@@ -163,12 +183,25 @@ class MoSLDConfig(PeftConfig):
 
     @classmethod
     def unknown_fields(cls, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are no field of this version."""
+        """Those of `names` that are no field of this version.
+
+        >>> from mosld import MoSLDConfig
+        >>> MoSLDConfig.unknown_fields(["r", "rank", "top_k"])
+        ['rank']
+        """
         return sorted(set(names) - {own.name for own in fields(cls)})
 
     @classmethod
     def check_kwargs(cls, **kwargs):
-        """Leaves out what this version does not know, and says so: PEFT would advise to upgrade PEFT."""
+        """Leaves out what this version does not know, and says so: PEFT would advise to upgrade PEFT.
+
+        >>> import warnings
+        >>> from mosld import MoSLDConfig
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     MoSLDConfig.check_kwargs(r=4, rank=8), len(told)
+        ({'r': 4}, 1)
+        """
         unknown = cls.unknown_fields(kwargs)
         if kwargs.get("peft_type", "MOSLD") != "MOSLD":  # PEFT makes the configuration that this name asks for
             return super().check_kwargs(**kwargs)

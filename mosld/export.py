@@ -57,6 +57,18 @@ def export_lora(
     The LoRA has the mixture's r, alpha and dtype; B is summed in float64 and rounded once.
     raises ValueError, before anything is written, for a value that breaks these rules, and for an adapter with
     modules_to_save, which a LoRA for serving cannot hold.
+
+    >>> import torch
+    >>> from peft import PeftModel
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, export_lora
+    >>> linear, x = nn.Linear(6, 5), torch.randn(7, 6)
+    >>> model = nn.Sequential(MoSLDLinear.from_linear(linear, r=2, num_experts=4)).eval()
+    >>> lost = export_lora(model, "served", gates=[{"input": x}])
+    >>> lost["0"].tokens, lost["0"].update_error  # nothing is lost while B is zero
+    (7, 0.0)
+    >>> torch.equal(PeftModel.from_pretrained(nn.Sequential(linear), "served")(x), model(x))
+    True
     """
     folder = Path(output_dir).resolve()
     check_output(folder, overwrite)

@@ -39,6 +39,12 @@ class LayerGates:
     update_error: |fixed - routed| / |routed| of the layer's update, Frobenius norms over the tokens.
     output_error: the same difference over the norm of the layer's whole output.
     tokens: how many were counted; 0 for gates that were given.
+
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, export_lora
+    >>> model = nn.Sequential(MoSLDLinear(6, 5, r=2, num_experts=4))
+    >>> export_lora(model, "served")["0"]
+    LayerGates(gates=[0.25, 0.25, 0.25, 0.25], gate_variance=None, update_error=None, output_error=None, tokens=0)
     """
 
     gates: list[float]

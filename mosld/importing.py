@@ -48,6 +48,18 @@ def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: 
 
     raises ValueError for a folder that holds no such LoRA, for one that is more than s B A (DoRA, biases, whole modules,
     several ranks), for layers that the model lacks or that differ in size, and for settings that break MoSLDConfig's rules.
+
+    >>> import torch
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from mosld import import_lora
+    >>> base, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
+    >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    >>> lora.save_pretrained("lora")
+    >>> model = import_lora(base, "lora", num_experts=4, dropout=0.0)
+    >>> torch.allclose(model(x), lora(x), atol=1e-6)
+    True
     """
     if given := sorted(set(settings) & set(FROM_THE_LORA)):
         raise ValueError(f"{', '.join(given)} comes from the LoRA and cannot be given")

@@ -51,6 +51,16 @@ class MoSLDAdapter(nn.Module):
     state: copies and pickles of the module start without them.
 
     raises ValueError for values that Mixture refuses.
+
+    >>> import torch
+    >>> from torch.nn import functional as F
+    >>> from mosld import MoSLDAdapter
+    >>> adapter = MoSLDAdapter(6, 5, r=2, num_experts=4)
+    >>> adapter.mixture.shapes(6, 5)
+    {'shared_a': (2, 6), 'expert_b': (5, 8), 'router': (4, 6)}
+    >>> x, weight = torch.randn(3, 6), torch.randn(5, 6)
+    >>> torch.equal(adapter(x, weight), F.linear(x, weight))  # B is still zero
+    True
     """
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
@@ -93,13 +103,32 @@ class MoSLDAdapter(nn.Module):
         self.reset_parameters()
 
     def forget(self) -> None:
-        """As before the first forward."""
+        """As before the first forward.
+
+        >>> import torch
+        >>> from mosld import MoSLDAdapter
+        >>> adapter = MoSLDAdapter(6, 5, num_experts=4)
+        >>> _ = adapter(torch.randn(3, 6))
+        >>> adapter.router_logits.shape
+        torch.Size([3, 4])
+        >>> adapter.forget()
+        >>> adapter.router_logits is None
+        True
+        """
         self.router_logits: Tensor | None = None
         self.hidden: Tensor | None = None
         self.gram: Tensor | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Start anew, in place: B zero, the rest as `down_std`, `router_std` and the mixing say.
+
+        >>> from mosld import MoSLDAdapter
+        >>> adapter = MoSLDAdapter(6, 5, device="meta").to_empty(device="cpu")
+        >>> adapter.reset_parameters()
+        >>> int(adapter.expert_b.weight.count_nonzero())
+        0
+        """
         m = self.mixture
         start(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
@@ -113,7 +142,14 @@ class MoSLDAdapter(nn.Module):
             m.kind.start(self.mixer.weight)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without."""
+        """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without.
+
+        >>> import torch
+        >>> from mosld import MoSLDAdapter
+        >>> adapter, x = MoSLDAdapter(6, 5), torch.randn(2, 3, 6)
+        >>> adapter(x).shape, adapter(x).any()  # an update of zero at the start
+        (torch.Size([2, 3, 5]), tensor(False))
+        """
         self._expect_whole()
         keeps_hidden = self.keep_hidden and self.mixture.balances and self.mixture.mixing in ("expand", "diagonal")
         staged = keeps_hidden or not self.mixture.fused
@@ -189,7 +225,15 @@ class MoSLDAdapter(nn.Module):
         return out, routed[0] if routed and m.balances else None, hidden[0]
 
     def given(self, name: str) -> Any:
-        """What `mosld.set_routing` gave under this name, or None."""
+        """What `mosld.set_routing` gave under this name, or None.
+
+        >>> import torch
+        >>> from mosld import MoSLDLinear, set_routing
+        >>> layer = MoSLDLinear(6, 5, num_experts=2, router="external")
+        >>> set_routing(layer, gates=torch.tensor([0.25, 0.75]))
+        >>> layer.adapter.given("gates"), layer.adapter.given("prior")
+        (tensor([0.2500, 0.7500]), None)
+        """
         return None if self.routing is None else getattr(self.routing, name)
 
     def extra_repr(self) -> str:
@@ -237,9 +281,13 @@ class MoSLDLinear(nn.Linear):
     leaves the adapter as it is. The adapter's own tensors are `adapter.shared_a.weight`, `adapter.expert_b.weight`
     and `adapter.router.weight`.
 
-    >>> layer = MoSLDLinear.from_linear(nn.Linear(1024, 1024), r=8, num_experts=8, top_k=2)
+    >>> import torch
+    >>> from mosld import MoSLDLinear
+    >>> layer = MoSLDLinear(1024, 1024, r=8, num_experts=8, top_k=2)
     >>> layer(torch.randn(2, 5, 1024)).shape
     torch.Size([2, 5, 1024])
+    >>> {name: list(p.shape) for name, p in layer.named_parameters() if p.requires_grad}
+    {'adapter.shared_a.weight': [8, 1024], 'adapter.expert_b.weight': [1024, 64], 'adapter.router.weight': [8, 1024]}
     """
 
     def __init__(
@@ -270,6 +318,14 @@ class MoSLDLinear(nn.Linear):
         """A MoSLDLinear that shares `linear`'s weight and bias, which are frozen; the rest as in the constructor.
 
         raises ValueError for anything but a plain nn.Linear: subclasses may hold something else than a weight.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from mosld import MoSLDLinear
+        >>> linear, x = nn.Linear(6, 5), torch.randn(3, 6)
+        >>> layer = MoSLDLinear.from_linear(linear, r=2, num_experts=4)
+        >>> torch.equal(layer(x), linear(x)), layer.weight is linear.weight, linear.weight.requires_grad
+        (True, True, False)
         """
         if type(linear) is not nn.Linear:
             raise ValueError(
@@ -290,18 +346,43 @@ class MoSLDLinear(nn.Linear):
 
     @property
     def shared_a(self) -> AdapterWeight:
+        """`adapter.shared_a`; its weight is [r, in_features].
+
+        >>> from mosld import MoSLDLinear
+        >>> MoSLDLinear(6, 5, r=2, num_experts=4).shared_a.weight.shape
+        torch.Size([2, 6])
+        """
         return self.adapter.shared_a
 
     @property
     def expert_b(self) -> AdapterWeight:
+        """`adapter.expert_b`; its weight is [out_features, num_experts * r].
+
+        >>> from mosld import MoSLDLinear
+        >>> MoSLDLinear(6, 5, r=2, num_experts=4).expert_b.weight.view(5, 4, 2)[:, 3].shape  # B of the last expert
+        torch.Size([5, 2])
+        """
         return self.adapter.expert_b
 
     @property
     def router(self) -> AdapterWeight:
+        """`adapter.router`; its weight is [num_experts, in_features].
+
+        >>> from mosld import MoSLDLinear
+        >>> MoSLDLinear(6, 5, r=2, num_experts=4).router.weight.shape
+        torch.Size([4, 6])
+        """
         return self.adapter.router
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> y [..., out_features]"""
+        """x [..., in_features] -> y [..., out_features]
+
+        >>> import torch
+        >>> from mosld import MoSLDLinear
+        >>> layer = MoSLDLinear(6, 5, num_experts=4)
+        >>> layer(torch.randn(2, 3, 6)).shape, layer.adapter.router_logits.shape
+        (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
+        """
         return self.adapter(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -43,6 +43,15 @@ def localized_balance_loss(
 
     Layers with one expert are left out. Rows are compared as they are: a row with more tokens has larger Z.
     raises ValueError for a wrong number of kinds or groups and for delta out of range, and otherwise as `balance_loss`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, localized_balance_loss
+    >>> layer = MoSLDLinear(6, 5, num_experts=2)
+    >>> _ = nn.init.zeros_(layer.router.weight)  # Z is 1.1 for the expert of a row's kind, 0.9 for the other
+    >>> _ = layer(torch.randn(2, 2, 6))
+    >>> round(localized_balance_loss(layer, kinds=[0, 1]).item(), 4)
+    0.0133
     """
     if not 0 <= delta < 1:
         raise ValueError(f"delta must be in [0, 1), got {delta}")
@@ -114,6 +123,18 @@ def contrastive_loss(
     (mixings other than "expand" and "diagonal") are left out.
     raises ValueError for a temperature or number that is not positive, RuntimeError where no layer kept z, and otherwise as
         `balance_loss`.
+
+    >>> import math
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, contrastive_loss
+    >>> layer = MoSLDLinear(6, 5, num_experts=4, top_k=2)
+    >>> _ = nn.init.zeros_(layer.router.weight)  # all tokens choose experts 0 and 1
+    >>> layer.adapter.keep_hidden = True
+    >>> _ = layer(torch.randn(3, 6))
+    >>> loss = contrastive_loss(layer)  # B is zero, so all of the 6 are alike: 2 of the 5 others are positives
+    >>> round(loss.item(), 4), round(-math.log(2 / 5), 4)
+    (0.9163, 0.9163)
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

@@ -73,6 +73,13 @@ def register_mixing(name: str, **parts: Any) -> Callable:
     """Make the decorated function, mix(z, gates, mixer), known as `MoSLDConfig(mixing=name)`; `parts` are Mixing's.
 
     raises ValueError for a name that is taken.
+
+    >>> from mosld import MoSLDConfig, register_mixing
+    >>> @register_mixing("summed", down=lambda m: m.r, up=lambda m: m.r)
+    ... def summed(z, gates, mixer):  # [..., r], [..., E], None -> [..., r]
+    ...     return gates.sum(-1, keepdim=True) * z
+    >>> MoSLDConfig(mixing="summed", r=2, num_experts=4).mixture_of("q_proj").shapes(6, 5)
+    {'shared_a': (2, 6), 'expert_b': (5, 2), 'router': (4, 6)}
     """
 
     def register(mix: Callable) -> Callable:

@@ -32,6 +32,16 @@ def forget_routing(model: nn.Module) -> None:
     adapted by hand or through transformers' `add_adapter`) call it before each forward that may skip layers, or once
     `model.register_forward_pre_hook(lambda module, args: forget_routing(module))`.
     Inside backward, where activation checkpointing runs the same forward again, it does nothing.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, forget_routing, router_stats
+    >>> model = nn.ModuleList([MoSLDLinear(6, 6), MoSLDLinear(6, 6)])
+    >>> x = model[1](model[0](torch.randn(3, 6)))
+    >>> forget_routing(model)
+    >>> x = model[0](torch.randn(3, 6))  # the second layer is skipped
+    >>> list(router_stats(model))
+    ['0']
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         for adapter in _mixtures(model):
@@ -99,6 +109,16 @@ class RouterStats:
     probability: [E], the mean router probability of each expert; sums to 1.
     entropy: mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
     tokens: how many tokens were counted.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, RouterStats, router_stats
+    >>> layer = MoSLDLinear(6, 5, num_experts=4, top_k=1)
+    >>> _ = nn.init.zeros_(layer.router.weight)  # an undecided router
+    >>> _ = layer(torch.randn(3, 6))
+    >>> stats: RouterStats = router_stats(layer)[""]
+    >>> stats.load, stats.probability, round(stats.entropy, 4), stats.tokens
+    (tensor([1., 0., 0., 0.]), tensor([0.2500, 0.2500, 0.2500, 0.2500]), 1.3863, 3)
     """
 
     load: Tensor
@@ -109,7 +129,14 @@ class RouterStats:
 
     @property
     def dead(self) -> list[int]:
-        """The experts that no token chose."""
+        """The experts that no token chose.
+
+        >>> import torch
+        >>> from mosld import RouterStats
+        >>> even, load = torch.full((4,), 0.25), torch.tensor([0.5, 0.0, 0.5, 0.0])
+        >>> RouterStats(load, gates=load, probability=even, entropy=1.3863, tokens=2).dead
+        [1, 3]
+        """
         return (self.load == 0).nonzero().flatten().tolist()
 
 
@@ -118,6 +145,15 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
     """Layer name -> RouterStats of the last forward. Arguments and errors as in `last_routing`.
 
     Where several adapters run in one layer, the second is called `<layer> (2)`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, router_stats
+    >>> model = nn.Sequential(nn.Linear(6, 6), MoSLDLinear(6, 5, num_experts=4, top_k=2))
+    >>> _ = model(torch.randn(2, 7, 6))
+    >>> stats = router_stats(model, attention_mask=torch.tensor([[1] * 7, [1] * 4 + [0] * 3]))
+    >>> list(stats), stats["1"].tokens
+    (['1'], 11)
     """
     return {name: _stats(sums) for name, sums in _summed(model, attention_mask)}
 

@@ -51,6 +51,18 @@ def set_routing(
     `generate`, the windows of an image, and tokens that a model flattened into rows.
 
     raises ValueError for a model without mixtures, ids that are no integers or out of range, and unknown layers.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, set_routing
+    >>> layer = MoSLDLinear(6, 5, num_experts=2, router="external")
+    >>> _ = nn.init.normal_(layer.expert_b.weight)
+    >>> x, outputs = torch.randn(3, 6), []
+    >>> for gates in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
+    ...     set_routing(layer.eval(), gates=torch.tensor(gates))
+    ...     outputs.append(layer(x))
+    >>> torch.allclose(outputs[2], (outputs[0] + outputs[1]) / 2, atol=1e-5)
+    True
     """
     adapters = list(all_adapters(model))
     if not adapters:

@@ -53,6 +53,14 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
     method that has no load to balance. `train` raises AdapterFileError, a ValueError, for a checkpoint whose weights were
     altered, and ValueError where True finds none.
+
+    >>> from mosld import MoSLDTrainerMixin
+    >>> from transformers import Seq2SeqTrainer
+    >>> class MoSLDSeq2SeqTrainer(MoSLDTrainerMixin, Seq2SeqTrainer):
+    ...     pass
+    >>> MoSLDSeq2SeqTrainer(model=None, router_logs="all")
+    Traceback (most recent call last):
+    ValueError: router_logs must be one of summary, layers, off, got 'all'
     """
 
     def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
@@ -75,6 +83,19 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         self._routing = _Routing()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the Trainer's, and only from a checkpoint whose adapters are as they were saved; True takes the newest whole one.
+
+        raises AdapterFileError for altered weights, and ValueError where True finds no checkpoint.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> from mosld import MoSLDTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+        >>> trainer = MoSLDTrainer(model, TrainingArguments("run", use_cpu=True, report_to="none"))
+        >>> trainer.train(resume_from_checkpoint=True)
+        Traceback (most recent call last):
+        ValueError: output_dir must hold a whole checkpoint to go on from, got run
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(cast(str, self.args.output_dir)))
             if resume_from_checkpoint is None:
@@ -194,7 +215,22 @@ def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
 
 
 class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
-    """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds."""
+    """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds.
+
+    >>> from peft import get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> from mosld import MoSLDConfig, MoSLDTrainer
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+    >>> model = get_peft_model(model, MoSLDConfig(r=2, num_experts=4, target_modules=["q_proj"]))
+    >>> arguments = TrainingArguments("run", max_steps=2, logging_steps=1, use_cpu=True, report_to="none")
+    >>> data = [{"input_ids": [3, 1, 4, 1, 5], "labels": [3, 1, 4, 1, 5]}]
+    >>> trainer = MoSLDTrainer(model, arguments, train_dataset=data)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'loss': ...
+    >>> [name for name in trainer.state.log_history[0] if "router" in name or "balance" in name]
+    ['router/entropy', 'router/max_load', 'router/dead_experts', 'balance_loss']
+    """
 
 
 def _balance_coef(model: nn.Module, given: float | None) -> float:

@@ -73,6 +73,16 @@ def mosld_linear(
         require one.
     raises ValueError for shapes, dtypes, devices or values that do not fit, with the rule and the value, and
         RuntimeError for a backend that cannot run here.
+
+    >>> import torch
+    >>> from mosld_kernels import mosld_linear, reference
+    >>> x, weight, bias = torch.randn(2, 3, 6), torch.randn(5, 6), torch.randn(5)
+    >>> adapter = torch.randn(2, 6), torch.randn(5, 4 * 2), torch.randn(4, 6)  # A, B and router; R = 2, E = 4
+    >>> y, router_logits = mosld_linear(x, weight, bias, *adapter, top_k=2, scale=2.0)
+    >>> y.shape, router_logits.shape
+    (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
+    >>> torch.allclose(y, reference.mosld_linear(x, weight, bias, *adapter, top_k=2, scale=2.0)[0], atol=1e-4)
+    True
     """
     settings = Settings(top_k, scale, dropout_p, backend, mixing)
     return _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings)
@@ -94,6 +104,13 @@ def mosld_delta(
     """The update alone, s sum_k g_k B_k A~ x, for a base layer that is not a plain weight.
 
     Arguments, shapes, results and errors are those of `mosld_linear` without weight and bias.
+
+    >>> import torch
+    >>> from mosld_kernels import mosld_delta
+    >>> x, shared_a, expert_b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 10.0]])
+    >>> router_weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # expert 1 has the larger logit
+    >>> mosld_delta(x, shared_a, expert_b, router_weight, top_k=1, scale=2.0)  # 2 * 10 * (1 + 2)
+    (tensor([[60.]]), tensor([[0., 1.]]))
     """
     settings = Settings(top_k, scale, dropout_p, backend, mixing)
     return _run(x, None, None, shared_a, expert_b, router_weight, seed, settings)

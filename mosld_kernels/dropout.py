@@ -30,6 +30,12 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
     layer_id, stream_id: salts in [0, 2^32) that give independent masks for the same seed.
     returns: bool [R, D_in].
     raises ValueError for a seed that is not one int64, a shape that is not two sizes, or p outside [0, 1].
+
+    >>> import torch
+    >>> from mosld_kernels import keep_mask
+    >>> keep_mask(torch.tensor([7]), (2, 4), p=0.5)
+    tensor([[ True,  True, False, False],
+            [False,  True, False,  True]])
     """
     check_seed(seed)
     if len(shape) != 2 or min(shape) < 0:

@@ -397,7 +397,15 @@ def _one_by_one() -> str:
         config = make()
         own = {f.name: getattr(config, f.name) for f in fields(MoSLDConfig)}
         told = [f"{n}={sorted(v) if isinstance(v, set) else v!r}" for n, v in own.items() if v != getattr(defaults, n)]
-        lines += ["", f"### {name}", "", "```text", inspect.cleandoc(make.__doc__ or ""), "```", ""]
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            "```text",
+            inspect.cleandoc(make.__doc__ or "").partition("\n\n>>> ")[0],
+            "```",
+            "",
+        ]
         lines.append(f"Set: `{', '.join(told)}`." if told else "Set: nothing, it is `MoSLDConfig`'s defaults.")
     return "\n".join(lines)
 

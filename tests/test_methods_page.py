@@ -8,8 +8,9 @@ import torch
 
 from mosld import presets, set_routing
 from mosld.mixture import MIXINGS
-from tests.methods_page import FORMS, PAGE, TELLING, counted, page, settings, shown
+from tests.methods_page import FORMS, PAGE, counted, page, settings, shown
 from tests.models import tiny_llama, token_ids
+from tests.snippets import blocks
 
 
 def test_the_page_is_up_to_date():
@@ -56,14 +57,14 @@ def test_the_shared_factors_are_those_that_do_not_grow_with_the_experts(name):
 
 
 def test_its_example_of_telling_a_model_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", TELLING, flags=re.DOTALL)
+    (block,) = blocks("docs/methods.md", "python")
     batch, length = token_ids().shape
     names = {
         "task_ids": torch.tensor([0, 1, 2])[:batch],
         "gates": torch.full((batch, length, 4), 0.25),
         "prior": torch.full((batch, length, 6), 1 / 6),
     }
-    lines = [line for line in example.splitlines() if line.startswith("mosld.set_routing")]
+    lines = [line for line in block.text.splitlines() if line.startswith("mosld.set_routing")]
     for line, config in (
         (lines[0], presets.mtl_lora(num_tasks=3)),
         (lines[1], presets.mosld(num_experts=4, router="external", balance_coef=0.0)),

@@ -1,6 +1,12 @@
 """One multi-task model out of separately trained ones: task vectors, and the methods that merge them.
 
 vectors = read_task_vectors([...])  ->  merged = merge(model, vectors, MergeSettings("ties"))  ->  save_checkpoint(...)
+
+>>> from mosld.merging import METHODS, MergeSettings
+>>> [name for name, method in METHODS.items() if not method.adaptive]
+['task_arithmetic', 'ties', 'r_mtllmf']
+>>> METHODS["ties"].scale == MergeSettings("ties").start
+True
 """
 
 from .adaptive import AdaptiveSettings

@@ -21,6 +21,13 @@ Merged = Callable[[Tensor], Forward]  # coefficients [K] or [layers, K] -> a for
 class AdaptiveSettings:
     """start: every coefficient at first. clamp: keep them in [0, 1], as the authors' code does. batch_size: inputs of each
     task in a step. seed: of the order of the questions. save_steps: how often a run in a folder is saved.
+
+    >>> from mosld.merging import AdaptiveSettings, MergeSettings
+    >>> MergeSettings("adamerging_layer", adaptive=AdaptiveSettings(steps=100, clamp=True)).adaptive.steps
+    100
+    >>> AdaptiveSettings(batch_size=0)
+    Traceback (most recent call last):
+    ValueError: batch_size must be at least 1, got 0
     """
 
     start: float = 0.3

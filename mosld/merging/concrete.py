@@ -30,6 +30,13 @@ class ConcreteSettings:
     """temperature: of the relaxed Bernoulli. start: every coefficient at first. inner_rate: of the step on the coefficients,
     None for task arithmetic, whose coefficients stay; inner: "adam" as in the authors' code, or "sgd". by_layer: whether these
     are one a task and weight. discrete: whether the final mask is 0 or 1 instead of sigma(phi / T).
+
+    >>> from mosld.merging import ConcreteSettings, MergeSettings
+    >>> MergeSettings("concrete_task_arithmetic", concrete=ConcreteSettings(discrete=True)).concrete.temperature
+    0.5
+    >>> ConcreteSettings(inner="rmsprop")
+    Traceback (most recent call last):
+    ValueError: inner must be adam or sgd, got 'rmsprop'
     """
 
     temperature: float = 0.5

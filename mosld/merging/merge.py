@@ -1,5 +1,6 @@
 """One call for every method: task vectors and a base in, the merged model out."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,13 @@ class MergeSettings:
     and inner step follow from the method. noise, snr_db: the channel of r_mtllmf, which `seed` draws.
 
     raises ValueError for values that cannot be used.
+
+    >>> from mosld.merging import MergeSettings
+    >>> MergeSettings("ties", keep=0.5).start, MergeSettings("task_arithmetic", scale=0.5).start
+    (1.0, 0.5)
+    >>> MergeSettings("ties", keep=2)
+    Traceback (most recent call last):
+    ValueError: keep must be in (0, 1], got 2
     """
 
     method: str
@@ -49,10 +57,22 @@ class MergeSettings:
 
     @property
     def kind(self) -> Method:
+        """The entry of METHODS.
+
+        >>> from mosld.merging import MergeSettings
+        >>> MergeSettings("adamerging_layer").kind.title, MergeSettings("adamerging_layer").kind.adaptive
+        ('AdaMerging, layer-wise', True)
+        """
         return METHODS[self.method]
 
     @property
     def start(self) -> float:
+        """Every coefficient at first: `scale`, or the method's own.
+
+        >>> from mosld.merging import MergeSettings
+        >>> MergeSettings("task_arithmetic").start, MergeSettings("task_arithmetic", scale=0.5).start
+        (0.3, 0.5)
+        """
         return self.kind.scale if self.scale is None else self.scale
 
 
@@ -63,6 +83,17 @@ class Merged:
     layers: names of the layers (adapters that stayed factored) or else of the weights that change.
     coefficients: [K], or [layers, K] in the order of `layers`. losses: of every step, where something was trained.
     masks: of Concrete, weight's name -> [*shape]. factored: whether `coefficients` of the adapters say it all.
+
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from mosld.merging import Merged, MergeSettings, merge, read_task_vectors
+    >>> base = nn.Sequential(nn.Linear(6, 5))
+    >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    >>> lora.save_pretrained("a")
+    >>> merged: Merged = merge(base, read_task_vectors(["a"]), MergeSettings("ties"))
+    >>> merged.layers, merged.coefficients, merged.factored
+    (['0.weight'], tensor([1.]), False)
     """
 
     settings: MergeSettings
@@ -74,7 +105,20 @@ class Merged:
     factored: bool = False
 
     def updates(self, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Weight's name -> what is added to that of `base`, in float32; one whole weight at a time."""
+        """Weight's name -> what is added to that of `base`, in float32; one whole weight at a time.
+
+        >>> from copy import deepcopy
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from mosld.merging import MergeSettings, merge, read_task_vectors
+        >>> base = nn.Sequential(nn.Linear(6, 5))
+        >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> lora.save_pretrained("a")
+        >>> merged = merge(base, read_task_vectors(["a"]), MergeSettings("task_arithmetic", scale=0.5))
+        >>> ((name, update),) = merged.updates(base)
+        >>> name, update.allclose(0.5 * merged.vectors[0].delta("0.weight", base[0].weight))
+        ('0.weight', True)
+        """
         names = [f"{layer}.weight" for layer in self.layers] if self.factored else self.layers
         by_layer = dict(zip(names, self.coefficients.expand(len(names), len(self.vectors)), strict=True))
         if self.settings.method == "ties":
@@ -90,14 +134,27 @@ def merge(
     vectors: Sequence[TaskVector],
     settings: MergeSettings,
     unlabelled: Sequence[Unlabelled] = (),
-    folder: Path | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Merged:
     """Find the coefficients (and masks) with which `vectors` are merged on `base`, which is left as it is.
 
     unlabelled: what adaptive methods predict on, one a task; without labels. folder: keeps the state of what is trained,
         so that the same call goes on where it was cut off.
     raises MergeError for vectors that do not fit `base`, ValueError without the data that the method needs.
+
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from mosld.merging import MergeSettings, merge, read_task_vectors
+    >>> base = nn.Sequential(nn.Linear(6, 5))
+    >>> for name in ("a", "b"):
+    ...     lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    ...     lora.save_pretrained(name)
+    >>> merged = merge(base, read_task_vectors(["a", "b"]), MergeSettings("task_arithmetic", scale=0.5))
+    >>> merged.layers, merged.coefficients, merged.factored
+    (['0'], tensor([0.5000, 0.5000]), True)
     """
+    folder = None if folder is None else Path(folder)
     if not vectors:
         raise MergeError("merging needs at least one adapter or checkpoint, got none")
     if settings.kind.adaptive and not unlabelled:

@@ -4,6 +4,7 @@ The paper's body was not at hand: what it trains and on how many examples is our
 trained, embeddings stay frozen, and every task gives the same number of examples.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,15 @@ from ..training import training_arguments
 @dataclass(frozen=True)
 class RealignSettings:
     """shots: examples of each task. epochs, learning_rate, batch_size: of transformers' Trainer. seed: which examples, and
-    their order."""
+    their order.
+
+    >>> from mosld.merging import RealignSettings
+    >>> RealignSettings(shots=4).epochs
+    5
+    >>> RealignSettings(shots=0)
+    Traceback (most recent call last):
+    ValueError: shots must be at least 1, got 0
+    """
 
     shots: int = 16
     epochs: float = 5
@@ -57,9 +66,26 @@ def realign(
     encoder: Encoder,
     tasks: Sequence[Task],
     settings: RealignSettings,
-    folder: Path,
+    folder: str | os.PathLike,
 ) -> None:
-    """Train `weights` of `model` in place. folder: the Trainer's; nothing is kept there."""
+    """Train `weights` of `model` in place. folder: the Trainer's; nothing is kept there.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    >>> from mosld.merging import RealignSettings, realign
+    >>> from mosld.tasks.encode import Encoder
+    >>> from mosld.tasks.examples import Example, Task
+    >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "odd": 1, "even": 2, "3": 3, "4": 4, "is": 5}, "<pad>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"), max_length=8)
+    >>> task = Task("parity", [Example.multiple_choice(f"{n} is", ["odd", "even"], answer=1 - n % 2) for n in (3, 4)])
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=6, **sizes))
+    >>> before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    >>> realign(model, ["lm_head.weight"], encoder, [task], RealignSettings(shots=2, epochs=1), "run")
+    >>> [name for name, weight in model.named_parameters() if not weight.equal(before[name])]
+    ['lm_head.weight']
+    """
     rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for example in few(tasks, settings)]
     set_seed(settings.seed)
     words = {
@@ -68,7 +94,7 @@ def realign(
         "save_strategy": "no", "logging_strategy": "no", "dataloader_pin_memory": "false",
     }  # fmt: skip
     arguments = training_arguments(
-        [word for name, value in words.items() for word in (f"--{name}", str(value))], folder
+        [word for name, value in words.items() for word in (f"--{name}", str(value))], Path(folder)
     )
     own = dict(model.named_parameters())
     before = {name: parameter.requires_grad for name, parameter in own.items()}

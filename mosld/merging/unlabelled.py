@@ -41,7 +41,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """One task's multiple choices for a causal language model; `pad` is the token that fills rows up."""
+    """One task's multiple choices for a causal language model; `pad` is the token that fills rows up.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from mosld.merging import Questions, without_labels
+    >>> from mosld.tasks.encode import Encoder
+    >>> from mosld.tasks.examples import Example, Task
+    >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "two": 1, "plus": 2, "is": 3, "five": 4, "four": 5}, "<pad>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"), max_length=8)
+    >>> example = Example.multiple_choice("two plus two is", ["five", "four"], answer=1)
+    >>> questions: Questions = without_labels(encoder, Task("sums", [example]))
+    >>> len(questions), questions.questions[0].choices[1]  # the choices, and not which of them is right
+    (1, Encoded(prompt=[1, 2, 1, 3], answer=[5]))
+    """
 
     name: str
     questions: tuple[Question, ...]
@@ -51,6 +65,18 @@ class Questions:
         return len(self.questions)
 
     def entropy(self, forward: Forward, chosen: Sequence[int]) -> Tensor:
+        """-> mean entropy of `forward`'s choice among the answers of the questions `chosen`, in nats.
+
+        >>> import torch
+        >>> from mosld.merging import Questions
+        >>> from mosld.merging.unlabelled import Question
+        >>> from mosld.tasks.encode import Encoded
+        >>> sums = Questions("sums", (Question((Encoded([1, 2], [5]), Encoded([1, 2], [4]))),), pad=0)
+        >>> def undecided(input_ids, attention_mask, logits_to_keep):
+        ...     return torch.zeros(len(input_ids), len(logits_to_keep), 6)
+        >>> sums.entropy(undecided, chosen=[0])  # log 2
+        tensor(0.6931)
+        """
         questions = [self.questions[i] for i in chosen]
         rows = [choice for question in questions for choice in question.choices]
         width = max(len(row.prompt) + len(row.answer) for row in rows)
@@ -76,6 +102,14 @@ class Inputs:
     """One task's inputs for a classifier: argument of the model -> [items, ...].
 
     raises ValueError for labels among them, and for sizes that differ.
+
+    >>> import torch
+    >>> from mosld.merging import Inputs
+    >>> len(Inputs("digits", {"pixel_values": torch.randn(10, 3, 4, 4)}))
+    10
+    >>> Inputs("digits", {"pixel_values": torch.randn(10, 3, 4, 4), "labels": torch.arange(10)})
+    Traceback (most recent call last):
+    ValueError: unlabelled data of digits must have no labels, got labels
     """
 
     name: str
@@ -92,6 +126,14 @@ class Inputs:
         return len(next(iter(self.arguments.values())))
 
     def entropy(self, forward: Forward, chosen: Sequence[int]) -> Tensor:
+        """-> mean entropy of `forward`'s predictions on the inputs `chosen`, in nats.
+
+        >>> import torch
+        >>> from mosld.merging import Inputs
+        >>> inputs = Inputs("digits", {"pixel_values": torch.randn(10, 3, 4, 4)})
+        >>> inputs.entropy(lambda pixel_values: torch.zeros(len(pixel_values), 2), chosen=[0, 7, 8])  # log 2
+        tensor(0.6931)
+        """
         logits = forward(**{name: value[list(chosen)] for name, value in self.arguments.items()})
         return entropy(logits.float()).mean()
 
@@ -110,6 +152,19 @@ def without_labels(encoder: Encoder, task: Task, limit: int | None = None) -> Qu
     """The questions of the task's test examples (of its training examples where it has no others), answers left out.
 
     raises TaskFileError for a task without multiple choices.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from mosld.merging import without_labels
+    >>> from mosld.tasks.encode import Encoder
+    >>> from mosld.tasks.examples import Example, Task
+    >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "odd": 1, "even": 2, "3": 3, "4": 4, "is": 5}, "<pad>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"), max_length=8)
+    >>> examples = [Example.multiple_choice(f"{n} is", ["odd", "even"], answer=1 - n % 2) for n in (3, 4)]
+    >>> questions = without_labels(encoder, Task("parity", examples), limit=1)
+    >>> len(questions), questions.questions[0].choices
+    (1, (Encoded(prompt=[3, 5], answer=[1]), Encoded(prompt=[3, 5], answer=[2])))
     """
     examples = (task.test or task.train)[:limit]
     questions = tuple(

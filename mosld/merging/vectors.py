@@ -28,7 +28,15 @@ CHECKPOINT = "model.safetensors"
 
 
 class MergeError(ValueError):
-    """Task vectors that cannot be read or merged; the message names the folder and the layer."""
+    """Task vectors that cannot be read or merged; the message names the folder and the layer.
+
+    >>> from mosld.merging import MergeError, read_task_vectors
+    >>> try:
+    ...     read_task_vectors(["nowhere"])
+    ... except MergeError as error:
+    ...     print(error)
+    nowhere holds neither adapter_config.json nor model.safetensors: it is no adapter and no checkpoint
+    """
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,17 @@ class TaskVector:
 
     factors: of an adapter, layer name in the base model -> Factors. Of a full checkpoint it is None, and `delta` takes the
     difference from the base's tensor.
+
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from mosld.merging import TaskVector, read_task_vectors
+    >>> base = nn.Sequential(nn.Linear(6, 5))
+    >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    >>> lora.save_pretrained("a")
+    >>> vector: TaskVector = read_task_vectors(["a"])[0]
+    >>> vector.name, vector.factors["0"].shape, vector.factors["0"].down.shape
+    ('a', (5, 6), torch.Size([2, 6]))
     """
 
     name: str
@@ -62,13 +81,32 @@ class TaskVector:
     files: dict[str, Path] = field(default_factory=dict)  # of a full checkpoint: tensor's name -> its file
 
     def weights(self) -> list[str]:
-        """The names of the base's tensors that differ: `<layer>.weight` for an adapter."""
+        """The names of the base's tensors that differ: `<layer>.weight` for an adapter.
+
+        >>> import torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from mosld.merging import read_task_vectors
+        >>> Path("full").mkdir()
+        >>> save_file({"0.weight": torch.ones(5, 6), "0.bias": torch.ones(5)}, "full/model.safetensors")
+        >>> sorted(read_task_vectors(["full"])[0].weights())
+        ['0.bias', '0.weight']
+        """
         return list(self.files) if self.factors is None else [f"{layer}.weight" for layer in self.factors]
 
     def delta(self, weight: str, base: Tensor) -> Tensor | None:
         """The update of the base's tensor `weight`, whose value is `base`, in float32 and its shape; None without one.
 
         raises MergeError, naming folder and tensor, for another shape and for values that are not finite.
+
+        >>> import torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from mosld.merging import read_task_vectors
+        >>> Path("full").mkdir()
+        >>> save_file({"0.bias": torch.tensor([1.0, 2.0, 3.0])}, "full/model.safetensors")
+        >>> read_task_vectors(["full"])[0].delta("0.bias", base=torch.tensor([1.0, 1.0, 1.0]))
+        tensor([0., 1., 2.])
         """
         if self.factors is None:
             if weight not in self.files:
@@ -89,6 +127,14 @@ class TaskVector:
         return delta
 
     def check(self, weight: str, shape: Sequence[int], base: Sequence[int]) -> None:
+        """raises MergeError where `shape`, of what the folder has for `weight`, is not the base's.
+
+        >>> from pathlib import Path
+        >>> from mosld.merging import TaskVector
+        >>> TaskVector("a", Path("runs/a")).check("0.bias", shape=[4], base=[3])
+        Traceback (most recent call last):
+        mosld.merging.vectors.MergeError: runs/a has [4] for 0.bias, the base model [3]
+        """
         if tuple(shape) != tuple(base):
             raise MergeError(f"{self.folder} has {list(shape)} for {weight}, the base model {list(base)}")
 
@@ -99,6 +145,16 @@ def read_task_vectors(folders: Sequence[str | Path], gates: str = "uniform") -> 
     gates: how the gates of a MoSLD adapter are fixed; "uniform" is 1 / E.
     raises MergeError for fewer than one folder, for a folder that is none of these, for adapters of different bases, and
     for values that are not finite, naming the folder and the layer.
+
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from torch import nn
+    >>> from mosld.merging import read_task_vectors
+    >>> base = nn.Sequential(nn.Linear(6, 5))
+    >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    >>> lora.save_pretrained("a")
+    >>> [(vector.name, vector.weights()) for vector in read_task_vectors(["a"])]
+    [('a', ['0.weight'])]
     """
     if not folders:
         raise MergeError("merging needs at least one adapter or checkpoint, got none")

@@ -1,11 +1,13 @@
 """Coefficients and masks that unlabelled data decides."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mosld.merging import MergeSettings, TaskVector, merge
 from mosld.merging.adaptive import AdaptiveSettings, minimise_entropy
 from mosld.merging.concrete import (
     ConcreteSettings,
@@ -19,6 +21,7 @@ from mosld.merging.concrete import (
 from mosld.merging.dense import DenseMerge, kept, write
 from mosld.merging.elementwise import summed
 from mosld.merging.unlabelled import Inputs, batches, entropy, without_labels
+from mosld.merging.vectors import Factors
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task
 from mosld.tasks.scoring import log_likelihoods
@@ -257,3 +260,18 @@ def test_unlabelled_inputs_refuse_labels():
         Inputs("t", {"x": torch.eye(2), "labels": torch.zeros(2)})
     with pytest.raises(ValueError, match="must be of one length, got"):
         Inputs("t", {"x": torch.eye(2), "y": torch.eye(3)})
+
+
+def test_a_merge_goes_on_from_its_folder_whose_name_may_be_text(tmp_path):
+    model = Classifier(torch.randn(5, 6))
+    adapters = [TaskVector("a", Path("a"), factors={"head": Factors(torch.randn(2, 6), torch.randn(5, 2))})]
+    inputs = [Inputs("t", {"x": torch.randn(8, 6)})]
+
+    def merged(steps, folder=None):
+        adaptive = AdaptiveSettings(steps=steps, save_steps=1, learning_rate=0.05)
+        return merge(model, adapters, MergeSettings("adamerging_task", adaptive=adaptive), inputs, folder)
+
+    expected, _ = merged(4), merged(2, str(tmp_path))
+    resumed = merged(4, str(tmp_path))
+    assert resumed.losses == expected.losses and torch.equal(resumed.coefficients, expected.coefficients)
+    assert len(list((tmp_path / "coefficients").iterdir())) == 1

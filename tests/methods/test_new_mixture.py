@@ -1,8 +1,5 @@
 """The example of docs/new_mixture.md, run from its text: it computes what it says, trains, saves and leaves as a LoRA."""
 
-import re
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -10,17 +7,17 @@ import torch
 from mosld import MoSLDConfig, MoSLDLinear, balance_loss, export_lora, router_stats
 from mosld.mixture import MIXINGS
 from tests.models import perturb, tiny_llama, token_ids
+from tests.snippets import blocks
 
-PAGE = (Path(__file__).parents[2] / "docs/new_mixture.md").read_text()
 IDS = token_ids()
 
 
 @pytest.fixture(scope="module")
 def config():
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert sum(bool(line.strip()) for line in block.splitlines()) <= 15
+    (block,) = blocks("docs/new_mixture.md", "python")
+    assert sum(bool(line.strip()) for line in block.text.splitlines()) <= 15
     names: dict = {}
-    exec(block, names)
+    block.run(names)
     yield names["config"]
     del MIXINGS["merged_core"]
 
