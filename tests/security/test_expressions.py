@@ -11,8 +11,8 @@ from mosld.presets import experts_by_depth
 from tests.models import tiny_llama
 
 ENDLESS = [
-    "(a+)+", "(a*)*b", "(.*)*x", "(a|a)*b", "(?:ab|cd)+", "(a?){30}a{30}", "a?" * 30 + "a" * 30, ".*" * 5 + "x",
-    "(?=(a+)+)b", "(a{1,30}){30}", "(?i:a+)+", "((?:x|y|xy)z)+", "(ab|a)(b|)(bc|c)(cd|d)" * 6, "(.+?)+?", r"(a*)(\1)*b", "((a|b)?c)*",
+    "(a+)+", "(a*)*b", "(.*)*x", "(a|a)*b", "(?:ab|cd)+", "(a?){30}a{30}", "a?" * 30 + "a" * 30, ".*" * 6 + "x",
+    "(?=(a+)+)b", "(a{1,30}){30}", "(?i:a+)+", "((?:x|y|xy)z)+", "(ab|a)(b|)(bc|c)(cd|d)" * 7, "(.+?)+?", r"(a*)(\1)*b", "((a|b)?c)*",
     r"model(\.\w+)*\.q_proj",
 ]  # fmt: skip
 ENDING = [
