@@ -176,5 +176,5 @@ def _help(command: str, parser=None) -> str:
 
 def test_its_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)|`make (\w+)`", README, flags=re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", README, flags=re.MULTILINE):
         assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target

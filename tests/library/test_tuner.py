@@ -265,6 +265,7 @@ def test_registering_again_changes_nothing():
     assert peft.PeftType("MOSLD") is peft.PeftType.MOSLD and mosld.tuner.PREFIX == "mosld_"
 
 
+@pytest.mark.slow
 def test_loading_without_importing_mosld_fails_and_importing_it_is_enough(tmp_path):
     model = adapted()
     model.save_pretrained(str(tmp_path))
