@@ -1,6 +1,6 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
-# make test   the tests that run without a GPU, but for those marked slow
-# make test-all  the slow ones too: kills, several processes, compilers, full disks, the benchmarks at toy size
+# make test   the tests that run without a GPU, but for those marked slow: five minutes on two cores
+# make test-all  the slow ones too: kills, full disks, several processes, compilers, the benchmarks at toy size
 # make test-gpu  the tests that need an NVIDIA GPU
 # make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour
 # make check  lint, format and types
