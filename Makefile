@@ -1,5 +1,6 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
-# make test   every test that runs without a GPU
+# make test   the tests that run without a GPU, but for those marked slow: five minutes on two cores
+# make test-slow  those: kills, full disks, several processes, compilers, the benchmarks at toy size
 # make test-gpu  the tests that need an NVIDIA GPU
 # make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
 #             benchmarks/results/fuzz.json
@@ -16,13 +17,19 @@ BIN := .venv/bin
 READY := .venv/ready
 EXTRAS := .venv/extras
 
-.PHONY: demo test test-gpu fuzz check bench mutants soak tune audit
+.PHONY: demo test test-slow test-gpu fuzz check bench mutants soak tune audit
 
 demo: $(READY)
 	$(BIN)/mosld train
 
+# A process for each core; tests/conftest.py puts the long files first, so that none is left over for one core at the end.
+PYTEST := $(BIN)/python -m pytest tests benchmarks --benchmark-disable --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test: $(EXTRAS)
-	$(BIN)/python -m pytest tests benchmarks --benchmark-disable --numprocesses auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(EXTRAS)
+	$(PYTEST) -m slow
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu

@@ -1,5 +1,6 @@
 """docs/methods.md, from the presets, their docstrings and counts on their real modules: `python -m tests.methods_page` writes it."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -134,6 +135,7 @@ def settings() -> list[Setting]:
     return [setting for setting in SETTINGS if setting.config.partition(":")[0] in PRESETS]
 
 
+@functools.cache
 def counted(setting: Setting) -> dict:
     return count(MODEL, [setting.config], setting.targets)["methods"][0]
 

@@ -64,6 +64,7 @@ def test_the_operator_needs_torch_alone():
     assert str(keep_mask(torch.tensor([5]), (2, 3), 0.5).tolist()) in result.stdout
 
 
+@pytest.mark.slow
 def test_both_packages_import_and_run_without_triton():
     program = (
         "import torch, mosld\n"
@@ -86,6 +87,7 @@ def test_the_triton_backend_says_that_triton_is_missing():
     assert "backend='triton' cannot run: Triton is not installed; backend='eager' can" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_importing_registers_the_method_and_draws_no_random_numbers():
     program = (
         "import torch, peft\n"

@@ -189,6 +189,7 @@ def test_the_suite_for_gpus_is_told_as_absent_counted_or_failed(tmp_path):
     assert failed.value.rows[0]["failures"] == 1
 
 
+@pytest.mark.slow
 def test_the_sanitizer_is_told_as_absent_clean_or_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_checks.sanitizer(5)[0]["state"] == "absent"
@@ -227,6 +228,7 @@ def test_pictures_are_drawn_from_the_rows(tmp_path):
     assert round(gpu_charts.modelled_percent("MoSLD triton", shape, DEVICES["H200"]), 1) == 13.5
 
 
+@pytest.mark.slow
 def test_the_whole_run_rehearsed_at_toy_size_in_the_interpreter():
     result = program("gpu_rehearsal", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -240,11 +242,13 @@ def test_the_whole_run_rehearsed_at_toy_size_in_the_interpreter():
     assert parts["trial"]["rows"][0]["state"] == "ran"
 
 
+@pytest.mark.slow
 def test_the_kernels_are_right_in_the_interpreter():
     result = program("gpu_kernels_interpreted", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_sm_90_within_its_limits():
     result = program("gpu_kernels_compiled")
     assert result.returncode == 0, result.stderr[-3000:]

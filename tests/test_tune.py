@@ -50,6 +50,7 @@ def stand_in(times):
     return timer
 
 
+@pytest.mark.slow
 def test_the_compiler_drops_hopeless_tiles_and_keeps_the_default():
     settings = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MOSLD_TILES")}
     program = [sys.executable, "-W", "error", "-m", "tests.tune_compiled"]

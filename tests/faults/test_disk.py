@@ -11,7 +11,6 @@ from tests.faults.disk import full_at, small_disk
 from tests.faults.fifty_kills import SAVING, TASKS, compare_folders
 from tests.faults.moments import attempt
 from tests.faults.test_kills import lora
-from tests.kills import processes
 
 TRAIN = ["--no-lora", "--r", "2", *FAST, *SAVING, "--max_steps", "6"]
 PLACES = {
@@ -28,11 +27,7 @@ MERGE_PLACES = {"the state": r"os.mkdir .*/\.state\.safetensors", "the merged Lo
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults") / "data"
-    process = processes.Process(target=write_data, args=(folder,))
-    process.start()
-    process.join()
-    return folder
+    return write_data(tmp_path_factory.mktemp("faults") / "data")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def test_runs_killed_at_random_moments_end_as_those_that_were_not(tmp_path):
     assert told["compared"]["weight_files"] >= 9
 
 
+@pytest.mark.slow
 def test_a_process_dies_at_its_moment(tmp_path):
     process = processes.Process(target=write_data, args=(tmp_path / "data",))
     process.start()

@@ -66,6 +66,7 @@ def command(verb: str, data: Path, output: Path) -> list[str]:
     return words(data, output, *(MORE if verb == "train" else FAST), command=verb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "compare", "merge"])
 def test_a_read_only_folder_is_refused_before_the_model_is_loaded(verb, data, locked, tmp_path):
     locked.chmod(0o555)

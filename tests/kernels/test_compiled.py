@@ -35,6 +35,7 @@ def test_every_launch_of_every_tile_row_compiles_within_its_limits(tmp_path):
             assert kernel["tensor_core_instructions"] and kernel["wide_loads"], kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "registers", "fault"),
     [

@@ -287,6 +287,7 @@ def test_an_element_is_kept_with_the_asked_probability_and_by_itself(p):
             assert abs(torch.corrcoef(pair)[0, 1]) < 4.5 / x.numel() ** 0.5
 
 
+@pytest.mark.slow
 def test_a_compiled_draw_has_random_words_of_its_own_for_every_digit():
     """And two draws are two: random calls with the same arguments may be taken for one."""
     x = torch.ones(401, 333, requires_grad=True)  # with a backward, whose graph is where they are looked for

@@ -357,6 +357,7 @@ def test_a_row_is_known_by_its_whole_recipe():
     assert Row("a", "A", Adapter("mosld")) != Row("a", "A", Adapter("mosld", {"r": 4}))
 
 
+@pytest.mark.slow
 def test_merges_of_the_single_loras_stand_in_the_same_table(data, tmp_path, monkeypatch):  # noqa: F811
     merges = (
         "--merge",

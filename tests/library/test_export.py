@@ -71,6 +71,7 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_plain_peft_computes_the_uniform_mixture_without_mosld(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = trained(target_modules="all-linear", top_k=4)

@@ -117,6 +117,7 @@ def test_in_the_harness_the_adapter_makes_the_difference_to_the_base(adapted, ru
     assert with_adapter["acc"] != plain["acc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_the_harness_gets_the_same_for_every_batch_size(adapted, run, batch_size):
     metrics, rows = run(adapted)
@@ -125,6 +126,7 @@ def test_the_harness_gets_the_same_for_every_batch_size(adapted, run, batch_size
     assert other_metrics["acc"] == metrics["acc"]
 
 
+@pytest.mark.slow
 def test_the_harness_loads_a_saved_adapter_by_its_folder(adapted, run, tmp_path):
     base().save_pretrained(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")

@@ -279,6 +279,7 @@ def test_the_losses_are_computed_in_float32_inside_bfloat16_autocast_too(keeps_h
     assert rounded @ truth > 0.99 * rounded.norm() * truth.norm()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same(keeps_hidden):
     truth = gradients(adapted(input_dropout=0.0).double())
     model = adapted(input_dropout=0.0).double()

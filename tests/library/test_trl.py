@@ -132,9 +132,10 @@ CHECKPOINTING = {
     "TRL's own": {},
     "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
+OTHERS = [name for name in CHECKPOINTING if name != "TRL's own"]
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", ["TRL's own", *(pytest.param(o, marks=pytest.mark.slow) for o in OTHERS)])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_mixin_adds_the_balance_loss_to_trls_and_nothing_else(tmp_path, accumulation, checkpointing):
     """With SGD at lr 1 the difference between the two trainers' weights is the penalty's gradient."""
@@ -150,6 +151,7 @@ def test_the_mixin_adds_the_balance_loss_to_trls_and_nothing_else(tmp_path, accu
     assert {"router/entropy", "router/max_load", "router/dead_experts"} <= set(log)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="in TRL before 1.15 label smoothing fails by itself")
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of a forward without gradients

@@ -218,6 +218,7 @@ def test_a_block_checkpointed_by_hand_gets_the_balance_losss_gradient(use_reentr
         assert expected.abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_gradients_without_a_graph_break():
     model = adapted().double().train()
     truth = gradients(model, lambda ids: model(ids, use_cache=False).logits)

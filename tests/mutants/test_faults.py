@@ -1,6 +1,7 @@
 """Every planted fault can still be planted: its text is where it was, it changes what the file does, its tests are there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.mutants.fault import Fault
 from tests.mutants.faults import AREAS
 
 ROOT = Path(__file__).parent.parent.parent
+SLOW = "pytest.mark.slow"
 FAULTS = [fault for faults in AREAS.values() for fault in faults]
 
 
@@ -32,6 +34,26 @@ def test_the_tests_that_should_notice_are_there():
         functions = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text()))
                      if isinstance(node, ast.FunctionDef)}  # fmt: skip
         assert not name or name in functions, path
+
+
+@functools.cache
+def fast_tests(file: str) -> set[str]:
+    """The test functions that run where slow tests do not."""
+    body = ast.parse((ROOT / file).read_text()).body
+    if any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+           and SLOW in ast.unparse(node.value) for node in body):  # fmt: skip
+        return set()
+    return {node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+            and SLOW not in map(ast.unparse, node.decorator_list)}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_each_fault_has_a_test_that_is_not_slow(fault):
+    for path in fault.tests:
+        file, _, name = path.partition("::")
+        if name in fast_tests(file) or (not name and fast_tests(file)):
+            return
+    pytest.fail(f"{fault.name}: every test of {', '.join(fault.tests)} is slow, and the runner leaves those out")
 
 
 @pytest.mark.parametrize(("text", "found"), [("a = 2\n", 0), ("a = 1\nb = 1\n", 2)])

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from tests.processes.case import alone, trained
 from tests.processes.launch import assert_same, both, torchrun
 
+pytestmark = pytest.mark.slow
 FILE = "adapter_model.safetensors"
 
 

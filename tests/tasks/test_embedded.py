@@ -48,6 +48,7 @@ def homes(task) -> tuple[set[str], set[str]]:
     return {home[text] for text in texts(task.train)}, {home[text] for text in texts(task.test)}
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_hash_seeds_build_the_same_tasks_and_text():
     path = os.pathsep.join([str(Path(embedded.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     running = [
