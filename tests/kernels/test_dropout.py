@@ -130,6 +130,15 @@ def test_dropping_scales_what_is_kept_and_zeroes_the_rest():
     assert torch.equal(dropped, torch.where(keep, values / 0.75, torch.zeros_like(values)))
 
 
+@pytest.mark.parametrize("given, wanted", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_dropping_rounds_once_from_one_dtype_to_another(given, wanted):
+    """float32 adapters in a bfloat16 model, and their gradients the other way."""
+    values = torch.randn(64, 32).to(given)
+    keep = draw_keep(seed_tensor(3), (64, 32), 0.1)
+    once = torch.where(keep, values.float() / (1 - 0.1), 0.0).to(wanted)
+    assert torch.equal(drop_elements(values, keep, 0.1, wanted), once)
+
+
 def test_the_ends_of_the_range_behave_as_torch_dropout_does():
     values = torch.full((4, 16), float("inf"))
     values[0] = 1.0
