@@ -187,6 +187,19 @@ def test_the_page_of_the_committed_run_is_that_of_its_file():
         assert words[last + 1] == given[given.index("--num_train_epochs") + 1]
 
 
+@pytest.mark.parametrize("sweep", ["rank", "experts", "dropout"])
+def test_the_page_of_the_committed_sweeps_is_that_of_their_files(sweep):
+    committed = json.loads((ROOT / f"benchmarks/results/compare/sweeps/{sweep}.json").read_text())
+    page = (ROOT / "docs/ablations.md").read_text()
+    assert compare_report.markdown(committed).split(compare_report.EQUAL)[0].strip() in page
+    (command,) = re.findall(
+        rf"^mosld compare --sweep {sweep}=(\S+) --setting mixture --seeds 3$", page, flags=re.MULTILINE
+    )
+    assert committed["seeds"] == [0, 1, 2]
+    assert [line["row"] for line in committed["rows"]] == [f"mosld-{sweep}{value}" for value in command.split(",")]
+    assert {line["setting"] for line in committed["rows"]} == {"mixture"}
+
+
 def test_the_committed_rates_are_the_best_of_the_committed_sweep():
     folder = ROOT / "benchmarks/results/compare"
     chosen = json.loads((folder / "compare.json").read_text())["settings"]["rows"]
