@@ -237,8 +237,6 @@ class MoSLDConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         folder = Path(save_directory)
         saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
-        if not saved_by_peft:
-            (folder / DIGEST).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         with folder_beside(folder / CONFIG) as aside:
             super().save_pretrained(str(aside), **kwargs)

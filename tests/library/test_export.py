@@ -246,13 +246,30 @@ def test_the_files_are_what_servers_ask_for(tmp_path):
 
 
 def test_the_dtype_of_the_adapter_is_kept_and_b_is_rounded_once(tmp_path):
-    model = trained().to(torch.bfloat16)
-    export_lora(model, tmp_path / "lora")
+    model, weights = trained().to(torch.bfloat16), [0.1, 0.2, 0.3, 0.4]
+    export_lora(model, tmp_path / "lora", weights)
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     for name, layer in mixtures(model).items():
         experts = layer.mixtures["default"].expert_b.weight.double().split(4, dim=1)
-        assert torch.equal(tensors[f"{PREFIX}{name}.lora_B.weight"], (sum(experts) / 4).to(torch.bfloat16))
+        summed = sum(weight * expert for weight, expert in zip(weights, experts, strict=True))
+        assert torch.equal(tensors[f"{PREFIX}{name}.lora_B.weight"], summed.to(torch.bfloat16))
+
+
+def test_a_folder_that_came_to_be_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Calibrating takes minutes, in which somebody else may have written there."""
+    real = mosld.export._save
+
+    def meanwhile(*args):
+        (tmp_path / "lora").mkdir()
+        (tmp_path / "lora" / "precious").write_text("mine")
+        real(*args)
+
+    monkeypatch.setattr(mosld.export, "_save", meanwhile)
+    with pytest.raises(ValueError, match="holds something else than an export"):
+        export_lora(trained(), tmp_path / "lora")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["precious"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_conv1d_layers_of_gpt2(tmp_path):

@@ -20,9 +20,9 @@ from mosld.merging.concrete import (
 )
 from mosld.merging.dense import DenseMerge, kept, write
 from mosld.merging.elementwise import summed
-from mosld.merging.unlabelled import Inputs, batches, entropy, without_labels
+from mosld.merging.unlabelled import Inputs, Question, Questions, batches, entropy, without_labels
 from mosld.merging.vectors import Factors
-from mosld.tasks.encode import Encoder
+from mosld.tasks.encode import Encoded, Encoder
 from mosld.tasks.examples import Example, Task
 from mosld.tasks.scoring import log_likelihoods
 from tests.models import tiny_llama
@@ -71,6 +71,17 @@ def test_the_entropy_is_that_of_the_choices_likelihoods():
         sums = torch.tensor([total for total, _ in log_likelihoods(model, question.choices, ENCODER.pad)])
         expected.append(torch.distributions.Categorical(logits=sums).entropy())
     torch.testing.assert_close(own, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("one", "other"), [([5, 7, 9], [4, 7, 9]), ([5, 7], [5, 6]), ([5], [4])])
+def test_every_token_of_an_answer_counts(one, other):
+    """Those that a question's choices share cancel, and with bytes for tokens that is a blank before each."""
+    model, choices = base(), (Encoded([1, 2, 3], one), Encoded([1, 2, 3], other))
+    model.lm_head.weight.mul_(30)
+    own = Questions("x", (Question(choices),), pad=0).entropy(lambda **given: model(**given).logits, [0])
+    sums = torch.tensor([total for total, _ in log_likelihoods(model, choices, 0)])
+    torch.testing.assert_close(own, torch.distributions.Categorical(logits=sums).entropy(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

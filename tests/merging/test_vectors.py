@@ -11,7 +11,7 @@ from mosld import MoSLDConfig, export_lora
 from mosld.merging import MergeSettings, applied, merge, save_checkpoint, save_lora
 from mosld.merging.channel import received, sent
 from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
-from mosld.merging.factored import shared_basis, stacked
+from mosld.merging.factored import FactoredMerge, shared_basis, stacked
 from mosld.merging.unlabelled import entropy
 from mosld.merging.vectors import Factors, MergeError, deltas, read_task_vectors
 from tests.models import perturb, tiny_llama, token_ids
@@ -116,6 +116,17 @@ def test_layer_wise_coefficients_get_gradients(folders):
         assert (parameter.grad[0] != 0).tolist() == places, name
 
 
+@torch.no_grad()
+def test_layer_wise_coefficients_run_in_the_layers_that_they_are_written_to(folders):
+    own = FactoredMerge(tiny_llama(), read_task_vectors(folders))
+    coefficients = torch.rand(len(own.layers), 2, generator=torch.Generator().manual_seed(1))
+    running = own(coefficients)(input_ids=IDS)
+    own.write(coefficients)
+    torch.testing.assert_close(own.model(IDS).logits, running)
+    own.write(coefficients.flip(0))
+    assert (own.model(IDS).logits - running).abs().max() > 1e-3
+
+
 def test_permuting_the_adapters_changes_nothing(folders):
     base = tiny_llama().state_dict()
     for merged in (
@@ -146,6 +157,20 @@ def test_ties_is_what_its_three_steps_say():
     # Trimmed to three each: 4, -3, 2 and -1, -2, 5; the elected signs are those of the sums 3, -5, 5, 2, so -1 goes.
     assert name == "w" and parts.tolist() == [[4, -3, 0, 2], [0, -2, 5, 0]]
     assert disjoint_mean(parts).tolist() == [4, -2.5, 5, 2]
+
+
+def test_a_merge_by_ties_adds_the_mean_of_what_agrees(folders):
+    """Element by element, over the vectors that have a say there, times the scale."""
+    base, vectors = tiny_llama(), read_task_vectors(folders)
+    updates = dict(merge(base, vectors, MergeSettings("ties", scale=0.7, keep=0.5)).updates(base))
+    trimmed = dict(ties(lambda: deltas(vectors, base.state_dict()), 0.5))
+    assert updates.keys() == trimmed.keys()
+    shared = 0
+    for name, parts in trimmed.items():
+        count = (parts != 0).sum(0)
+        shared += int((count > 1).sum())
+        torch.testing.assert_close(updates[name], 0.7 * parts.sum(0) / count.clamp(min=1))
+    assert shared  # where one alone has a say, the mean is the sum
 
 
 def test_a_shared_basis_of_full_rank_loses_nothing_and_of_less_what_the_best_loses():

@@ -82,14 +82,6 @@ FAULTS = [
         FILE,
     ),
     Fault(
-        "old_checksum_left_behind",
-        "mosld/config.py",
-        "        if not saved_by_peft:\n            (folder / DIGEST).unlink(missing_ok=True)\n        folder.mkdir",
-        "        folder.mkdir",
-        "while transformers saves, the old checksum lies beside a new configuration",
-        (*FILE, *KILLS),
-    ),
-    Fault(
         "checksum_of_the_old_weights_kept",
         "mosld/config.py",
         "            (folder / DIGEST).unlink(missing_ok=True)\n        if not saved_by_peft:\n            return\n",

@@ -45,7 +45,7 @@ FAULTS = [
         "    if len(bases) > 1:\n",
         "    if len(bases) > len(vectors):\n",
         "adapters of different models are merged into nonsense",
-        VECTORS,
+        ("tests/merging/test_command.py::test_adapters_that_do_not_fit_are_named_and_nothing_is_written",),
     ),
     Fault(
         "not_a_number_is_merged",
@@ -245,7 +245,7 @@ FAULTS = [
         "            for gate, (name, weight) in zip(own, self.routers.items(), strict=True)",
         "            for gate, (name, weight) in zip(own.flip(0), self.routers.items(), strict=True)",
         "layer-wise coefficients of adapters are trained for other layers than they are written to",
-        COMMAND,
+        VECTORS,
     ),
     Fault(
         "ties_scaled_as_a_sum",
@@ -253,7 +253,7 @@ FAULTS = [
         "                yield name, by_layer[name][0] * disjoint_mean(parts)",
         "                yield name, by_layer[name][0] * parts.sum(0)",
         "TIES adds up what agrees instead of averaging it",
-        COMMAND,
+        VECTORS,
     ),
     Fault(
         "missing_weights_of_a_checkpoint_pass",
