@@ -9,6 +9,7 @@ configuration computes with; adapters without it are taken as they are.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run an
 PEFT_PREFIX = "base_model.model."
 # Fields of the configuration that change nothing of what is computed, so that the checksum leaves them out.
 TOLD = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode")
+# Control characters but for line feeds and tabs, and those that turn the direction of writing.
+COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MAX_KEY = 300  # characters of a tensor's name
 _KEY = re.compile(rf"(.+)\.mosld_({'|'.join({**dict.fromkeys(PARTS), **dict.fromkeys(BLOCK_PARTS)})})\.weight")
 
@@ -72,15 +75,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise AdapterFileError(f"{path} must hold an object, got {type(fields).__name__}: its peft_type is None")
     for text in (*fields, *(value for value in fields.values() if isinstance(value, str))):
-        if not text.isprintable():
-            raise AdapterFileError(f"{path} has {text!r:.100}, with characters that cannot be printed")
+        if COMMANDS.search(text):
+            raise AdapterFileError(f"{path} has {text!r:.100}, with characters that command a terminal")
     return fields
 
 
 def check_name(adapter: str) -> None:
     """raises ValueError for an adapter's name that is no folder's: PEFT saves every adapter but the default one in its own."""
-    if not adapter or adapter in (".", "..") or set(adapter) & set("/\\:\0"):
-        raise ValueError(f"an adapter's name becomes that of its folder, without / \\ : and NUL, got {adapter!r}")
+    refused = "/\\:" if os.name == "nt" else "/\\"
+    if not adapter or adapter in (".", "..") or set(adapter) & set(f"{refused}\0"):
+        raise ValueError(
+            f"an adapter's name becomes that of its folder, without {' '.join(refused)} and NUL, got {adapter!r}"
+        )
 
 
 @dataclass(frozen=True)

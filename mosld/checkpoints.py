@@ -8,6 +8,8 @@ from typing import Any, cast
 from .adapter_file import PICKLES, WEIGHTS, AdapterFileError, check_digest, check_weights
 
 STATE = "trainer_state.json"  # which the Trainer writes last
+# Weights of a whole model, which the Trainer prefers to an adapter's wherever both lie in a checkpoint.
+PREFERRED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "model.safetensors.index.json")
 
 
 class WholeCheckpointsMixin:
@@ -36,13 +38,17 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def check_adapters(checkpoint: Path) -> None:
-    """raises AdapterFileError where an adapter in `checkpoint` was altered since, or is a pickle now, which the Trainer would
-    open; the Trainer itself does not look."""
+    """raises AdapterFileError where an adapter in `checkpoint` was altered since, is a pickle now, which the Trainer would
+    open, or lies beside weights that the Trainer would take in its place; the Trainer itself does not look."""
     for folder in (checkpoint, *(path.parent for name in PICKLES for path in checkpoint.glob(f"*/{name}"))):
         check_weights(folder, only_pickles=True)
-    for weights in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")):  # several adapters have a folder each
-        if weights.is_file():
-            check_digest(weights)
+    adapters = [path for path in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")) if path.is_file()]
+    for weights in adapters:  # several have a folder each
+        check_digest(weights)
+    if adapters and (others := [name for name in PREFERRED if (checkpoint / name).is_file()]):
+        raise AdapterFileError(
+            f"{checkpoint / others[0]} would be loaded in the place of {adapters[0].name}, and no checkpoint of an adapter has it"
+        )
 
 
 def _ends(state: Path) -> bool:

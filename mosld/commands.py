@@ -23,7 +23,7 @@ from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
 from .run_folder import check_free, claim, free_folder, model_state
-from .task_options import EMBEDDED, chosen_tasks, task_settings
+from .task_options import EMBEDDED, check_quick, chosen_tasks, task_settings
 from .tasks.encode import Encoder
 from .tasks.examples import Task, TaskFileError
 from .tasks.mixing import parse_proportions
@@ -244,8 +244,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     if options.eval_batch_size < 1:
         raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
-    if options.quick and (options.model or options.task):
-        raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
+    check_quick(options)
 
 
 def refuse_words(words: Sequence[str], instead: Mapping[str, str], program: str) -> None:

@@ -31,7 +31,7 @@ from .merging.unlabelled import without_labels
 from .methods import LORA, METHODS, NAMES, Adapter
 from .results import versions
 from .run_folder import COMPARE, check_free, claim, free_folder, model_state
-from .task_options import EMBEDDED, chosen_tasks, task_settings
+from .task_options import EMBEDDED, check_quick, chosen_tasks, task_settings
 from .tasks.encode import Encoder
 from .tasks.examples import Task, TaskFileError
 from .tasks.mixing import parse_proportions
@@ -234,8 +234,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"eval-batch-size must be at least 1, got {options.eval_batch_size}")
     if options.validation is not None and not 0 < options.validation < 1:
         raise ValueError(f"validation must be a share in (0, 1), got {options.validation:g}")
-    if options.quick and (options.model or options.task):
-        raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor --task")
+    check_quick(options)
 
 
 def _method_names(options: argparse.Namespace) -> list[str]:

@@ -16,8 +16,10 @@ from peft.utils.other import get_pattern_key
 from .adapter_file import CONFIG, DIGEST, WEIGHTS, AdapterFileError, AdapterWeights, check_weights, write_digest
 from .at_once import folder_beside
 from .expressions import check_expression
+from .failures import visible
 from .mixture import FIELDS, Mixture, number
 
+MODULES = r"(^|.*\.){}($|\..*)"  # what PEFT makes of an entry of modules_to_save
 LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what PEFT makes of layers_pattern
 
 
@@ -139,9 +141,9 @@ class MoSLDConfig(PeftConfig):
                 check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
             elif value is not None and not _is_list(value, str):
                 raise ValueError(f"{name} must be None or names, got {value!r}")
-            elif name == "layers_pattern":
+            elif name in ("layers_pattern", "modules_to_save"):
                 for pattern in value or []:
-                    check_expression(name, pattern, LAYERS)
+                    check_expression(name, pattern, LAYERS if name == "layers_pattern" else MODULES)
         layers = self.layers_to_transform
         if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
             raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
@@ -207,7 +209,7 @@ class MoSLDConfig(PeftConfig):
             return super().check_kwargs(**kwargs)
         if unknown:
             warnings.warn(
-                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {', '.join(unknown)}. A "
+                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {visible(', '.join(unknown))}. A "
                 "newer version may have saved it",
                 stacklevel=2,
             )

@@ -101,13 +101,13 @@ def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
     """
     by_hand = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDLinear)}
     by_peft = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftLinear)}
-    if "" in by_hand or (by_hand and by_peft):
+    blocks = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)}
+    if "" in by_hand or (by_hand and (by_peft or blocks)):
         raise ValueError("a LoRA needs layers inside a model, all adapted by hand or all through PEFT")
     if by_hand:
         if adapter_name is not None:
             raise ValueError(f"layers adapted by hand have no adapter name, got {adapter_name!r}")
         return {name: (layer, layer.adapter) for name, layer in by_hand.items()}
-    blocks = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)}
     if not by_peft and not blocks:
         raise ValueError(f"{type(base).__name__} has no MoSLD layer")
     chosen = _chosen([*by_peft.values(), *blocks.values()], adapter_name)

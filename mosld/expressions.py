@@ -20,8 +20,12 @@ except ImportError:
 WAYS = 30
 MAX_WAYS = 200_000_000  # five times `.*` in a layer's name take a tenth of a second, six a second
 MAX_LENGTH = 100_000  # characters: all layers of a large model, each by its whole name, are some ten thousands
-PATTERN_KEYS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")  # from an expression to a number
-EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")  # one expression, or a list of names
+# PEFT's fields whose value is one expression; where its entries are a list, `re` gets them as well.
+EXPRESSIONS = (
+    "target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save", "feedforward_modules",
+)  # fmt: skip
+LISTS = ("layers_pattern", "modules_to_save", "feedforward_modules")
+PATTERNS = "_pattern"  # ends the names of fields from an expression to a number
 REPEATS = tuple(getattr(c, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(c, name))
 
 
@@ -43,16 +47,16 @@ def check_expression(name: str, pattern: Any, inside: str = "{}") -> None:
         raise ValueError(f"{name} has {pattern!r:.200}, which may take for ever: {error}") from error
     if ways > MAX_WAYS:
         raise ValueError(
-            f"{name} has {pattern!r:.200}, which may take for ever: there are {ways:.0e} ways through it, more than {MAX_WAYS:.0e}"
+            f"{name} has {pattern!r:.200}, which may take for ever: there are more than {MAX_WAYS} ways through it"
         )
 
 
 def check_expressions(fields: Mapping[str, Any], path: Path) -> None:
     """raises ValueError for an expression in the adapter_config.json at `path`, of any method, that `check_expression` refuses."""
     expressions = [(name, fields[name]) for name in EXPRESSIONS if isinstance(fields.get(name), str)]
-    for name in PATTERN_KEYS:
-        if isinstance(fields.get(name), dict):
-            expressions += [(name, pattern) for pattern in fields[name]]
+    for name, value in fields.items():
+        if name in LISTS and isinstance(value, list) or name.endswith(PATTERNS) and isinstance(value, dict):
+            expressions += [(name, pattern) for pattern in value]
     for name, pattern in expressions:
         try:
             check_expression(name, pattern)
@@ -76,13 +80,15 @@ def _ways_of(kind: Any, value: Any) -> int:
             return inner + most - least
         if inner > 1:
             raise ValueError("what it repeats holds a repetition or a choice itself")
+        if not repeated.getwidth()[0]:
+            raise ValueError("what it repeats may be empty")
         return int(min(most - least + 1, WAYS))
     if kind is c.BRANCH:
         return sum(_ways(side) for side in value[1])
     if kind is c.GROUPREF:
         return 2  # so that none is repeated: what it stands for has any length
     if kind is c.GROUPREF_EXISTS:
-        return sum(_ways(side) for side in value[1:] if side)
+        return sum(_ways(side) if side else 1 for side in value[1:])
     inside = value if isinstance(value, tuple) else (value,)  # of groups, lookaheads and what else holds an expression
     ways = 1
     for part in inside:

@@ -14,7 +14,8 @@ from .expressions import check_expressions
 from .model_files import check_model_folder
 from .tasks.base_model import load_base, train_base_apart
 
-BASE = "base_model_name_or_path"  # which is told and never followed: --model says what is loaded
+# What is told and never followed: --model says what is loaded, and a saved prompt is not tokenized again.
+NOT_FOLLOWED = ("base_model_name_or_path", "tokenizer_name_or_path")
 
 
 class ModelError(ValueError):
@@ -56,7 +57,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     if (method := fields.get("peft_type")) not in [*PeftType]:
         raise ModelError(f"{config} cannot be used: its peft_type is {method!r}, which PEFT does not know")
     for name, value in fields.items():
-        if value and name != BASE and (name.endswith("_path") or name == "adapters"):
+        if value and name not in NOT_FOLLOWED and (name.endswith("_path") or name == "adapters"):
             raise ModelError(
                 f"{config} cannot be used: its {name}, {value!r:.100}, would have other folders' files opened"
             )

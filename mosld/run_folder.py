@@ -164,6 +164,8 @@ def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[
         MERGE,
     ):  # another tool's, however it is called
         return "foreign", []
+    if "processes" in settings:
+        before.setdefault("processes", 1)  # of a run that began before runs told it
     changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))
     if before["program"] != program:
         changed = [f"it is one of {before['program']}"]

@@ -22,11 +22,17 @@ def chosen_tasks(options: argparse.Namespace, only_test: bool = False) -> list[T
     return embedded_tasks(**sizes, split=options.split)
 
 
+def check_quick(options: argparse.Namespace) -> None:
+    """raises ValueError for --quick with a model or tasks of one's own."""
+    if options.quick and (options.model or options.task not in ([], [EMBEDDED])):
+        raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor other tasks")
+
+
 def task_settings(options: argparse.Namespace) -> dict[str, object]:
     """What decides which tasks a run has: names, files with their digests, and the split of the embedded ones."""
     files = [] if _embedded(options) else [path for spec in options.task for path in parse_task(spec)[1:] if path]
     return {
-        "tasks": EMBEDDED if _embedded(options) else options.task or EMBEDDED,
+        "tasks": EMBEDDED if _embedded(options) or not (options.task or options.model) else options.task,
         "task_files": {str(path): file_digest(path) for path in files},
         "quick": options.quick,
         "split": options.split,

@@ -8,6 +8,7 @@ import codecs
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,8 @@ def decode(line: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise LineError(f"the field {twice!r:.60} is given {names.count(twice)} times")
+        ((often, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise LineError(f"the field {often!r:.60} is given {count} times")
     return made
 
 

@@ -100,6 +100,19 @@ def test_a_finished_run_is_not_overwritten_unasked(run, data, capsys):
     assert (run / "results.json").read_bytes() == before
 
 
+def test_a_run_that_began_before_runs_told_their_processes_goes_on_with_one(tmp_path):
+    claim(tmp_path, {"model": "m", "processes": 1})
+    release()
+    told = json.loads((tmp_path / "run.json").read_text())
+    del told["processes"]
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    assert claim(tmp_path, {"model": "m", "processes": 1})
+    release()
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    with pytest.raises(RunFolderError, match=r"other settings \(processes\)"):
+        claim(tmp_path, {"model": "m", "processes": 2})
+
+
 @pytest.mark.parametrize("module", [commands, compare])
 def test_a_run_goes_on_with_as_many_processes_as_it_began_with(data, tmp_path, monkeypatch, capsys, module):
     """More of them take larger steps: another training."""

@@ -252,6 +252,11 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     model.set_adapter("linear")
     model.delete_adapter("default")
     export_lora(model, tmp_path / "again", adapter_name="linear")
+    model = adapted(target_modules=["mlp"])
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj = MoSLDLinear.from_linear(attention.q_proj, r=2, num_experts=2)
+    with pytest.raises(ValueError, match="all adapted by hand or all through PEFT"):
+        export_lora(model, tmp_path / "half")
     model = adapted()
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()

@@ -1,19 +1,22 @@
 """Expressions from a stranger's adapter_config.json that could keep Python's `re` busy for ever are refused before they are used."""
 
 import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mosld import MoSLDConfig, import_lora
 from mosld.adapter_file import AdapterFileError
-from mosld.expressions import MAX_LENGTH, check_expression
+from mosld.expressions import EXPRESSIONS, LISTS, MAX_LENGTH, check_expression, check_expressions
 from mosld.presets import experts_by_depth
 from tests.models import tiny_llama
 
 ENDLESS = [
     "(a+)+", "(a*)*b", "(.*)*x", "(a|a)*b", "(?:ab|cd)+", "(a?){30}a{30}", "a?" * 30 + "a" * 30, ".*" * 6 + "x",
     "(?=(a+)+)b", "(a{1,30}){30}", "(?i:a+)+", "((?:x|y|xy)z)+", "(ab|a)(b|)(bc|c)(cd|d)" * 7, "(.+?)+?", r"(a*)(\1)*b", "((a|b)?c)*",
-    r"model(\.\w+)*\.q_proj",
+    r"model(\.\w+)*\.q_proj", "(?:(z)?(?(1)|)a+)+b", "(?:(?:(?:){60000}){60000}){60000}!", "(?:){60000}", ".*" * 250,
 ]  # fmt: skip
 ENDING = [
     "q_proj", r".*\.layers\.\d+\..*\.(q|v)_proj", r"(?:.*\.)?(self_attn|mlp)\.\w+$", r"(\d|[a-f])+", "(layers|h)?.*", "(?:a{3}){2}",
@@ -21,6 +24,33 @@ ENDING = [
     *experts_by_depth(126, 8, 6, 4, 2),
 ]  # fmt: skip
 FIELDS = ["target_modules", "exclude_modules", "layers_pattern", "num_experts_pattern", "rank_pattern", "alpha_pattern"]
+FIELDS_OF_PEFT = {
+    own.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for own in fields(config)
+    if own.name.endswith("_pattern") or "regex" in str(own.metadata.get("help")).lower()
+}  # fmt: skip
+BAD = "(a+)+"
+CASES = [
+    *((name, BAD) for name in EXPRESSIONS), *((name, ["fine", BAD]) for name in LISTS),
+    *((name, {"fine": 1, BAD: 1}) for name in sorted(FIELDS_OF_PEFT) if name.endswith("_pattern") and name not in LISTS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_whatever_peft_takes_for_an_expression_is_looked_at(name, value):
+    with pytest.raises(ValueError, match=f"adapter_config.json cannot be used: {name} has .* which may take for ever"):
+        check_expressions({name: value}, Path("adapter_config.json"))
+
+
+def test_peft_has_no_other_fields_of_expressions():
+    """As its configurations' own help tells, of every method."""
+    assert {name for name in FIELDS_OF_PEFT if not name.endswith("_pattern")} <= set(EXPRESSIONS)
+    assert {"rank_pattern", "n_frequency_pattern", "target_modules"} <= FIELDS_OF_PEFT
+
+
+@pytest.mark.parametrize("pattern", ENDLESS[:3])
+def test_modules_to_save_are_expressions_too(pattern):
+    with pytest.raises(ValueError, match="modules_to_save has .* which may take for ever"):
+        MoSLDConfig(modules_to_save=[pattern])
 
 
 @pytest.mark.parametrize("pattern", ENDLESS, ids=lambda pattern: pattern[:20])

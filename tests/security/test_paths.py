@@ -1,6 +1,7 @@
 """No name in a task, an adapter or a model's files leads out of the folder that was named, to read or to write."""
 
 import json
+import os
 
 import peft
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mosld import MoSLDConfig, export_lora
-from mosld.adapter_file import AdapterFileError, AdapterWeights
+from mosld.adapter_file import AdapterFileError, AdapterWeights, read_json
 from mosld.merging.vectors import MergeError, read_task_vectors
 from mosld.model_files import INDEX, ModelFileError, check_model_folder, files_of
 from mosld.run_folder import MERGE, OWN, RunFolderError, check_free, claim, release
@@ -59,7 +60,10 @@ def test_a_command_given_one_writes_nothing(verb, data, say, tmp_path):
     assert list(tmp_path.iterdir()) == [] and seen(data) == before
 
 
-@pytest.mark.parametrize("name", [name for name in ESCAPES if name.strip() and name not in ("~", "x\n", "\x1b[2J")])
+FOLDERS = ("~", "x\n", "\x1b[2J", *(() if os.name == "nt" else ("C:x",)))  # which a folder here may be called
+
+
+@pytest.mark.parametrize("name", [name for name in ESCAPES if name.strip() and name not in FOLDERS])
 def test_an_adapter_has_no_such_name(name, tmp_path):
     model = tiny_llama()
     with pytest.raises(ValueError, match="an adapter's name becomes that of its folder"):
@@ -186,6 +190,18 @@ def test_a_tensor_whose_name_commands_the_terminal_is_refused(name, tmp_path):
     with pytest.raises(AdapterFileError, match="which is no name of a tensor") as raised:
         AdapterWeights(path, lambda layer: pytest.fail("it was used"))
     assert str(raised.value).isprintable()
+
+
+def test_a_field_whose_name_commands_the_terminal_is_warned_of_in_plain_letters(adapter, data):
+    """PEFT reads the configuration by itself, in Python's own calls."""
+    with pytest.warns(UserWarning, match="fields that this version of mosld does not know") as told:
+        MoSLDConfig.from_pretrained(str(adapter("mosld", **{"\x1b]0;owned\x07": 1})))
+    assert all(str(one.message).isprintable() for one in told)
+
+
+def test_texts_of_other_lands_and_lines_are_no_commands(adapter):
+    folder = adapter("lora", base_model_name_or_path="modèles\u3000de\u00a0base", revision="a\nb")
+    assert read_json(folder / "adapter_config.json")["revision"] == "a\nb"
 
 
 @pytest.mark.parametrize("fields", [{"base_model_name_or_path": "\x1b[2J"}, {"\x1b[2Jr": 1}])

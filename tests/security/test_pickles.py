@@ -1,6 +1,7 @@
 """A pickle in an adapter's or a model's folder is named and left alone, whichever way leads to it."""
 
 import os
+import shutil
 
 import peft
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mosld import MoSLDConfig, import_lora
 from mosld.adapter_file import AdapterFileError
-from mosld.checkpoints import check_adapters, last_whole_checkpoint
+from mosld.checkpoints import PREFERRED, check_adapters, last_whole_checkpoint
 from tests.models import tiny_llama
 
 PICKLE = "adapter_model.bin"
@@ -119,6 +120,22 @@ def test_a_checkpoint_of_the_trainer_is_passed_over(inside, planted, marker, ope
     with pytest.warns(UserWarning, match="is passed over: .* a pickle, is not opened"):
         assert last_whole_checkpoint(tmp_path / "run") is None
     assert not marker.exists() and opened == []
+
+
+@pytest.mark.parametrize("name", PREFERRED)
+@pytest.mark.parametrize("inside", ["", "second"])
+def test_weights_that_the_trainer_would_take_in_an_adapters_place_are_refused(name, inside, adapter, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    shutil.copytree(adapter("mosld"), checkpoint / inside)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    check_adapters(checkpoint)
+    (checkpoint / name).write_bytes(b"")
+    with pytest.raises(
+        AdapterFileError, match=f"checkpoint-3/{name} would be loaded in the place of adapter_model.safetensors"
+    ):
+        check_adapters(checkpoint)
+    with pytest.warns(UserWarning, match="is passed over: .* would be loaded in the place"):
+        assert last_whole_checkpoint(tmp_path / "run") is None
 
 
 def test_beside_the_safetensors_file_it_is_passed_over(adapter, marker, opened, say):

@@ -124,8 +124,8 @@ FAULTS = [
     Fault(
         "second_adapter_not_checked",
         "mosld/checkpoints.py",
-        'for weights in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")):',
-        "for weights in (checkpoint / WEIGHTS,):",
+        '(checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}"))',
+        "(checkpoint / WEIGHTS,)",
         "training goes on from a checkpoint whose second adapter was altered",
         RESUME,
     ),
