@@ -123,9 +123,11 @@ def test_only_the_wanted_gradients_come_and_they_are_right(wanted, mixing):
 
 
 def test_gradients_share_no_storage(mixing):
+    """Nor does one keep more memory alive than its own."""
     shape = SHAPES[0]._replace(mixing=mixing)
     grads = [value for name, value in run(mosld_linear, make_case(shape), shape, p=0.0).items() if name[0] == "d"]
     assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+    assert [grad.untyped_storage().nbytes() for grad in grads] == [grad.nbytes for grad in grads]
 
 
 def test_what_is_saved_is_small(mixing):

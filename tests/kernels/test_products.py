@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mosld_kernels import products
+from mosld_kernels import mosld_linear, products
+from mosld_kernels.staged import staged_linear
 from tests.accuracy import assert_no_less_accurate
+from tests.inputs import Shape, make_case
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -82,6 +84,31 @@ def test_the_frozen_layers_product_is_torchs_own_bit_for_bit(request, ways, dtyp
     nothing = (torch.zeros(65, 6, dtype=dtype), torch.zeros(6, 33, dtype=dtype))
     out = products.mm_sum((x, weight_t), nothing, bias, as_frozen=True)
     assert torch.equal(out, F.linear(x, weight_t.t(), bias))
+
+
+def fused(x, weight, bias, a, b, router):
+    return mosld_linear(x, weight, bias, a, b, router, top_k=2, scale=1.0, backend="eager")[0]
+
+
+def staged(x, weight, bias, a, b, router):
+    return staged_linear(x, weight, bias, a, b, lambda z, _: z.repeat(1, 4), scale=1.0, router_weight=router)[0]
+
+
+@pytest.mark.parametrize("operator", [fused, staged])
+def test_a_fresh_layer_leaves_the_frozen_layers_product_to_torch(monkeypatch, operator):
+    """Two libraries may give the same bits on this processor and others on the next: what counts is who is asked."""
+    asked, mm = [], products.mm
+
+    def recorded(a, b, bias=None):
+        asked.append((a.shape[1], b.shape[1]))
+        return mm(a, b, bias)
+
+    monkeypatch.setattr(products, "mm", recorded)
+    case = make_case(Shape(T=65, D_in=40, D_out=33, R=3, E=4, K=2)).to(torch.float32)
+    x, weight, bias, a, b, router = case[:6]
+    y = operator(x, weight, bias, a, torch.zeros_like(b), router)
+    assert asked == [(12, 33)]  # the update's alone, of E * R columns
+    assert torch.equal(y, F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("ways", ["onednn", "no_instructions"])

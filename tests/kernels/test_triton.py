@@ -112,10 +112,42 @@ def test_adapters_in_another_dtype(dtype, adapter_dtype, mixing):
     assert_accurate(Shape(33, 17, 31, 3, 5, 2, mixing), dtype, adapter_dtype, backend="triton")
 
 
+def planes_of(monkeypatch):
+    """-> a list that gets each launch's kernel and the planes into which its sums are cut"""
+    cut, pick, count = [], tiles.pick, tiles.planes
+
+    def picked(kernel, *sizes):
+        cut.append((kernel, 1))
+        return pick(kernel, *sizes)
+
+    def counted(*sizes):
+        cut[-1] = (cut[-1][0], count(*sizes))
+        return cut[-1][1]
+
+    monkeypatch.setattr(tiles, "pick", picked)
+    monkeypatch.setattr(tiles, "planes", counted)
+    return cut
+
+
+GRADIENTS = ["grad_down", "grad_expert_b"]
+
+
 @pytest.mark.parametrize(
-    "shape", [SHAPES[1], KERNEL_SHAPES[13], KERNEL_SHAPES[16], KERNEL_SHAPES[-2], KERNEL_SHAPES[-4]], ids=str
+    ("shape", "in_planes"),
+    [
+        (SHAPES[1], []),
+        (KERNEL_SHAPES[13], []),
+        (KERNEL_SHAPES[-4], []),
+        (Shape(5, 300, 33, 6, 7, 4), ["down"]),
+        (Shape(5, 300, 33, 6, 7, 4, "diagonal"), ["down"]),
+        (Shape(5, 20, 130, 6, 7, 4), ["up_backward"]),
+        (Shape(5, 20, 130, 6, 7, 4, "diagonal"), ["up_backward"]),
+        (Shape(300, 18, 16, 2, 2, 1), GRADIENTS),
+        (Shape(300, 18, 20, 2, 2, 1, "diagonal"), GRADIENTS),
+    ],
+    ids=lambda value: "-".join(value) or "none" if isinstance(value, list) else str(value),
 )
-def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatch):
+def test_tiles_from_a_file_and_planes_change_nothing(shape, in_planes, tmp_path, monkeypatch):
     # The smallest tiles: several in every direction, sums in planes, experts in several blocks.
     tile = dict(tokens=16, features=16, columns=16, warps=4, stages=2)
     path = tmp_path / "tiles.json"
@@ -124,7 +156,9 @@ def test_tiles_from_a_file_and_planes_change_nothing(shape, tmp_path, monkeypatc
     before = run(mosld_linear, case, shape, backend="triton")
     monkeypatch.setenv("MOSLD_TILES", str(path))
     assert tiles.pick("down", 90, 8192, 4096, 0, 24, 2).tile == tiles.Tile(**tile)
+    cut = planes_of(monkeypatch)
     after = run(mosld_linear, case, shape, backend="triton")
+    assert sorted(kernel for kernel, planes in cut if planes > 1) == in_planes
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert_accurate(shape, torch.float32, backend="triton")
@@ -156,11 +190,19 @@ def test_a_bad_tile_file_is_named_with_its_row(text, message, tmp_path, monkeypa
         prepare(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3, 4), None, 0.0, torch.float32)
 
 
-def test_tiles_follow_the_bucket_of_t_and_never_t_itself():
+def test_tiles_follow_the_bucket_of_t_and_never_t_itself(tmp_path, monkeypatch):
     for kernel in tiles.KERNELS:
         for arch in (80, 86, 89, 90, 100, 120):
             picked = {tiles.pick(kernel, arch, tokens, 4096, 4096, 128, 2) for tokens in range(4097, 8193, 7)}
             assert len(picked) == 1
+    # Nor does a row of one's own, with a bound inside a bucket, which holds for buckets that end at it or before.
+    tile = dict(tokens=16, features=16, columns=16, warps=4, stages=2)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps([dict(kernel=kernel, tile=tile, tokens_to=6000) for kernel in tiles.KERNELS]))
+    monkeypatch.setenv("MOSLD_TILES", str(path))
+    for kernel in tiles.KERNELS:
+        picked = [tiles.pick(kernel, 80, tokens, 4096, 4096, 128, 2).tile for tokens in (2049, 4096, 4097, 6000, 8192)]
+        assert [own == tiles.Tile(**tile) for own in picked] == [True, True, False, False, False]
     assert [tiles.bucket(tokens) for tokens in (0, 1, 2, 3, 4096, 4097)] == [1, 1, 2, 4, 4096, 8192]
     assert tiles.planes(programs=128, steps=64, processors=132) == 1
     assert tiles.planes(programs=32, steps=64, processors=132) == 4

@@ -119,6 +119,21 @@ def test_layers_adapted_by_hand_get_the_default_weight(tmp_path):
     assert MoSLDTrainer(model=model, args=arguments).balance_coef == 1e-3
 
 
+def test_only_active_adapters_say_how_much_the_penalty_weighs(tmp_path):
+    model = adapted()
+    model.add_adapter("other", MoSLDConfig(r=2, num_experts=4, balance_coef=0.25, target_modules=["q_proj"]))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert MoSLDTrainer(model=model, args=arguments).balance_coef == COEF
+    model.set_adapter("other")
+    assert MoSLDTrainer(model=model, args=arguments).balance_coef == 0.25
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ValueError, match=r"active adapters have different balance_coef \[0.25, 0.5\]: pass balance_coef"
+    ):
+        MoSLDTrainer(model=model, args=arguments)
+    assert MoSLDTrainer(model=model, args=arguments, balance_coef=0.125).balance_coef == 0.125
+
+
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)

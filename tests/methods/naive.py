@@ -211,6 +211,11 @@ def routed_on_hidden(t: Token) -> Tensor:
     return _shared_a(t, top_k(softmax([score / 0.5 for score in scores]), t.k))
 
 
+def mosld_at_temperature(t: Token) -> Tensor:
+    """Temperature 0.5."""
+    return _shared_a(t, top_k(softmax([score / 0.5 for score in logits(t.router, t.x)]), t.k))
+
+
 def routed_on_the_mean(t: Token) -> Tensor:
     return _own_a(t, top_k(softmax(logits(t.router, sum(t.row) / len(t.row))), t.k))
 

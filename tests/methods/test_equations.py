@@ -25,6 +25,7 @@ CASES = {
     "lora": (naive.lora, presets.lora, dict(r=3, alpha=5)),
     "mosld": (naive.mosld, presets.mosld, dict(r=3, alpha=5, num_experts=5)),
     "mosld, all chosen": (naive.mosld, presets.mosld, dict(r=1, num_experts=3, top_k=3)),
+    "mosld, temperature": (naive.mosld_at_temperature, presets.mosld, dict(r=3, num_experts=5, temperature=0.5)),
     "mosl": (naive.mosl, presets.mosl, dict(r=3, num_experts=5, top_k=3)),
     "mosl, one chosen": (naive.mosl, presets.mosl, dict(r=3, num_experts=5, top_k=1)),
     "mosld_up": (naive.mosld_up, presets.mosld_up, dict(r=3, alpha=5, num_experts=4)),
@@ -66,9 +67,13 @@ NO_GRADIENT = {  # the released selection gives its routers none
 }
 
 
-def layer_of(name, rates):
+def config_of(name, rates):
     _, preset, fields = CASES[name]
-    m = preset(**fields, **rates).mixture_of("layer")
+    return preset(**fields, **rates)
+
+
+def layer_of(name, rates):
+    m = config_of(name, rates).mixture_of("layer")
     torch.manual_seed(1)
     layer = MoSLDLinear(D_IN, D_OUT, dtype=torch.float64, **vars(m))
     for parameter in layer.adapter.parameters():
@@ -90,23 +95,24 @@ def given_of(name, layer):
     return {"task_ids": TASKS} if layer.adapter.mixture.wants_tasks else {}
 
 
-def masks_of(layer, x, torch_seed):
-    """What the elements of A, B, x and z are multiplied by: drawn again as the layer draws them."""
-    m, a = layer.adapter.mixture, layer.adapter
+def masks_of(config, layer, x, torch_seed):
+    """What the elements of A, B, x and z are multiplied by: drawn again as the layer draws them, at the rates asked for."""
+    a = layer.adapter
+    of_a, of_b = (0.0, config.dropout) if config.shared == "up" else (config.dropout, config.up_dropout)
     torch.manual_seed(torch_seed)
     masks = {}
-    if m.dropout or m.up_dropout:
+    if of_a or of_b:
         seed = torch.randint(2**62, (1,))
-        masks["A"] = keep_mask(seed, a.shared_a.weight.shape, m.dropout).double() / (1 - m.dropout)
-        keep = keep_mask(seed, a.expert_b.weight.shape, m.up_dropout, stream_id=UP_STREAM)
-        masks["B"] = keep.double() / (1 - m.up_dropout)
-    if m.input_dropout:
+        masks["A"] = keep_mask(seed, a.shared_a.weight.shape, of_a).double() / (1 - of_a)
+        keep = keep_mask(seed, a.expert_b.weight.shape, of_b, stream_id=UP_STREAM)
+        masks["B"] = keep.double() / (1 - of_b)
+    if config.input_dropout:
         flat = x.flatten(0, -2)
-        keep = unpacked(draw_bits(flat, m.input_dropout), flat.shape).view(x.shape)
-        masks["x"] = keep.double() / (1 - m.input_dropout)
-    if m.hidden_dropout:
+        keep = unpacked(draw_bits(flat, config.input_dropout), flat.shape).view(x.shape)
+        masks["x"] = keep.double() / (1 - config.input_dropout)
+    if config.hidden_dropout:
         ones = torch.ones(*x.shape[:-1], len(a.shared_a.weight), dtype=torch.float64)
-        masks["z"] = F.dropout(ones, m.hidden_dropout)
+        masks["z"] = F.dropout(ones, config.hidden_dropout)
     return masks
 
 
@@ -148,14 +154,15 @@ def rates_of(name, which):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("which", ["none", "preset", "everywhere"])
 def test_values_and_gradients_are_those_of_the_loops(name, which):
-    layer = layer_of(name, rates_of(name, which))
+    rates = rates_of(name, which)
+    config, layer = config_of(name, rates), layer_of(name, rates)
     results = []
     for way in ("ours", "loops"):
         x = torch.randn(
             BATCH, TOKENS, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
         ).requires_grad_()
         given = given_of(name, layer)
-        masks = masks_of(layer, x, 5)
+        masks = masks_of(config, layer, x, 5)
         if way == "ours":
             set_routing(layer, **given)
             torch.manual_seed(5)

@@ -112,6 +112,14 @@ FAULTS = [
         (f"{TRAINER}::test_the_penalty_is_the_mean_over_micro_batches_beside_the_trainers_own_loss",),
     ),
     Fault(
+        "inactive_adapters_weight_counts",
+        "mosld/trainer.py",
+        "    names = list(cast(Any, active() if callable(active) else active or configs))",
+        "    names = list(configs)",
+        "an adapter that is not active says how much the balance loss weighs, or that no trainer can be made",
+        (f"{TRAINER}::test_only_active_adapters_say_how_much_the_penalty_weighs",),
+    ),
+    Fault(
         "penalty_in_evaluation",
         "mosld/trainer.py",
         "        if not model.training:\n            return super().compute_loss(",

@@ -71,7 +71,7 @@ FAULTS = [
         "mosld_kernels/eager.py",
         "    da = ddown[:rows].clone() if keep is None else ddown[:rows]",
         "    da = ddown[:rows]",
-        "clipping or reducing A's gradient in place keeps the router's memory alive, too",
+        "A's gradient keeps the memory of the router's alive, too",
         OPERATOR,
     ),
     Fault(

@@ -137,14 +137,6 @@ FAULTS = [
         TUNER,
     ),
     Fault(
-        "inactive_adapter_is_trained",
-        "mosld/tuner.py",
-        "            if adapter_name not in self.active_adapters:\n                layer.requires_grad_(False)\n",
-        "",
-        "an adapter that is not active gets an optimiser state",
-        TUNER,
-    ),
-    Fault(
         "weight_beside_its_mixture",
         "mosld/tuner.py",
         "                container[adapter_name] = weight\n",
