@@ -270,4 +270,4 @@ def test_no_block_is_of_a_language_that_is_not_looked_at():
                     block
                 )
     found = [block.language for page in PAGES for block in blocks(page)]
-    assert (found.count("python"), found.count("sh"), found.count("json")) == (11, 11, 1)
+    assert found.count("python") >= 11 and found.count("sh") >= 14 and found.count("json") >= 1
