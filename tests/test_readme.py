@@ -37,13 +37,23 @@ def test_the_loops_cost_what_the_committed_run_says():
 
 
 def test_the_figures_of_a_matrix_unit_are_those_of_the_committed_run():
-    ratios = {
-        (entry["shape"]["T"], entry["dtype"]): next(r["ratio"] for r in entry["rows"] if r["name"] == "MoSLD")
-        for entry in json.loads((ROOT / "benchmarks/results/layer_amx.json").read_text())["layers"]
+    rows = {
+        (table["shape"]["T"], table["dtype"], row["name"]): row
+        for table in json.loads((ROOT / "benchmarks/results/layer_amx.json").read_text())["tables"]
+        for row in table["rows"]
+        if row.get("step") == "both"
     }
+
+    def both(tokens: int, name: str) -> list[str]:
+        return [f"{rows[tokens, dtype, name]['ratio']:.2f}" for dtype in ("float32", "bfloat16")]
+
+    readme = re.sub(r"\s+", " ", README)
     for tokens in (4096, 2048):
-        told = f"{ratios[tokens, 'float32']:.2f} in float32 and {ratios[tokens, 'bfloat16']:.2f} in bfloat16"
-        assert told in re.sub(r"\s+", " ", README)
+        assert "{} in float32 and {} in bfloat16".format(*both(tokens, "MoSLD")) in readme
+    assert "PEFT's LoRA {} and {} with dropout".format(*both(4096, "PEFT LoRA")) in readme
+    assert "with dropout, {} and {} without".format(*both(4096, "PEFT LoRA, no dropout")) in readme
+    times = [rows[4096, dtype, "frozen linear"]["median_ms"] for dtype in ("float32", "bfloat16")]
+    assert round(times[0] / times[1]) == 7 and "bfloat16 is seven times as fast" in readme
 
 
 def test_the_report_is_that_of_the_committed_results(tmp_path):
