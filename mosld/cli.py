@@ -120,7 +120,7 @@ def _add_train(verbs) -> None:
     adapter.add_argument("--dropout", type=float, help="on elements of the shared factor, of lora on the input (0.1)")
     adapter.add_argument("--balance-coef", type=float, help="weight of the balance loss (0.001)")
     adapter.add_argument(
-        "--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)"
+        "--target-modules", help="comma-separated names, or all-linear (default: all-linear, of mixlora its preset's)"
     )
 
 
@@ -159,7 +159,9 @@ def _add_compare(verbs) -> None:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a smoke test of the whole way on the embedded tasks")
     parser.add_argument("--proportions", default="proportional", help="as in mosld train (default: proportional)")
-    parser.add_argument("--target-modules", default="all-linear", help="comma-separated names, or all-linear (default)")
+    parser.add_argument(
+        "--target-modules", help="comma-separated names, or all-linear (default: all-linear, of mixlora its preset's)"
+    )
 
 
 def _add_merge(verbs) -> None:
@@ -312,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command not in ("train", "compare") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     folder = Path(options.output) if getattr(options, "output", None) else None
+    if options.command in ("train", "compare", "eval", "export") and options.model == EMBEDDED:
+        options.model = None  # which is their default
     try:
         try:
             if options.command == "train":

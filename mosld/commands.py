@@ -18,7 +18,7 @@ from .export import check_output, export_lora
 from .fixed_gates import Gates
 from .inspection import inspect_adapter, use_as_json
 from .loading import load_adapter, load_model
-from .methods import LORA, LORA_DEFAULTS, Adapter, task_setter
+from .methods import LORA, LORA_DEFAULTS, Adapter, targets, task_setter
 from .mixture import Mixture
 from .results import display_name, draw_charts, draw_experts, gather, table, versions
 from .router import RouterStats, RouterUse
@@ -259,11 +259,10 @@ def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]
     """The method's and, unless it is that, PEFT's LoRA beside it; raises ValueError for options that cannot be used."""
     names = ("r", "alpha", "num_experts", "top_k", "dropout", "balance_coef")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    targets = options.target_modules if options.target_modules == "all-linear" else options.target_modules.split(",")
-    adapters = {options.method: Adapter(options.method, given, targets)}
+    adapters = {options.method: Adapter(options.method, given, targets(options.method, options.target_modules))}
     if options.method != LORA and not options.no_lora:
         beside = {name: value for name, value in given.items() if name in LORA_DEFAULTS}
-        adapters[LORA] = Adapter(LORA, beside, targets)
+        adapters[LORA] = Adapter(LORA, beside, targets(LORA, options.target_modules))
     for adapter in adapters.values():
         adapter.config(num_tasks)
     return adapters

@@ -28,7 +28,7 @@ from .failures import LESS_MEMORY, CellsFailed, first_line, free_memory, out_of_
 from .loading import load_model
 from .merging.merge import MergeSettings
 from .merging.unlabelled import without_labels
-from .methods import LORA, METHODS, NAMES, Adapter
+from .methods import LORA, METHODS, NAMES, Adapter, targets
 from .results import versions
 from .run_folder import COMPARE, check_free, claim, free_folder, model_state
 from .task_options import EMBEDDED, check_quick, chosen_tasks, task_settings
@@ -324,13 +324,13 @@ def _rows(
     names: Sequence[str], options: argparse.Namespace, base: PreTrainedModel, rates: dict[str, str], num_tasks: int
 ) -> list[Row]:
     """raises ValueError for a sweep that a method cannot take and for targets that the model has not."""
-    targets = options.target_modules if options.target_modules == "all-linear" else options.target_modules.split(",")
     rows = []
     for name in names:
-        adapter, title = Adapter(name, {}, targets), NAMES.get(name, name)
         if name == EQUAL:
-            adapter = _equal_lora(base, targets, num_tasks)
+            adapter = _equal_lora(base, targets(LORA, options.target_modules), num_tasks)
             title = f"LoRA, rank {adapter.options['r']}"
+        else:
+            adapter, title = Adapter(name, {}, targets(name, options.target_modules)), NAMES.get(name, name)
         row = Row(name, title, adapter, rates.get(name))
         rows += _swept(row, options.sweep, base) if options.sweep else [row]
     for row in rows:
@@ -338,12 +338,12 @@ def _rows(
     return rows
 
 
-def _equal_lora(base: PreTrainedModel, targets: str | list[str], num_tasks: int) -> Adapter:
+def _equal_lora(base: PreTrainedModel, places: str | list[str], num_tasks: int) -> Adapter:
     """LoRA with MoSLD's number of parameters, or the nearest to it; alpha / r as in every LoRA here."""
-    one = count_trained(base, Adapter(LORA, {"r": 1}, targets), num_tasks)
-    wanted = count_trained(base, Adapter(REFERENCE, {}, targets), num_tasks)
+    one = count_trained(base, Adapter(LORA, {"r": 1}, places), num_tasks)
+    wanted = count_trained(base, Adapter(REFERENCE, {}, places), num_tasks)
     rank = max(1, round(wanted / one))
-    return Adapter(LORA, {"r": rank, "alpha": 2.0 * rank}, targets)
+    return Adapter(LORA, {"r": rank, "alpha": 2.0 * rank}, places)
 
 
 RATE = "learning_rate"

@@ -16,6 +16,7 @@ from .presets import PRESETS, preset
 from .routing import set_routing
 from .tasks.examples import Task
 
+ALL_LINEAR = "all-linear"  # PEFT's word
 LORA = "lora"  # PEFT's; the preset of this name computes the same
 METHODS = ("mosld", LORA, *(name for name in PRESETS if name not in ("mosld", LORA)))
 LORA_DEFAULTS = {"r": 8, "alpha": 16, "dropout": 0.1}
@@ -38,6 +39,14 @@ NAMES = {
 }
 
 
+def targets(method: str, words: str | None) -> str | list[str]:
+    """What `--target-modules` says; unless it is given, the preset's own names (MixLoRA's blocks), or all linear layers."""
+    if words is not None:
+        return words if words == ALL_LINEAR else words.split(",")
+    own = None if method == LORA else preset(method).target_modules
+    return sorted(own) if own else ALL_LINEAR
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Which adapter a stage trains.
@@ -47,7 +56,7 @@ class Adapter:
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = ALL_LINEAR
 
     @property
     def is_lora(self) -> bool:

@@ -228,6 +228,20 @@ def test_eval_refuses_a_bad_batch_size_and_a_file_that_exists(data, tmp_path, ca
     assert (tmp_path / "s.json").read_text() == "precious"
 
 
+@pytest.mark.parametrize(("verb", "module"), [("train", commands), ("compare", compare), ("eval", commands)])
+def test_the_embedded_model_may_be_named(verb, module, monkeypatch, tmp_path):
+    """As `mosld inspect` and `mosld merge` have it."""
+    asked = []
+
+    def load(options):
+        asked.append(options.model)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(module, "load_model", load)
+    assert main([verb, "--model", "embedded", "--quick", "--output", str(tmp_path / "out")]) == 2
+    assert asked == [None]
+
+
 def test_a_model_without_tasks_is_refused(data, capsys):
     assert main(["train", "--model", str(data / "model")]) == 2
     assert "--model needs at least one --task" in capsys.readouterr().err

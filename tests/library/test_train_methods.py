@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mosld import MoSLDConfig, MoSLDTrainer, presets, set_routing
-from mosld.methods import METHODS, Adapter, task_setter
+from mosld.methods import METHODS, Adapter, targets, task_setter
 from mosld.presets import PRESETS, preset
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task
@@ -26,6 +26,12 @@ def test_a_presets_values_hold_unless_an_option_is_given(method):
     assert Adapter(method).config(5) == preset(method, **common)
     own = Adapter(method, {"r": 3, "alpha": 7}).config(5)
     assert own == preset(method, r=3, alpha=7, **common) and (own.r, own.alpha) == (3, 7)
+
+
+def test_the_layers_are_all_linear_ones_unless_the_preset_names_others():
+    assert targets("mosld", None) == targets("lora", None) == targets("lora", "all-linear") == "all-linear"
+    assert targets("mixlora", None) == sorted(presets.mixlora().target_modules) and "mlp" in targets("mixlora", None)
+    assert targets("mixlora", "mlp") == ["mlp"] and targets("hydralora", "q_proj,v_proj") == ["q_proj", "v_proj"]
 
 
 def test_lora_is_pefts_and_has_its_own_defaults():
