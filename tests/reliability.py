@@ -37,7 +37,7 @@ PROMISES = {
              "library/test_compiled_checkpoints.py::inductor_runs_a_layer_again_with_the_same_dropout"),
         ),
         Promise(
-            "A token depends on no other one in its batch; a token that is not finite spoils itself alone",
+            "A token depends on no other one in its batch; a token that is not finite spoils itself alone (but for torch's own bfloat16 product with AMX, see the end)",
             ("kernels/test_operator.py::tokens_do_not_see_each_other, a_bad_token_stays_alone",
              "kernels/test_triton.py::a_token_does_not_depend_on_its_batch, a_bad_token_stays_alone",
              "properties/test_operator.py::a_token_that_is_not_finite_is_not_hidden_and_stays_alone",
@@ -80,13 +80,13 @@ PROMISES = {
         Promise("An export computes what the mixture with those gates computes", ("library/test_export.py", "methods/test_export.py")),
     ),
     "Security": (
-        Promise("No pickle, no `eval`, no shell, no code of a model that was not asked for", ("security",)),
+        Promise("Our code opens no pickle, calls no `eval` and no shell, and never runs a model's own code (what PEFT and the Trainer open with `weights_only=True`: [security](security.md#not-promised))", ("security",)),
         Promise("Names in task files, adapters and checkpoints lead to nothing outside their folder", ("security",)),
-        Promise("Task files are read within limits; every bad line is told by its number", ("security", "tasks/test_examples.py")),
+        Promise("Task files are read within limits; every bad line is a fault with its number, up to 100,000 a file", ("security", "tasks/test_examples.py")),
     ),
     "Documents": (
         Promise("Every public name has an example that runs", ("test_examples.py",)),
-        Promise("All code of the README and of these pages runs", ("test_snippets.py", "test_readme.py")),
+        Promise("All Python of the README and of these pages runs, all commands parse", ("test_snippets.py", "test_readme.py")),
         Promise("Tables and ratios of the README are those of committed files", ("test_readme.py",)),
     ),
 }  # fmt: skip
@@ -144,7 +144,7 @@ def cases() -> list[str]:
     return [
         f"{data['cases']:,} random cases of {len(data['per_test'])} properties in {data['seconds'] / 60:.0f} minutes, seed "
         f"{data['seed']}. {verdict} {source(data, 'fuzz', 'make fuzz')}",
-        "Every run of the tests tries a twentieth as many, the same each time.",
+        "Every run of the tests tries a twentieth as many, the same each time. Not counted: sequences of PEFT's operations (`test_peft_sequences.py`), 240 of up to 12 steps.",
         "",
         *table(("tests/properties/", "properties", "cases"), *rows),
     ]  # fmt: skip
@@ -214,11 +214,11 @@ def curves() -> list[str]:
         "![Training curves in every dtype](reliability/curves.png)",
         "",
         *table(
-            ("run", "greatest distance from float64", "of the spread", "steps inside the two seeds furthest apart", "last loss"),
+            ("run", "greatest distance from float64", "of the spread", "steps no further from float64 than the two most distant seeds from each other", "last loss"),
             *rows,
         ),
         "",
-        "One model and one seed. At no step need a curve be inside the seeds' distance, which passes through zero where their curves cross.",
+        "Our curves: one model, one seed. The seeds' distance passes through zero where their curves cross, so that no curve can be within it at all steps.",
     ]  # fmt: skip
 
 
