@@ -30,6 +30,7 @@ NAMES = {
     "mola": "MoLA",
     "loramoe": "LoRAMoE",
     "moelora": "MoELoRA",
+    "mixlora": "MixLoRA",
     "moelora_medical": "MOELoRA (medical)",
     "malora": "MALoRA",
     "mtl_lora": "MTL-LoRA",
