@@ -2,7 +2,7 @@
 # make test   the tests that run without a GPU, but for those marked slow: four minutes on two cores
 # make test-slow  those: kills, full disks, several processes, compilers, the benchmarks at toy size
 # make test-gpu  the tests that need an NVIDIA GPU
-# make fuzz   the random tests of tests/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
+# make fuzz   the random tests of tests/hardening/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
 #             benchmarks/results/fuzz.json
 # make check  lint, format and types
 # make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
@@ -35,7 +35,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
 fuzz: $(READY)
-	MOSLD_FUZZ=1 MOSLD_FUZZ_REPORT=benchmarks/results/fuzz.json $(BIN)/python -m pytest tests/properties
+	MOSLD_FUZZ=1 MOSLD_FUZZ_REPORT=benchmarks/results/fuzz.json $(BIN)/python -m pytest tests/hardening/properties
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -46,7 +46,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks bench
 
 mutants: $(READY)
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.hardening.mutants
 
 audit: $(READY)
 	$(PYTHON) -m venv .venv/audit

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mosld.adapter_file import WEIGHTS
+from mosld.files.adapter_folder import WEIGHTS
 
 from . import results, soak_work
 from .long_runs import MODELS

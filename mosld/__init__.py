@@ -4,24 +4,26 @@
 it there, so import it before loading an adapter.
 """
 
-from .tuner import register
+from .tuner.register import register
 
 register()
 
 from . import presets  # noqa: E402  the modules below need the registration
-from .balance import balance_loss  # noqa: E402
-from .config import MoSLDConfig  # noqa: E402
-from .export import export_lora  # noqa: E402
-from .fixed_gates import LayerGates  # noqa: E402
-from .importing import import_lora  # noqa: E402
-from .layer import MoSLDAdapter, MoSLDLinear  # noqa: E402
-from .losses import contrastive_loss, localized_balance_loss  # noqa: E402
-from .mixture import register_mixing  # noqa: E402
-from .router import RouterStats, forget_routing, router_stats  # noqa: E402
-from .routing import set_routing  # noqa: E402
-from .trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
+from .convert.export import export_lora  # noqa: E402
+from .convert.fixed_gates import LayerGates  # noqa: E402
+from .convert.import_lora import import_lora  # noqa: E402
+from .files.version import __version__  # noqa: E402
+from .layers.adapter import MoSLDAdapter  # noqa: E402
+from .layers.linear import MoSLDLinear  # noqa: E402
+from .layers.routing import forget_routing, set_routing  # noqa: E402
+from .layers.stats import RouterStats, router_stats  # noqa: E402
+from .mixture.registry import register_mixing  # noqa: E402
+from .training.balance import balance_loss  # noqa: E402
+from .training.contrastive import contrastive_loss  # noqa: E402
+from .training.localized import localized_balance_loss  # noqa: E402
+from .training.trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
+from .tuner.config import MoSLDConfig  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = [
     "LayerGates",
     "MoSLDAdapter",
@@ -30,6 +32,7 @@ __all__ = [
     "MoSLDTrainer",
     "MoSLDTrainerMixin",
     "RouterStats",
+    "__version__",
     "balance_loss",
     "contrastive_loss",
     "export_lora",

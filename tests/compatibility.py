@@ -6,22 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-from tests.architectures import ARCHITECTURES
 from tests.gpu import test_fsdp as gpu_fsdp
 from tests.gpu import test_training
-from tests.library import (
-    test_architectures,
-    test_balance_mask,
-    test_compiled_checkpoints,
-    test_invariances,
-    test_lm_eval,
-    test_loss_scaling,
-    test_quantised,
-    test_skipped_layers,
-    test_trl,
-)
-from tests.library.test_compiled_checkpoints import COLUMNS, COMBINATIONS, SETTING
-from tests.processes import test_ddp, test_fsdp, test_train, test_zero
+from tests.helpers.architectures import ARCHITECTURES
+from tests.integration import test_compiled_checkpoints, test_lm_eval, test_quantised, test_trl
+from tests.integration.processes import test_ddp, test_fsdp, test_train, test_zero
+from tests.integration.test_compiled_checkpoints import COLUMNS, COMBINATIONS, SETTING
+from tests.layers import test_invariances, test_skipped_layers
+from tests.training import test_balance_mask, test_loss_scaling
+from tests.tuner import test_architectures
 
 PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton")

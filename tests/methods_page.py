@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from mosld.config import MoSLDConfig
-from mosld.counting import count, sizes_by_role
-from mosld.mixture import GATES, MIXINGS, ROUTERS, Mixture
+from mosld.analysis.cost import count, sizes_by_role
+from mosld.mixture.registry import MIXINGS
+from mosld.mixture.routers import ROUTERS
+from mosld.mixture.spec import GATES, Mixture
 from mosld.presets import PRESETS
+from mosld.tuner.config import MoSLDConfig
 
 PAGE = Path(__file__).parent.parent / "docs/methods.md"
 MODEL = "llama-2-7b"

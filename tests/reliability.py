@@ -146,7 +146,7 @@ def cases() -> list[str]:
         f"{data['seed']}. {verdict} {source(data, 'fuzz', 'make fuzz')}",
         "Every run of the tests tries a twentieth as many, the same each time. Not counted: sequences of PEFT's operations (`test_peft_sequences.py`), 240 of up to 12 steps.",
         "",
-        *table(("tests/properties/", "properties", "cases"), *rows),
+        *table(("tests/hardening/properties/", "properties", "cases"), *rows),
     ]  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def kills() -> list[str]:
         f"{compared['weight_files']} files of weights, {compared['losses']} losses, {compared['items']:,} answers and "
         f"{compared['coefficients']} coefficients, bit for bit. {data['stages_kept']} finished parts were not run again, "
         f"{data['steps_trained_again_since_last_checkpoint']} steps since a last checkpoint were. "
-        + source(data, "kills", "python -m tests.faults.fifty_kills --output benchmarks/results/kills.json"),
+        + source(data, "kills", "python -m tests.hardening.faults.fifty_kills --output benchmarks/results/kills.json"),
         "",
         *table(("killed in", *phases), *rows),
     ]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch.distributed import run as torchrun
 
 from benchmarks import __main__ as benchmarks
-from mosld.cli import build_parser
-from mosld.training import training_arguments
+from mosld.cli.main import build_parser
+from mosld.training.arguments import training_arguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mosld import presets, set_routing
-from mosld.mixture import MIXINGS
+from mosld.mixture.registry import MIXINGS
+from tests.helpers.models import tiny_llama, token_ids
 from tests.methods_page import FORMS, PAGE, counted, page, settings, shown
-from tests.models import tiny_llama, token_ids
 from tests.snippets import blocks
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks import __main__ as benchmarks
 from benchmarks import bench, report
 from mosld import MoSLDConfig
-from mosld.cli import build_parser
-from mosld.results import table
+from mosld.cli.main import build_parser
+from mosld.experiments.results import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

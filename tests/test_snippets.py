@@ -17,13 +17,13 @@ from mosld import MoSLDConfig
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task, read_examples
 from mosld.tasks.scoring import score_tasks
-from tests.models import perturb, tiny_llama, token_ids
+from tests.helpers.models import perturb, tiny_llama, token_ids
 from tests.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
 from tests.tasks.test_scoring import byte_tokenizer
 
 # Pages whose Python is run, from its text, by tests that look closer.
 ELSEWHERE = {
-    "docs/new_mixture.md": "tests/methods/test_new_mixture.py",
+    "docs/new_mixture.md": "tests/mixture/test_new_mixing.py",
     "docs/methods.md": "tests/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints
@@ -238,8 +238,11 @@ def test_a_command_is_understood(place, words, capsys):
         (".venv/bin/python -m benchmarks gpu", "the parser refuses"),  # it needs --out
         ("python -m benchmarks gpus --help", "the parser refuses"),
         ("python -m tests.methods_pages", "there is no module tests.methods_pages to run"),
-        ("python -m tests.processes", "there is no module tests.processes to run"),
-        ("python -m tests.mutants tests/mutants/none.py", "tests/mutants/none.py does not exist"),
+        ("python -m tests.integration.processes", "there is no module tests.integration.processes to run"),
+        (
+            "python -m tests.hardening.mutants tests/hardening/mutants/none.py",
+            "tests/hardening/mutants/none.py does not exist",
+        ),
         ("NAME=1 curl https://example.org", "curl is no command that is known here"),
     ],
 )

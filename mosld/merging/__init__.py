@@ -10,11 +10,11 @@ True
 """
 
 from .adaptive import AdaptiveSettings
-from .artefacts import applied, save_checkpoint, save_lora, save_mixture
 from .concrete import ConcreteSettings
 from .merge import Merged, MergeSettings, merge
 from .methods import METHODS
 from .realign import RealignSettings, realign
+from .save import applied, save_checkpoint, save_lora, save_mixture
 from .unlabelled import Inputs, Questions, without_labels
 from .vectors import MergeError, TaskVector, read_task_vectors
 

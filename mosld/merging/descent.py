@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..at_once import folder_beside
+from ..files.atomic import folder_beside
 from .unlabelled import Unlabelled, batches
 
 STATE = "state.safetensors"

@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import MoSLDConfig
-from ..export import adapted_layers, target_modules
+from ..convert.export import adapted_layers, target_modules
+from ..tuner.config import MoSLDConfig
 from .dense import running
 from .unlabelled import Forward
 from .vectors import Factors, MergeError, TaskVector

@@ -14,10 +14,10 @@ from typing import Any, cast
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
-from ..progress import show_progress
 from ..tasks.encode import IGNORED, Encoder
 from ..tasks.examples import Example, Task
-from ..training import training_arguments
+from ..training.arguments import training_arguments
+from ..training.progress import show_progress
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..adapter_file import CONFIG, WEIGHTS, AdapterWeights, check_weights, read_config, read_json
-from ..config import MoSLDConfig
-from ..expressions import check_expressions
-from ..fixed_gates import PREFIX
-from ..model_files import INDEX, files_of
+from ..convert.fixed_gates import PREFIX
+from ..files.adapter_folder import CONFIG, WEIGHTS, check_weights, read_config, read_json
+from ..files.model_folder import INDEX, files_of
+from ..files.safe_regex import check_expressions
+from ..tuner.config import MoSLDConfig
+from ..tuner.weights import AdapterWeights
 
 CHECKPOINT = "model.safetensors"
 

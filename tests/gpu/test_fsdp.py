@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes.case import trained
-from tests.processes.launch import assert_same, torchrun
+from tests.integration.processes.case import trained
+from tests.integration.processes.launch import assert_same, torchrun
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ def test_the_trainers_steps_and_what_it_saves(tmp_path):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     run, alone = tmp_path / "run", tmp_path / "alone"
     run.mkdir()
-    torchrun("tests.processes.trainer_fsdp", str(run), processes=processes, CUDA_VISIBLE_DEVICES=visible)
+    torchrun("tests.integration.processes.trainer_fsdp", str(run), processes=processes, CUDA_VISIBLE_DEVICES=visible)
     expected = trained(alone, accumulation=processes)
     assert_same(load_file(run / "trained-0.safetensors"), expected, share=1e-3)
     saved, whole = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, alone))

@@ -7,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 import mosld_kernels
 from mosld import MoSLDLinear
 from mosld_kernels import mosld_linear
-from tests.inputs import KERNEL_SHAPES, Shape, make_case
-from tests.runs import PLACES, SEED, assert_accurate, run
+from tests.helpers.inputs import KERNEL_SHAPES, Shape, make_case
+from tests.helpers.runs import PLACES, SEED, assert_accurate, run
 
 pytestmark = [
     pytest.mark.gpu,

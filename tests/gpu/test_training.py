@@ -6,7 +6,8 @@ What is called here is what the tests of the CPU call, in tests/library; only th
 import pytest
 import torch
 
-from tests.library import test_compiled_checkpoints, test_loss_scaling, test_quantised, test_trainer
+from tests.integration import test_compiled_checkpoints, test_quantised
+from tests.training import test_loss_scaling, test_trainer
 
 pytestmark = [
     pytest.mark.gpu,

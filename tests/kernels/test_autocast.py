@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosld_kernels import mosld_linear, products
-from tests.inputs import Shape, make_case
-from tests.runs import PLACES, SEED
+from tests.helpers.inputs import Shape, make_case
+from tests.helpers.runs import PLACES, SEED
 
 SHAPES = [Shape(65, 33, 129, 16, 3, 2), Shape(130, 40, 72, 5, 64, 2)]  # the second is sorted by expert
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from mosld_kernels.block import Inputs, Settings, block_mixture, down, drop_down_a, up
 from mosld_kernels.staged import draw_bits, unpacked
-from tests.accuracy import assert_no_less_accurate
+from tests.helpers.accuracy import assert_no_less_accurate
 
 WIDE = torch.float64
 SIZES = [

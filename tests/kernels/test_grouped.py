@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mosld_kernels import grouped, mosld_linear, reference
-from tests.inputs import SHAPES, Shape, make_case
-from tests.runs import SEED, assert_accurate, run
+from tests.helpers.inputs import SHAPES, Shape, make_case
+from tests.helpers.runs import SEED, assert_accurate, run
 
 WIDE = Shape(1000, 24, 72, 8, 64, 2)  # sorted by its own sizes
 SOME = [shape for shape in SHAPES if shape.T]

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 import mosld_kernels
 from mosld_kernels import mosld_delta, mosld_linear, reference
 from mosld_kernels.eager import FEW_TOKENS
-from tests.accuracy import assert_no_less_accurate
-from tests.inputs import DIAGONAL_SHAPES, SHAPES, Shape, make_case
-from tests.runs import NAMES, PLACES, SEED, assert_accurate, run
+from tests.helpers.accuracy import assert_no_less_accurate
+from tests.helpers.inputs import DIAGONAL_SHAPES, SHAPES, Shape, make_case
+from tests.helpers.runs import NAMES, PLACES, SEED, assert_accurate, run
 
 
 @pytest.fixture(params=reference.MIXINGS)

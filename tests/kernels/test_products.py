@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from mosld_kernels import mosld_linear, products
 from mosld_kernels.staged import staged_linear
-from tests.accuracy import assert_no_less_accurate
-from tests.inputs import Shape, make_case
+from tests.helpers.accuracy import assert_no_less_accurate
+from tests.helpers.inputs import Shape, make_case
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

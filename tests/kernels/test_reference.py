@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mosld_kernels import keep_mask, reference
-from tests.inputs import DIAGONAL_SHAPES, SHAPES, make_case
+from tests.helpers.inputs import DIAGONAL_SHAPES, SHAPES, make_case
 
 
 def by_loops(case, shape, scale, p, seed):

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from mosld_kernels import keep_mask, mixing
 from mosld_kernels.reference import gates_from_logits, router_dtype
 from mosld_kernels.staged import UP_STREAM, Dropout, draw_bits, staged_linear, unpacked, zeroed
-from tests.accuracy import assert_no_less_accurate
-from tests.inputs import SHAPES, Shape, make_case
-from tests.runs import SEED
+from tests.helpers.accuracy import assert_no_less_accurate
+from tests.helpers.inputs import SHAPES, Shape, make_case
+from tests.helpers.runs import SEED
 
 SITES = {
     "nothing": Dropout(),

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
 from mosld_kernels import dispatch, mosld_delta, mosld_linear, reference
-from tests.inputs import KERNEL_SHAPES, SHAPES, Shape, make_case
-from tests.runs import PLACES, SEED, assert_accurate, run
+from tests.helpers.inputs import KERNEL_SHAPES, SHAPES, Shape, make_case
+from tests.helpers.runs import PLACES, SEED, assert_accurate, run
 
 if torch.cuda.is_available():
     pytest.skip("on a machine with a GPU the kernels are compiled: tests/gpu checks them", allow_module_level=True)

@@ -25,7 +25,7 @@ from mosld.merging.vectors import Factors
 from mosld.tasks.encode import Encoded, Encoder
 from mosld.tasks.examples import Example, Task
 from mosld.tasks.scoring import log_likelihoods
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 from tests.tasks.test_scoring import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mosld
-from mosld import compare_merged, merge_command
-from mosld.cli import build_parser, main
+from mosld.cli.main import build_parser, main
+from mosld.experiments import compare_merged
+from mosld.experiments import merge as merge_command
 from mosld.merging import descent
 from mosld.merging.methods import METHODS
-from tests.cli_data import write_data
-from tests.models import perturb, token_ids
+from tests.helpers.cli_data import write_data
+from tests.helpers.models import perturb, token_ids
 
 RANKS = {"a": 2, "b": 3}
 TARGETS = {"a": ["q_proj", "down_proj"], "b": ["q_proj", "up_proj"]}

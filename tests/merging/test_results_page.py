@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from mosld import compare_report
+from mosld.experiments import compare_report
 from mosld.merging.methods import METHODS, WIRELESS
 
 ROOT = Path(__file__).parent.parent.parent

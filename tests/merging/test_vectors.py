@@ -14,7 +14,7 @@ from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
 from mosld.merging.factored import FactoredMerge, shared_basis, stacked
 from mosld.merging.unlabelled import entropy
 from mosld.merging.vectors import Factors, MergeError, deltas, read_task_vectors
-from tests.models import perturb, tiny_llama, token_ids
+from tests.helpers.models import perturb, tiny_llama, token_ids
 
 IDS = token_ids()
 RANKS = {"a": 2, "b": 5}

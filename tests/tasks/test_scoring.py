@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mosld.tasks.encode import IGNORED, Encoded, Encoder
 from mosld.tasks.examples import Example, Task, TaskFileError
-from mosld.tasks.mixing import mix, parse_proportions
+from mosld.tasks.proportions import mix, parse_proportions
 from mosld.tasks.scoring import log_likelihoods, score_tasks
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 
 def byte_tokenizer(**special) -> PreTrainedTokenizerFast:

@@ -1,0 +1,259 @@
+"""Gates that do not depend on the token, where they come from, and what is lost by fixing them.
+
+    c = mean_t g_t                     one set of gates for all tokens
+    h_t = M(g_t) z_t                   [R_out]   the routed update of a token is s B h_t
+    d_t = h_t - P z_t                  [R_out]   what is lost; P = M(c), for MoSLD c (x) I_R, which stacks c_e I_R
+    update_error = |B d| / |B h|                 Frobenius norms over all tokens
+
+The norms need sums over tokens alone: sum d d^T = sum h h^T - P sum z h^T - (P sum z h^T)^T + P (sum z z^T) P^T. So one
+pass over the batches gives the mean gates and their error, and no token is kept.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mosld_kernels.reference import router_dtype
+
+from ..layers.adapter import MoSLDAdapter
+from ..mixture.gates import Routing, gates_for, given_gates
+from ..tuner.layer import MoSLDPeftLinear
+
+Gates = str | Sequence[float] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+Layers = Mapping[str, tuple[nn.Module, MoSLDAdapter]]  # by name in the base model
+PREFIX = "base_model.model."  # of a layer's name in a PeftModel
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """The fixed gates of one layer and, where they were taken from tokens, what is lost by fixing them.
+
+    gates: one an expert; of mixings without a gate for each expert all numbers of M that are gates, row by row.
+    gate_variance: variances of the routed gates over the tokens; their sum is the mean squared distance from `gates`.
+    update_error: |fixed - routed| / |routed| of the layer's update, Frobenius norms over the tokens.
+    output_error: the same difference over the norm of the layer's whole output.
+    tokens: how many were counted; 0 for gates that were given.
+
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, export_lora
+    >>> model = nn.Sequential(MoSLDLinear(6, 5, r=2, num_experts=4))
+    >>> export_lora(model, "served")["0"]
+    LayerGates(gates=[0.25, 0.25, 0.25, 0.25], gate_variance=None, update_error=None, output_error=None, tokens=0)
+    """
+
+    gates: list[float]
+    gate_variance: list[float] | None = None
+    update_error: float | None = None
+    output_error: float | None = None
+    tokens: int = 0
+
+
+def fix_gates(model: nn.Module, layers: Layers, gates: Gates, task: int | None = None) -> dict[str, LayerGates]:
+    """Layer name -> LayerGates. Forms and errors of `gates` and `task` as in `mosld.export_lora`."""
+    if task is not None or any(a.mixture.wants_tasks for _, a in layers.values()):
+        return _of_task(layers, gates, task)
+    if isinstance(gates, str):
+        if gates != "uniform":
+            raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
+        return {name: LayerGates(_uniform(a)) for name, (_, a) in layers.items()}
+    given: Any = gates
+    if isinstance(given, Mapping):
+        return _by_layer(layers, given)
+    weights = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(weights, Sequence) and weights and all(isinstance(weight, Real) for weight in weights):
+        return _by_layer(layers, dict.fromkeys(layers, weights))
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
+    return calibrate(model, layers, weights)
+
+
+def gate_shape(adapter: MoSLDAdapter) -> torch.Size:
+    """Of one token's gates as the mixing wants them: (E,), and for mixings with a gate function of their own what it makes."""
+    m = adapter.mixture
+    count = m.kind.gates(m)
+    if m.kind.gate is None:
+        return torch.Size((count,))
+    weight = adapter.shared_a.weight
+    with torch.no_grad():
+        return m.kind.gate(torch.zeros(count, dtype=weight.dtype, device=weight.device), adapter).shape
+
+
+@torch.no_grad()
+def _uniform(adapter: MoSLDAdapter) -> list[float]:
+    m = adapter.mixture
+    if m.router in ("none", "constant"):  # fixed already
+        weight = adapter.shared_a.weight
+        return given_gates(adapter, weight, weight.double()).cpu().tolist()
+    if m.mixing in ("dense", "select"):
+        raise ValueError(f"mixing={m.mixing!r} has no uniform gates: give calibration batches")
+    return [1 / m.num_experts] * gate_shape(adapter).numel()
+
+
+@torch.no_grad()
+def _of_task(layers: Layers, gates: Gates, task: int | None) -> dict[str, LayerGates]:
+    """The gates of one task, which are the same for all its tokens."""
+    fixed = {}
+    for name, (_, adapter) in layers.items():
+        m = adapter.mixture
+        if not m.wants_tasks:
+            raise ValueError(f"task={task} is for methods that route by task; {name} has router={m.router!r}")
+        if m.router != "task" or not (isinstance(gates, str) and gates == "uniform"):
+            raise ValueError(
+                "a method that routes by task is exported for one task, task=..., with that task's own gates"
+            )
+        if not isinstance(task, int) or not 0 <= task < (m.num_tasks or 0):
+            raise ValueError(
+                f"task must be in [0, num_tasks={m.num_tasks}) for a method that routes by task, got {task!r}: each task is "
+                "a LoRA of its own"
+            )
+        before, adapter.routing = adapter.routing, Routing(task_ids=torch.tensor([task]))
+        try:
+            weight = adapter.shared_a.weight
+            fixed[name] = LayerGates(
+                gates_for(adapter, weight.new_zeros(1, weight.shape[1]).double())[0].cpu().tolist()
+            )
+        finally:
+            adapter.routing = before
+    return fixed
+
+
+def _by_layer(layers: Layers, given: Mapping[str, Any]) -> dict[str, LayerGates]:
+    named = {name.removeprefix(PREFIX): weights for name, weights in given.items()}
+    if "input_ids" in named:
+        raise ValueError("gates is one batch: calibration takes a list of them, [batch]")
+    unknown, missing = sorted(named.keys() - layers.keys()), sorted(layers.keys() - named.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"gates must have every adapted layer and no other: unknown are {unknown}, missing are {missing}"
+        )
+    return {name: LayerGates(_checked(name, named[name], a)) for name, (_, a) in layers.items()}
+
+
+def _checked(name: str, weights: Any, adapter: MoSLDAdapter) -> list[float]:
+    count = gate_shape(adapter).numel()
+    values = weights.tolist() if hasattr(weights, "tolist") else weights
+    if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+        raise ValueError(f"gates of {name} must be a sequence of numbers, got {weights!r}")
+    if len(values) != count:
+        wanted = f"num_experts={count}" if adapter.mixture.kind.per_expert else str(count)
+        raise ValueError(f"gates of {name} must be {wanted} weights, got {len(values)}")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"gates of {name} must be finite, got {list(values)}")
+    return [float(value) for value in values]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, layers: Layers, batches: Iterable[Mapping[str, Any]]) -> dict[str, LayerGates]:
+    """Layer name -> the mean gates over the real tokens of `batches`, run through the routed model in eval mode.
+
+    batches: the model's keyword arguments, one mapping a batch; tokens where attention_mask [batch, sequence] is zero
+        are left out. Layers that see something else than [batch, sequence] tokens keep all of theirs.
+    raises ValueError without a batch, for one that is no mapping, for a mask that fits no layer, for layers that saw no
+        token, and when another adapter than the one to be exported takes part.
+    """
+    for name, (module, adapter) in layers.items():
+        if isinstance(module, MoSLDPeftLinear) and module.running_adapters() != [adapter]:
+            raise ValueError(
+                "calibration runs the model with the exported adapter alone: activate it with set_adapter; in "
+                f"{name} the active ones are {[] if module.disable_adapters else list(module.active_adapters)}"
+            )
+    moments = {name: _Moments(module, adapter) for name, (module, adapter) in layers.items()}
+    device = next(model.parameters()).device
+    number, was_training = 0, model.training
+    model.eval()
+    try:
+        for number, batch in enumerate(batches, start=1):  # noqa: B007  counted after the loop
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"a calibration batch must be a dict of the model's arguments, got {type(batch).__name__}"
+                )
+            mask = batch.get("attention_mask")
+            for layer in moments.values():
+                layer.mask, layer.masked = mask, False
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+            if mask is not None and not any(layer.masked for layer in moments.values()):
+                raise ValueError(f"attention_mask must have one entry per token; {list(mask.shape)} fits no layer")
+    finally:
+        for layer in moments.values():
+            layer.handle.remove()
+        model.train(was_training)
+    if not number:
+        raise ValueError("gates must have at least one calibration batch, got none")
+    if unseen := [name for name, layer in moments.items() if not layer.tokens]:
+        raise ValueError(f"the calibration batches bring no token to {', '.join(unseen)}")
+    return {name: layer.gates() for name, layer in moments.items()}
+
+
+class _Moments:
+    """Sums over the real tokens that one layer sees, in float64 on the CPU."""
+
+    def __init__(self, module: nn.Module, adapter: MoSLDAdapter):
+        self.adapter, self.tokens = adapter, 0
+        self.sums: tuple[Tensor, ...] = ()
+        self.mask: Tensor | None = None  # of the batch that is running
+        self.masked = False  # whether it fitted here
+        self.handle = module.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple, out: Tensor) -> None:
+        adapter, m, x = self.adapter, self.adapter.mixture, args[0]
+        wide = router_dtype(x.dtype)
+        hidden = F.linear(x.to(wide), adapter.shared_a.weight.to(wide))  # [..., R_in]
+        gates = gates_for(adapter, x)
+        mixer = None if adapter.mixer is None else adapter.mixer.weight.to(wide)
+        mixed = self._real(m.kind.mix(hidden, gates, mixer))  # [tokens, R_out]
+        hidden = self._real(hidden)
+        inner = len(gate_shape(adapter))
+        gates = gates.expand(*x.shape[:-1], *gates.shape[-inner:]).flatten(-inner)
+        gates = self._real(gates)  # [tokens, n]
+        new = (
+            gates.sum(0),
+            gates.square().sum(0),
+            mixed.T @ mixed,
+            hidden.T @ mixed,
+            hidden.T @ hidden,
+            self._real(out).square().sum(),
+        )
+        self.tokens += len(gates)
+        self.sums = tuple(a + b for a, b in zip(self.sums, new, strict=True)) if self.sums else new
+
+    def _real(self, values: Tensor) -> Tensor:
+        """values [..., n] -> [tokens, n], padding left out"""
+        if self.mask is not None and values.shape[:-1] == self.mask.shape:
+            self.masked = True
+            values = values[self.mask.to(values.device).bool()]
+        return values.reshape(-1, values.shape[-1]).cpu().double()
+
+    def gates(self) -> LayerGates:
+        gates, squares, mixed, cross, hidden, out = self.sums
+        mean = gates / self.tokens
+        spread = fixed_matrix(self.adapter, mean)  # P [R_out, R_in]
+        crossed = spread @ cross
+        lost = mixed - crossed - crossed.T + spread @ hidden @ spread.T
+        expert_b = self.adapter.scale * self.adapter.expert_b.weight.detach().cpu().double()
+        gram = expert_b.T @ expert_b
+        error, update = (float((gram * moment).sum().clamp(min=0).sqrt()) for moment in (lost, mixed))
+        return LayerGates(
+            gates=mean.tolist(),
+            gate_variance=(squares / self.tokens - mean.square()).clamp(min=0).tolist(),
+            update_error=_ratio(error, update),
+            output_error=_ratio(error, float(out.sqrt())),
+            tokens=self.tokens,
+        )
+
+
+def fixed_matrix(adapter: MoSLDAdapter, gates: Tensor, task: int | None = None) -> Tensor:
+    """gates, as many as LayerGates has -> M [R_out, R_in] in float64 on the CPU"""
+    mixer = None if adapter.mixer is None else adapter.mixer.weight.detach().cpu().double()
+    if mixer is not None and adapter.mixture.kind.per_task:
+        mixer = mixer[task]
+    return adapter.mixture.matrix(gates.double().view(gate_shape(adapter)), mixer)
+
+
+def _ratio(error: float, norm: float) -> float:
+    return error / norm if norm else 0.0  # an update of zero is exact with any gates

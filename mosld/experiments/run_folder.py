@@ -1,0 +1,193 @@
+"""The folder of a run: whose it is, whether it is finished, and what may be written into it.
+
+run.json       the settings that decide the results; written first
+lock           held by the process that trains here
+stages/        one file per finished stage          checkpoints/   of the stage being trained
+results.json   written last: a folder that has it holds a finished run
+
+A comparison (`mosld compare`) is never finished: the same command with more methods, seeds or settings goes on in it. Its
+`rows`, by name, must agree where both have them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO, cast
+
+from ..files.adapter_folder import sha256
+from ..files.atomic import is_leftover, remove_leftovers, write_at_once
+from ..files.errors import existing, writable
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+TRAIN, COMPARE, MERGE = "mosld train", "mosld compare", "mosld merge"
+LOCK = "lock"
+_locks: list[TextIO] = []  # that this process holds
+# In the order in which they are removed: wherever that stops, what is left is an unfinished run, and known as one.
+OWN = (
+    "results.json",
+    "stages",
+    "checkpoints",
+    "adapter",
+    "adapters",
+    "accuracy.png",
+    "loss.png",
+    "experts.png",
+    "compare.json",
+    "compare.md",
+    "parameters.png",
+    "state",
+    "model",
+    "snr.png",
+    "run.json",
+)
+
+
+class RunFolderError(ValueError):
+    """The output folder cannot take this run; the message says what to do."""
+
+
+def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
+    """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
+
+    raises RunFolderError for a folder that holds another run, a finished one, or something else, for one where this process
+    may not write, and for a run with symbolic links in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: choose another --output")
+    if link := next(_links(folder), None):
+        raise RunFolderError(
+            f"{link} is a symbolic link, through which a run would write or remove files outside {folder}: choose another "
+            "--output, or put the file or folder itself there"
+        )
+    _check_writable(folder)
+    state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
+    if state == "foreign":
+        raise RunFolderError(f"{folder} is not empty and holds no run: choose another --output")
+    if overwrite and state != "new":
+        return "run"
+    if state == "finished":
+        raise RunFolderError(f"{folder} holds a finished run: choose another --output, or --overwrite to replace it")
+    if state == "other":
+        raise RunFolderError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --output, or --overwrite "
+            "to replace it"
+        )
+    return state
+
+
+def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> bool:
+    """Make `folder` the run's own and return whether an unfinished run of the same settings goes on in it.
+
+    raises RunFolderError as `check_free`.
+    """
+    state = check_free(folder, settings, overwrite, program)
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
+    if state == "run":
+        _clear(folder)
+    remove_leftovers(folder)
+    written = {"program": program, **settings}
+    if state == "unfinished" and "rows" in settings:
+        before = json.loads((folder / "run.json").read_text())
+        written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
+    write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
+    return state == "unfinished"
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Symbolic links among what is a run's in `folder`, which may be one itself: whoever runs `mosld` has chosen it."""
+    for name in (*OWN, LOCK):
+        own = folder / name
+        yield from (path for path in (own, *(own.rglob("*") if not own.is_symlink() else ())) if path.is_symlink())
+
+
+def _check_writable(folder: Path) -> None:
+    """What is of a run in `folder`, or the folder that it would be made in, before anything costs time."""
+    place = existing(folder)
+    own = [folder / name for name in (*OWN, LOCK)] if folder.exists() else []
+    for path in (place, *(path for path in own if path.exists())):
+        if not writable(path):
+            raise RunFolderError(
+                f"{folder} cannot be written, since this process may not write to {path}: choose another --output, or "
+                "change its permissions"
+            )
+
+
+def release() -> None:
+    """Give back every folder that this process has claimed."""
+    while _locks:
+        _locks.pop().close()
+
+
+def _lock(folder: Path) -> None:
+    """Keep `folder` for this process as long as it lives: two runs in one folder would remove each other's files."""
+    if fcntl is None:
+        return
+    handle = open(folder / LOCK, "w")  # noqa: SIM115  held until `release`
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise RunFolderError(f"another process is training in {folder}: wait or choose another --output") from None
+    _locks.append(handle)
+
+
+def free_folder(name: str, settings: Mapping[str, object], program: str = TRAIN) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is new or holds this very run unfinished."""
+    settings = json.loads(json.dumps(settings))
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if _state(folder, settings, program)[0] in ("new", "unfinished"):
+            return folder
+        number += 1
+
+
+def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[str, list[str]]:
+    """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
+    if not folder.is_dir() or not any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
+        return "new", []
+    if not (folder / "run.json").is_file():
+        return "foreign", []
+    try:
+        before = json.loads((folder / "run.json").read_text())
+    except json.JSONDecodeError:
+        return "foreign", []
+    if not isinstance(before, dict) or before.get("program") not in (
+        TRAIN,
+        COMPARE,
+        MERGE,
+    ):  # another tool's, however it is called
+        return "foreign", []
+    if "processes" in settings:
+        before.setdefault("processes", 1)  # of a run that began before runs told it
+    changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))
+    if before["program"] != program:
+        changed = [f"it is one of {before['program']}"]
+    old, new = before.get("rows") or {}, cast(dict, settings.get("rows") or {})
+    changed += [f"row {name}" for name in old if name in new and old[name] != new[name]]
+    if changed:
+        return "other", changed
+    return ("finished" if (folder / "results.json").is_file() else "unfinished"), []
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run and nothing else."""
+    for name in OWN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def model_state(name: str) -> dict[str, list[int]]:
+    """Sizes and times of a local model's files, so that a run does not go on with other weights; {} for a hub name."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def file_digest(path: Path) -> str:
+    return sha256(path)[:16]

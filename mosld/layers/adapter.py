@@ -1,0 +1,259 @@
+"""One frozen linear layer with its mixture: `MoSLDAdapter` owns A, B and the router, `MoSLDLinear` is an nn.Linear with one.
+
+    y = x W0^T + b0 + s sum_{k in top-K} g_k B_k A~ x,     s = alpha / r        (MoSLD, arXiv 2412.08946, Eq. 1 to 3)
+
+A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly what the frozen one does. Sibling methods
+are other Mixtures of the same adapter: MoSLD's structure runs in the fused operator, the others in three stages.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mosld_kernels import mosld_delta, mosld_linear
+from mosld_kernels.autograd import no_autocast
+from mosld_kernels.staged import Dropout, staged_linear
+
+from ..mixture.gates import Routing, gates_of, given_gates, route, task_ids
+from ..mixture.spec import FIELDS, PARTS, Mixture
+from .deferred_grads import settle
+
+
+class AdapterWeight(nn.Module):
+    """One weight as a leaf module, saved by PEFT as `<name>.weight`.
+
+    Not an nn.Linear, so that `target_modules="all-linear"` and quantisers pass it by.
+    """
+
+    def __init__(self, *shape: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
+
+class MoSLDAdapter(nn.Module):
+    """The mixture beside one linear layer; by default MoSLD's, E experts of rank r that share one down-projection A.
+
+    in_features, out_features: of the layer. hyperparameters: the fields of `mosld.mixture.Mixture`.
+
+    shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
+    `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures have
+    other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
+    router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the first,
+    since `forget_routing`, and where tokens do not choose among experts. hidden, gram: z [..., rows of A] of the last
+    forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. owed: gradients for these, by name,
+    of a forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing` gave. None of them is part of the
+    state: copies and pickles of the module start without them.
+
+    raises ValueError for values that Mixture refuses.
+
+    >>> import torch
+    >>> from torch.nn import functional as F
+    >>> from mosld import MoSLDAdapter
+    >>> adapter = MoSLDAdapter(6, 5, r=2, num_experts=4)
+    >>> adapter.mixture.shapes(6, 5)
+    {'shared_a': (2, 6), 'expert_b': (5, 8), 'router': (4, 6)}
+    >>> x, weight = torch.randn(3, 6), torch.randn(5, 6)
+    >>> torch.equal(adapter(x, weight), F.linear(x, weight))  # B is still zero
+    True
+    """
+
+    # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
+    backend = "auto"
+    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing torch.compile(fullgraph=True)
+    # takes such a memory only under torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False
+    # lets it through where neither the balance loss nor statistics are wanted.
+    keep_logits = True
+    # Whether `hidden` and `gram` are kept, where each expert has a B of its own behind z (mixings "expand" and "diagonal");
+    # set it as `backend`, before the forward. Such layers then run in three stages, not in the fused operator.
+    keep_hidden = False
+
+    parts = PARTS
+
+    shared_a: AdapterWeight
+    expert_b: AdapterWeight
+    router: AdapterWeight  # None, too, where nobody routes; who asks for it has made sure
+    tasks: AdapterWeight | None
+    mixer: AdapterWeight | None
+
+    def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None, **hyperparameters):
+        super().__init__()
+        self.mixture = m = Mixture(**hyperparameters)
+        self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
+        self.top_k = m.chosen
+        shapes = m.shapes(in_features, out_features)
+        if not shapes.keys() <= set(self.parts):
+            of_block = m.kind.block is not None
+            raise ValueError(
+                f"mixing={m.mixing!r} is of {'whole feed-forward blocks' if of_block else 'linear layers'}: it cannot be "
+                f"placed on a {'linear layer' if of_block else 'feed-forward block'}"
+            )
+        for part in self.parts:
+            self.register_module(
+                part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
+            )
+        self.forget()
+        self.owed: dict[str, Tensor] | None = None
+        self.routing: Routing | None = None
+        self.reset_parameters()
+
+    def forget(self) -> None:
+        """As before the first forward.
+
+        >>> import torch
+        >>> from mosld import MoSLDAdapter
+        >>> adapter = MoSLDAdapter(6, 5, num_experts=4)
+        >>> _ = adapter(torch.randn(3, 6))
+        >>> adapter.router_logits.shape
+        torch.Size([3, 4])
+        >>> adapter.forget()
+        >>> adapter.router_logits is None
+        True
+        """
+        self.router_logits: Tensor | None = None
+        self.hidden: Tensor | None = None
+        self.gram: Tensor | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, in place: B zero, the rest as `down_std`, `router_std` and the mixing say.
+
+        >>> from mosld import MoSLDAdapter
+        >>> adapter = MoSLDAdapter(6, 5, device="meta").to_empty(device="cpu")
+        >>> adapter.reset_parameters()
+        >>> int(adapter.expert_b.weight.count_nonzero())
+        0
+        """
+        m = self.mixture
+        start(self.shared_a.weight, m.down_std)
+        nn.init.zeros_(self.expert_b.weight)
+        if self.router is not None and m.router == "constant":
+            nn.init.constant_(self.router.weight, 1 / m.num_experts)
+        elif self.router is not None:
+            start(self.router.weight, m.router_std)
+        if self.tasks is not None:
+            nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
+        if self.mixer is not None:
+            m.kind.start(self.mixer.weight)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without.
+
+        >>> import torch
+        >>> from mosld import MoSLDAdapter
+        >>> adapter, x = MoSLDAdapter(6, 5), torch.randn(2, 3, 6)
+        >>> adapter(x).shape, adapter(x).any()  # an update of zero at the start
+        (torch.Size([2, 3, 5]), tensor(False))
+        """
+        self._expect_whole()
+        keeps_hidden = self.keep_hidden and self.mixture.balances and self.mixture.mixing in ("expand", "diagonal")
+        staged = keeps_hidden or not self.mixture.fused
+        out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
+        hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
+        if self.keep_logits:
+            self.router_logits = logits
+        if self.keep_hidden:
+            self.hidden, self.gram = hidden, gram
+        return self._settled(out, router_logits=logits, hidden=hidden, gram=gram)
+
+    def _settled(self, out: Tensor, **made: Tensor | None) -> Tensor:
+        return out if self.owed is None else settle(self, out, made)
+
+    def _gram(self, z: Tensor) -> Tensor:
+        """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
+        with no_autocast(z.device.type):
+            expert_b = self.expert_b.weight.to(z.dtype)
+            return expert_b.t() @ expert_b
+
+    def _expect_whole(self) -> None:
+        if any(isinstance(part.weight, DTensor) for part in self._modules.values() if part is not None):  # pyright: ignore
+            raise RuntimeError(
+                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while the "
+                "layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts them "
+                "together, and not to the weights by themselves"
+            )
+
+    def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
+        """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
+        return torch.randint(2**62, (1,), device=x.device) if self.training and any(rates) else None
+
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        m, seed = self.mixture, self._seed(x, self.dropout)
+        tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
+        dropout_p = 0.0 if seed is None else m.dropout
+        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
+        settings |= {"backend": self.backend, "mixing": m.mixing}
+        if weight is None:
+            return mosld_delta(x, *tensors, **settings)
+        return mosld_linear(x, weight, bias, *tensors, **settings)
+
+    def _staged(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """-> the output, the logits by which tokens choose experts or None, and z [..., rows of A]"""
+        if self.backend == "triton":
+            raise RuntimeError(
+                f"backend='triton' cannot run: mixing={self.mixture.mixing!r} with router={self.mixture.router!r}, "
+                f"keep_hidden={self.keep_hidden} and this dropout runs in torch products alone; backend='auto' can"
+            )
+        m, routed, hidden = self.mixture, [], []
+        seed = self._seed(x, m.dropout, m.up_dropout)
+        rates = (m.dropout, m.up_dropout, m.input_dropout, m.hidden_dropout) if self.training else (0.0,) * 4
+
+        def mix(z: Tensor, logits: Tensor | None) -> Tensor:
+            hidden.append(z)
+            if m.routes:
+                logits = route(self, x, z, logits)
+                routed.append(logits)
+                gates = gates_of(self, logits)
+            else:
+                gates = given_gates(self, x, z)
+            mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
+            if m.kind.per_task and mixer is not None:
+                mixer = mixer[task_ids(self, x)]
+                mixer = mixer if x.dim() > 1 else mixer.squeeze(0)
+            return m.kind.mix(z, gates, mixer)
+
+        out, _ = staged_linear(
+            x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
+            router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
+            dropout=Dropout(*rates),
+        )  # fmt: skip
+        return out, routed[0] if routed and m.balances else None, hidden[0]
+
+    def given(self, name: str) -> Any:
+        """What `mosld.set_routing` gave under this name, or None.
+
+        >>> import torch
+        >>> from mosld import MoSLDLinear, set_routing
+        >>> layer = MoSLDLinear(6, 5, num_experts=2, router="external")
+        >>> set_routing(layer, gates=torch.tensor([0.25, 0.75]))
+        >>> layer.adapter.given("gates"), layer.adapter.given("prior")
+        (tensor([0.2500, 0.7500]), None)
+        """
+        return None if self.routing is None else getattr(self.routing, name)
+
+    def extra_repr(self) -> str:
+        m = self.mixture
+        more = [f"{name}={getattr(m, name)!r}" for name in FIELDS if getattr(m, name) != getattr(_DEFAULT, name)]
+        first = ("r", "alpha", "num_experts", "top_k", "dropout")
+        more = [text for text in more if text.partition("=")[0] not in first]
+        return ", ".join([*(f"{name}={getattr(m, name)}" for name in first), *more])
+
+    def __getstate__(self) -> dict:
+        # They belong to the last forward's graph, which can be neither copied nor pickled.
+        return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "owed", "routing"))}
+
+
+_DEFAULT = Mixture()
+
+
+def start(weight: Tensor, std: float | None) -> None:
+    """In place: Kaiming-uniform, or normal with a standard deviation."""
+    if std is None:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    else:
+        nn.init.normal_(weight, std=std)

@@ -1,0 +1,118 @@
+"""Gradients for what a layer keeps of its last forward (router logits, say), whatever kind of activation checkpointing runs it.
+
+A loss over kept tensors goes through them into the layers, by itself, where the forward kept a graph. Under reentrant
+checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of which
+nothing but the layer's output is asked. So there the loss works on stand-ins, each of which hands its layer the gradient
+that arrives for it, and the recomputation takes it along (`settle`). That works because autograd goes through what was
+made last first: the loss before the layers.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+
+class DeferredGrads(Protocol):
+    """An adapter that keeps tensors of its last forward, and gradients for them until it is run again."""
+
+    deferred_grads: dict[str, Tensor] | None
+
+
+class KeptTensors:
+    """The kept tensors of one forward of `model`, to be used by one loss.
+
+    recomputed: whether backward will run the layers again (activation checkpointing); None asks the model's modules, as
+        transformers marks them.
+    """
+
+    def __init__(self, model: nn.Module, recomputed: bool | None = None):
+        if recomputed is None:
+            recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        self._recomputed = recomputed
+        self._promised: list[tuple[str, DeferredGrads, bool]] = []  # layer, its mixture, whether it must be paid
+
+    def of(self, layer: str, adapter: DeferredGrads, what: str, through: Tensor) -> Tensor:
+        """`adapter`'s kept tensor called `what`, or a stand-in that carries its gradient to the recomputation.
+
+        through: a weight on the tensor's way; while it is trained a gradient must arrive.
+        raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation was
+        expected and did not come, backward raises it.
+        """
+        tensor: Tensor = getattr(adapter, what)
+        if tensor.requires_grad or not torch.is_grad_enabled():
+            return tensor
+        if self._recomputed:
+            self._promised.append((layer, adapter, through.requires_grad))
+            return cast(Tensor, _StandsIn.apply(tensor.detach().requires_grad_(), adapter, what, self._expect_paid))
+        if through.requires_grad:
+            part = "router" if what == "router_logits" else "experts"
+            raise RuntimeError(
+                f"the last forward kept no gradient for the {part} of {layer}: run it with gradients, or say "
+                "recomputed=True where reentrant activation checkpointing will run it again"
+            )
+        return tensor
+
+    def _expect_paid(self) -> None:
+        unpaid = [(layer, adapter, expected) for layer, adapter, expected in self._promised if adapter.owed is not None]
+        for _, adapter, _ in unpaid:
+            adapter.owed = None
+        if trained := [layer for layer, _, expected in unpaid if expected]:
+            raise RuntimeError(
+                f"the loss waited for {trained[0]} to be run again in backward, which did not happen: its last forward kept "
+                "no gradient and was no part of activation checkpointing"
+            )
+
+
+class _StandsIn(torch.autograd.Function):
+    """Forward is the tensor as it is; backward leaves the gradient that arrives with the adapter."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, adapter: DeferredGrads, what: str, expect_paid) -> Tensor:
+        ctx.adapter, ctx.what, ctx.expect_paid = adapter, what, expect_paid
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor) -> tuple[None, None, None, None]:
+        owed = ctx.adapter.owed or {}
+        earlier = owed.get(ctx.what)
+        ctx.adapter.owed = {**owed, ctx.what: grad[0] if earlier is None else earlier + grad[0]}
+        Variable._execution_engine.queue_callback(ctx.expect_paid)  # when the whole backward has ended
+        return None, None, None, None
+
+
+def settle(adapter: DeferredGrads, out: Tensor, made: Mapping[str, Tensor | None]) -> Tensor:
+    """A layer's output, with which what `adapter` is owed goes into the tensors that this forward `made`, by name."""
+    owed, adapter.owed = adapter.owed, None
+    # A gradient that is owed outside backward is left from one that broke off. A compiled layer cannot ask whether it is
+    # inside; there, `forget_routing` takes away what is left.
+    if owed is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
+        return out
+    paid = [(tensor, owed[name]) for name, tensor in made.items() if name in owed and tensor is not None]
+    paid = [(tensor, grad) for tensor, grad in paid if tensor.requires_grad]
+    if not paid:
+        return out
+    tensors, grads = zip(*paid, strict=True)
+    return cast(Tensor, _WithOwed.apply(out, grads, *tensors))
+
+
+class _WithOwed(torch.autograd.Function):
+    """out unchanged; backward gives each of `tensors` its gradient as well."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, grads: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return out.clone()  # no view: what comes next may work in place
+
+    @staticmethod
+    def backward(ctx, *dout: Tensor) -> tuple[Tensor | None, ...]:
+        return dout[0], None, *ctx.saved_tensors
+
+
+def added(losses: list[Tensor], model: nn.Module) -> Tensor:
+    """The layers' losses, one number each on the layer's device -> their sum; zero without any."""
+    if not losses:
+        return torch.zeros((), device=next(model.parameters()).device)
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()

@@ -1,0 +1,101 @@
+"""What a caller tells the mixtures of a model before a forward, and what they keep of the last one.
+
+A method that routes by task, or by gates from outside, is told so once before a forward:
+
+    mosld.set_routing(model, task_ids=batch["task_ids"])
+    out = model(input_ids=batch["input_ids"], ...)
+
+It stays until it is set again, because activation checkpointing runs layers again after the forward. MoSLDTrainer does it
+with a `task_ids` column of the data.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mixture.gates import Routing
+from .adapter import MoSLDAdapter
+from .host import adapters_below, all_adapters
+
+
+def set_routing(
+    model: nn.Module,
+    *,
+    task_ids: Any = None,
+    gates: Tensor | Mapping[str, Tensor] | None = None,
+    prior: Tensor | None = None,
+) -> None:
+    """Tell every mixture in `model` what it cannot see in its input, until it is told anew; None takes it back.
+
+    task_ids: integers [batch], or one for all rows, in [0, num_tasks): for methods that route by task.
+    gates: [n], [batch, n] or [batch, sequence, n], for router="external", one gate an expert; or layer name -> such a tensor.
+        They carry gradients to where they come from.
+    prior: of the same shapes, the prior on the matrix of mixing="dense", [r_up, r] row by row.
+
+    Where a layer sees a multiple of the rows that were given, each stands for as many neighbours: so lie the beams of
+    `generate`, the windows of an image, and tokens that a model flattened into rows.
+
+    raises ValueError for a model without mixtures, ids that are no integers or out of range, and unknown layers.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, set_routing
+    >>> layer = MoSLDLinear(6, 5, num_experts=2, router="external")
+    >>> _ = nn.init.normal_(layer.expert_b.weight)
+    >>> x, outputs = torch.randn(3, 6), []
+    >>> for gates in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
+    ...     set_routing(layer.eval(), gates=torch.tensor(gates))
+    ...     outputs.append(layer(x))
+    >>> torch.allclose(outputs[2], (outputs[0] + outputs[1]) / 2, atol=1e-5)
+    True
+    """
+    adapters = list(all_adapters(model))
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no MoSLD layer")
+    ids = None if task_ids is None else _checked_ids(task_ids, [adapter for _, adapter in adapters])
+    by_layer = gates if isinstance(gates, Mapping) else dict.fromkeys((name for name, _ in adapters), gates)
+    if unknown := sorted(by_layer.keys() - {name for name, _ in adapters}):
+        raise ValueError(f"gates name layers that are not adapted: {', '.join(unknown)}")
+    for name, adapter in adapters:
+        device = next(adapter.parameters()).device  # a block has no shared_a
+        own = ids if ids is None or device.type == "meta" else ids.to(device)  # once, and not in every forward
+        adapter.routing = Routing(own, by_layer.get(name), prior)
+
+
+def _checked_ids(task_ids: Any, adapters: list[MoSLDAdapter]) -> Tensor:
+    ids = torch.as_tensor(task_ids)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() > 1:
+        raise ValueError(f"task_ids must be integers, one or [batch], got {ids.dtype} {list(ids.shape)}")
+    ids = ids.reshape(-1).long()
+    for tasks in {adapter.mixture.num_tasks for adapter in adapters if adapter.mixture.num_tasks is not None}:
+        # On a GPU the embedding says so by itself, and nobody waits for it here.
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tasks:
+            raise ValueError(f"task_ids must be in [0, num_tasks={tasks}), got {ids.tolist()}")
+    return ids
+
+
+def forget_routing(model: nn.Module) -> None:
+    """Every mixture of `model` as before its first forward: what the next forward skips (layerdrop, conditional
+    computation) then counts for nothing in `balance_loss` and the statistics.
+
+    PEFT's models do this by themselves whenever they are called, MoSLDTrainer before every forward. Elsewhere (layers
+    adapted by hand or through transformers' `add_adapter`) call it before each forward that may skip layers, or once
+    `model.register_forward_pre_hook(lambda module, args: forget_routing(module))`.
+    Inside backward, where activation checkpointing runs the same forward again, it does nothing.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from mosld import MoSLDLinear, forget_routing, router_stats
+    >>> model = nn.ModuleList([MoSLDLinear(6, 6), MoSLDLinear(6, 6)])
+    >>> x = model[1](model[0](torch.randn(3, 6)))
+    >>> forget_routing(model)
+    >>> x = model[0](torch.randn(3, 6))  # the second layer is skipped
+    >>> list(router_stats(model))
+    ['0']
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        for adapter in adapters_below(model):
+            adapter.forget()
+            adapter.owed = None

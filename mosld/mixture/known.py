@@ -1,0 +1,188 @@
+"""The mixings of the methods that we know, as `MoSLDConfig(mixing=...)` names them. The arithmetic is `mosld_kernels.mixing`'s."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosld_kernels import gating, mixing
+
+from .gates import by_row
+from .registry import register_mixing
+from .spec import Mixture, number
+
+
+def _own_sizes(m: Mixture) -> int:
+    return m.num_experts * m.r
+
+
+@register_mixing("expand", down=lambda m: m.r, up=_own_sizes)
+def _expand(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    return mixing.expand(z, gates)
+
+
+@register_mixing("diagonal", down=_own_sizes, up=_own_sizes)
+def _diagonal(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    return mixing.diagonal(z, gates)
+
+
+@register_mixing("reduce", down=_own_sizes, up=lambda m: m.r)
+def _reduce(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    return mixing.reduce(z, gates)
+
+
+def _check_positive(m: Mixture, name: str) -> None:
+    value = m.option(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} in mixing_options must be an integer of at least 1, got {value!r}")
+
+
+def _start_cores(cores: Tensor) -> None:
+    nn.init.uniform_(cores, -1 / math.sqrt(cores.shape[-1]), 1 / math.sqrt(cores.shape[-1]))  # Kaiming, core by core
+
+
+@register_mixing(
+    "core",
+    down=lambda m: m.r,
+    up=lambda m: m.num_experts * m.option("r_up"),
+    mixer=lambda m, _: (m.num_experts, m.option("r_up"), m.r),
+    start=_start_cores,
+    options={"r_up": 12},
+    check=lambda m: _check_positive(m, "r_up"),
+)
+def _core(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
+    return mixing.core(z, gates, mixer)
+
+
+@register_mixing(
+    "task_core",
+    down=lambda m: m.r,
+    up=_own_sizes,
+    mixer=lambda m, _: (m.num_tasks, m.r, m.r),
+    per_task=True,
+    start=lambda cores: cores.copy_(torch.eye(cores.shape[-1], dtype=cores.dtype, device=cores.device)),
+)
+def _task_core(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
+    return mixing.task_core(z, gates, mixer)
+
+
+def _check_groups(m: Mixture) -> None:
+    _check_positive(m, "group_size")
+    if m.r % m.option("group_size"):
+        raise ValueError(f"r={m.r} contradicts group_size={m.option('group_size')}: r must be a multiple of it")
+
+
+def _softmax_by_group(logits: Tensor, adapter: Any) -> Tensor:
+    return gating.grouped_softmax(logits, adapter.mixture.r // adapter.mixture.option("group_size"))
+
+
+@register_mixing(
+    "grouped",
+    down=lambda m: m.r,
+    up=_own_sizes,
+    gates=lambda m: m.num_experts * (m.r // m.option("group_size")),
+    gate=_softmax_by_group,
+    options={"group_size": 1},
+    check=_check_groups,
+    per_expert=False,
+)
+def _grouped(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    return mixing.grouped(z, gates)
+
+
+PRIOR_GAIN, SIGMOID_GAIN = 4.0, 100.0  # of T-REX's code
+
+
+def _with_prior(logits: Tensor, adapter: Any) -> Tensor:
+    """sigma(100 b) (w n softmax(logits) + (1 - w) 4 rho), w = sigma(100 v), as [..., r_up, r]; rho from set_routing."""
+    balance, gain = torch.sigmoid(SIGMOID_GAIN * adapter.mixer.weight.to(logits.dtype))
+    matrix = balance * logits.shape[-1] * logits.softmax(-1)
+    if adapter.given("prior") is not None:
+        matrix = matrix + (1 - balance) * PRIOR_GAIN * by_row(adapter, "prior", logits)
+    return (gain * matrix).unflatten(-1, (-1, adapter.mixture.r))
+
+
+@register_mixing(
+    "dense",
+    down=lambda m: m.r,
+    up=lambda m: m.option("r_up"),
+    gates=lambda m: m.r * m.option("r_up"),
+    mixer=lambda m, _: (2,),
+    gate=_with_prior,
+    options={"r_up": 8},
+    check=lambda m: _check_positive(m, "r_up"),
+    per_expert=False,
+)
+def _dense(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
+    return mixing.dense(z, gates)
+
+
+def _check_pool(m: Mixture) -> None:
+    if m.r > m.num_experts:
+        raise ValueError(f"r={m.r} contradicts num_experts={m.num_experts}: r of them are selected")
+    weight = m.option("conditional_weight")
+    if not 0 <= number(weight) < math.inf:
+        raise ValueError(f"conditional_weight in mixing_options must be at least 0, got {weight!r}")
+
+
+def _selected(logits: Tensor, adapter: Any) -> Tensor:
+    """0/1 matrices [..., E, E] that pair the q-th selected column of B with the q-th selected row of A."""
+    m = adapter.mixture
+    through = m.option("straight_through")
+    of_a, of_b = logits.chunk(2, dim=-1)
+    rows = gating.selection(of_a, m.r, through)  # [..., r, E]
+    if m.option("conditional"):
+        pool = adapter.shared_a.weight.to(logits.dtype)
+        scores = ((rows @ pool).unsqueeze(-2) @ adapter.mixer.weight.to(logits.dtype)).squeeze(-2)  # [..., r, E]
+        conditional = scores.softmax(-1).sum(-2).softmax(-1)
+        of_b = (of_b.softmax(-1) + m.option("conditional_weight") * conditional).log()
+    columns = gating.selection(of_b, m.r, through)
+    return columns.transpose(-1, -2) @ rows
+
+
+@register_mixing(
+    "select",
+    down=lambda m: m.num_experts,
+    up=lambda m: m.num_experts,
+    gates=lambda m: 2 * m.num_experts,
+    mixer=lambda m, in_features: (m.r, in_features, m.num_experts) if m.option("conditional") else None,
+    start=lambda weight: nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[-2]), 1 / math.sqrt(weight.shape[-2])),
+    gate=_selected,
+    options={"conditional": True, "conditional_weight": 1.0, "straight_through": True},
+    check=_check_pool,
+    per_expert=False,
+)
+def _select(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
+    return mixing.dense(z, gates)
+
+
+def _check_block(m: Mixture) -> None:
+    if m.router != "token":
+        raise ValueError(f"router={m.router!r} contradicts mixing='block', whose router is linear on the block's input")
+    for name in ("up_dropout", "hidden_dropout"):
+        if getattr(m, name):
+            raise ValueError(
+                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of what "
+                "goes into A (input_dropout)"
+            )
+
+
+def _block_shapes(m: Mixture, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    rows = _own_sizes(m)
+    return {
+        "gate_a": (rows, hidden), "gate_b": (intermediate, rows), "up_a": (rows, hidden), "up_b": (intermediate, rows),
+        "down_a": (rows, intermediate), "down_b": (hidden, rows), "router": (m.num_experts, hidden),
+    }  # fmt: skip
+
+
+@register_mixing(
+    "block",
+    down=_own_sizes,
+    up=_own_sizes,
+    options={"renormalise": True},
+    check=_check_block,
+    block=_block_shapes,
+)
+def _block(z: Tensor, gates: Tensor, mixer: None) -> Tensor:
+    raise NotImplementedError("mixing='block' is no mixing matrix: mosld.layers.feed_forward computes it")

@@ -1,0 +1,256 @@
+"""MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..layers.host import running_adapters
+from ..layers.routing import forget_routing
+from ..layers.stats import RouterStats, RouterUse, no_choice
+from .balance import balance_loss
+from .checkpoints import WholeCheckpointsMixin, check_adapters, last_whole_checkpoint
+from .task_ids import TaskColumnMixin
+
+BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
+ROUTER_LOGS = ("summary", "layers", "off")
+AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
+    """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
+
+    balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by
+        hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+
+    A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
+
+    The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
+    gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
+    where a micro-batch takes several; those without gradients do not count.
+
+    auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss: function(model,
+        batch) returns a scalar of the forward that the model just had, as those in `mosld.losses` do. Say
+        {"contrast": (0.1, lambda model, batch: contrastive_loss(model, batch["attention_mask"]))}. Their means over the
+        forwards, before the weight, are in the training logs under their names.
+    auxiliary_columns: columns of the data that these functions read and the model does not take, such as the kind of each
+        row's task: numbers or tensors that the data collator puts together. The model never sees them.
+
+    router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
+        process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
+        "summary":
+            router/entropy        mean over layers of the entropy of the router's distribution, in nats; log(E) at most
+            router/max_load       the largest share of the chosen places that any expert of any layer got; 1 / E is even
+            router/dead_experts   experts that no token chose, added up over layers
+            balance_loss          mean over the forwards of the loss before its weight; only where balance_coef is not 0
+        "layers": these, and the first three of every layer under router/<layer>/.
+        "off": nothing.
+
+    Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
+    `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
+
+    raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
+    method that has no load to balance. `train` raises AdapterFileError, a ValueError, for a checkpoint whose weights were
+    altered, and ValueError where True finds none.
+
+    >>> from mosld import MoSLDTrainerMixin
+    >>> from transformers import Seq2SeqTrainer
+    >>> class MoSLDSeq2SeqTrainer(MoSLDTrainerMixin, Seq2SeqTrainer):
+    ...     pass
+    >>> MoSLDSeq2SeqTrainer(model=None, router_logs="all")
+    Traceback (most recent call last):
+    ValueError: router_logs must be one of summary, layers, off, got 'all'
+    """
+
+    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
+                 auxiliary_losses: Mapping[str, tuple[float, AuxiliaryLoss]] | None = None,
+                 auxiliary_columns: Collection[str] = (), **kwargs):  # fmt: skip
+        if router_logs not in ROUTER_LOGS:
+            raise ValueError(f"router_logs must be one of {', '.join(ROUTER_LOGS)}, got {router_logs!r}")
+        self.auxiliary_losses = dict(auxiliary_losses or {})
+        if taken := self.auxiliary_losses.keys() & {"balance_loss", "loss"}:
+            raise ValueError(f"auxiliary_losses must have names of their own, got {', '.join(sorted(taken))}")
+        self.auxiliary_columns = frozenset(auxiliary_columns)
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
+                "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
+        self.router_logs = router_logs
+        self._routing = _Routing()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the Trainer's, and only from a checkpoint whose adapters are as they were saved; True takes the newest whole one.
+
+        raises AdapterFileError for altered weights, and ValueError where True finds no checkpoint.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> from mosld import MoSLDTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+        >>> trainer = MoSLDTrainer(model, TrainingArguments("run", use_cpu=True, report_to="none"))
+        >>> trainer.train(resume_from_checkpoint=True)
+        Traceback (most recent call last):
+        ValueError: output_dir must hold a whole checkpoint to go on from, got run
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(cast(str, self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"output_dir must hold a whole checkpoint to go on from, got {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            check_adapters(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        arguments: dict[str, Any] = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training:
+            return super().compute_loss(model, self._for_the_model(inputs), **arguments)
+        forget_routing(model)  # a PEFT model does, one adapted by hand or by transformers' add_adapter does not
+        forwards: list[dict[str, tuple[float, Tensor]]] = []
+
+        def after_forward(*_) -> None:
+            # Some trainers run the model again without gradients, for metrics or for outputs that are asked for.
+            if torch.is_grad_enabled():
+                forwards.append(self._losses_of_forward(model, inputs))
+
+        hook = model.register_forward_hook(after_forward)
+        try:
+            result: Any = super().compute_loss(model, self._for_the_model(inputs), **arguments)
+        finally:
+            hook.remove()
+        if not forwards:  # the trainer ran parts of the model without calling the whole
+            forwards.append(self._losses_of_forward(model, inputs))
+        loss, outputs = result if return_outputs else (result, None)
+        for name, (weight, _) in forwards[0].items():
+            own = torch.stack([losses[name][1] for losses in forwards]).mean()
+            loss = loss + (weight * own).to(loss.device) / self._undivided_steps(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
+        attention_mask, losses = inputs.get("attention_mask"), {}
+        if self.balance_coef:
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, attention_mask)
+        for name, (weight, function) in self.auxiliary_losses.items():
+            if weight:
+                losses[name] = weight, function(model, inputs)
+        if self.router_logs != "off":
+            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
+        return losses
+
+    def _for_the_model(self, inputs: Any) -> Any:
+        if not self.auxiliary_columns:
+            return inputs
+        return {name: value for name, value in inputs.items() if name not in self.auxiliary_columns}
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, self._for_the_model(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *sorted(self.auxiliary_columns - set(columns))]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # the Trainer's own training log; evaluations and the last summary have other keys
+            logs.update(self._routing.take(per_layer=self.router_logs == "layers"))
+        super().log(logs, start_time)
+
+    def _undivided_steps(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """By how much the penalty must be divided here so that accumulation leaves its weight alone.
+
+        A loss that is normalised over the whole accumulated batch is summed over micro-batches without a further
+        division, which would count the penalty once for each of them; other losses the Trainer itself divides.
+        """
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # the attribute is younger than transformers 5.0
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+
+class _Routing:
+    """What the routers did since the last log. Nothing waits for the device before `take`."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.use, self.forwards = RouterUse(), 0
+        self.losses: dict[str, Tensor] = {}
+
+    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, Tensor]) -> None:
+        """Count the last forward; where there is nothing to count, training goes on without."""
+        if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
+            return
+        try:
+            self.use.update("", model, attention_mask if isinstance(attention_mask, Tensor) else None)
+        except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
+            return
+        self.forwards += 1
+        for name, loss in losses.items():
+            self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
+
+    def take(self, per_layer: bool) -> dict[str, float]:
+        """The log entries, and begin anew."""
+        layers, losses, forwards = self.use.stats().get("", {}), self.losses, self.forwards
+        self.clear()
+        logs = _entries("router", list(layers.values())) if layers else {}
+        logs |= {name: loss.item() / forwards for name, loss in losses.items()}
+        if per_layer:
+            for name, stats in layers.items():
+                logs |= _entries(f"router/{name.removeprefix('base_model.model.')}", [stats])
+        return logs
+
+
+def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
+    return {
+        f"{prefix}/entropy": sum(stats.entropy for stats in layers) / len(layers),
+        f"{prefix}/max_load": max(stats.load.max().item() for stats in layers),
+        f"{prefix}/dead_experts": sum(len(stats.dead) for stats in layers),
+    }
+
+
+class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
+    """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds.
+
+    >>> from peft import get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> from mosld import MoSLDConfig, MoSLDTrainer
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+    >>> model = get_peft_model(model, MoSLDConfig(r=2, num_experts=4, target_modules=["q_proj"]))
+    >>> arguments = TrainingArguments("run", max_steps=2, logging_steps=1, use_cpu=True, report_to="none")
+    >>> data = [{"input_ids": [3, 1, 4, 1, 5], "labels": [3, 1, 4, 1, 5]}]
+    >>> trainer = MoSLDTrainer(model, arguments, train_dataset=data)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'loss': ...
+    >>> [name for name in trainer.state.log_history[0] if "router" in name or "balance" in name]
+    ['router/entropy', 'router/max_load', 'router/dead_experts', 'balance_loss']
+    """
+
+
+def _balance_coef(model: nn.Module, given: float | None) -> float:
+    adapters = [adapter for _, adapter in running_adapters(model)]
+    if adapters and not any(adapter.mixture.balances for adapter in adapters):
+        if given:
+            raise ValueError(f"balance_coef={given} has {no_choice(adapters[0])}")
+        return 0.0
+    return _configured_balance_coef(model) if given is None else given
+
+
+def _configured_balance_coef(model: nn.Module) -> float:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return BY_HAND_COEF
+    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
+    names = list(cast(Any, active() if callable(active) else active or configs))
+    coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
+    if len(coefs) > 1:
+        raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")
+    return coefs.pop() if coefs else 0.0  # no adapter is active

@@ -1,0 +1,266 @@
+"""MoSLDConfig: what `peft.get_peft_model` needs to adapt a model with MoSLD."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from ..files.adapter_folder import CONFIG, DIGEST, WEIGHTS, AdapterFileError, check_weights, write_digest
+from ..files.atomic import folder_beside
+from ..files.errors import visible
+from ..files.safe_regex import check_expression
+from ..mixture.spec import FIELDS, Mixture, number
+from .card import write_card
+from .weights import AdapterWeights
+
+MODULES = r"(^|.*\.){}($|\..*)"  # what PEFT makes of an entry of modules_to_save
+LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what PEFT makes of layers_pattern
+
+
+@dataclass
+class MoSLDConfig(PeftConfig):
+    """Configuration of a MoSLD adapter (arXiv 2412.08946); the defaults are the paper's where it gives one.
+
+    r: rank of the shared down-projection A and of every expert's B.
+    alpha: the update is scaled by alpha / r.
+    num_experts: experts per adapted layer, E. num_experts_pattern: per-layer exceptions, from a layer name or regular
+        expression to a number, matched as PEFT matches `rank_pattern`.
+    top_k: experts chosen per token, in [1, E] of every layer, for gate="top_k".
+    dropout: probability in [0, 1] of dropping an element of the shared factor in training: of A, of B with shared="up".
+    balance_coef: weight of the load-balance loss that `MoSLDTrainer` adds.
+    shared: which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
+
+    The sibling methods are `mosld.presets`; what they set are these fields:
+    mixing: the mixing matrix between A and B, of `mosld.mixture.registry.MIXINGS`; None is the one that `shared` says. "block" makes
+        mixtures of the feed-forward blocks that target_modules names (`mosld.layers.feed_forward`), and plain LoRAs of linear layers.
+        mixing_options: sizes and switches of that mixing.
+    router: who routes, of `mosld.mixture.routers.ROUTERS`. num_tasks, task_dim: of router="task".
+    gate: from logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest that
+        reach the probability top_p, renormalised). temperature: logits are divided by it.
+    up_dropout, input_dropout, hidden_dropout: dropout on elements of B, on the layer's input before A, and on A's output.
+    down_std, router_std: standard deviation of a normal start of A and of the router; None is Kaiming-uniform.
+
+    target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
+        without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
+
+    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.tuner.card`) and the weights' checksum.
+    Loaded from a local folder, fields that this version does not know are named in a warning and left out, and the
+    weights beside it are checked before anything is built: see AdapterWeights in `mosld.files.adapter_folder`.
+
+    raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
+
+    >>> from peft import get_peft_model
+    >>> from torch import nn
+    >>> from mosld import MoSLDConfig
+    >>> config = MoSLDConfig(r=2, num_experts=4, target_modules=["0"])
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    >>> model.print_trainable_parameters()  # 2 * 6 of A, 5 * 4 * 2 of B, 4 * 6 of the router
+    trainable params: 76 || all params: 111 || trainable%: 68.4685
+    """
+
+    r: int = 8
+    alpha: float = 16
+    num_experts: int = 8
+    top_k: int = 2
+    dropout: float = 0.1
+    input_dropout: float = 0.0
+    balance_coef: float = 1e-3
+    shared: str = "down"
+    num_experts_pattern: dict[str, int] = field(default_factory=dict)
+    mixing: str | None = None
+    mixing_options: dict[str, Any] = field(default_factory=dict)
+    router: str = "token"
+    gate: str = "top_k"
+    top_p: float = 0.8
+    temperature: float = 1.0
+    num_tasks: int | None = None
+    task_dim: int | None = None
+    up_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    down_std: float | None = None
+    router_std: float | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    saved = None  # no field: the path of the weights that lay beside the file that it was read from
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register` in tuner.py
+        self._check_names()
+        for name in ("target_modules", "exclude_modules"):  # PEFT works on sets and saves lists
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and self.layers_to_transform is not None
+        ):
+            raise ValueError(
+                "layers_to_transform chooses among listed target_modules; with the regular expression "
+                f"{self.target_modules!r}, name the layers in it"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, which is None")
+        if self.shared not in ("down", "up"):
+            raise ValueError(f"shared must be 'down' or 'up', got {self.shared!r}")
+        if (self.shared == "up") != (self.mixing == "reduce") and self.mixing is not None:
+            raise ValueError(
+                f"shared={self.shared!r} contradicts mixing={self.mixing!r}: 'reduce' is what a shared up-projection does"
+            )
+        if self.shared == "up" and self.up_dropout != 0:
+            raise ValueError(
+                f"up_dropout={self.up_dropout} contradicts shared='up', where `dropout` falls on elements of B"
+            )
+        if not isinstance(self.num_experts_pattern, dict):
+            raise ValueError(f"num_experts_pattern must be a dictionary, got {self.num_experts_pattern!r}")
+        self._mixture(self.num_experts)
+        for pattern, experts in self.num_experts_pattern.items():
+            check_expression("num_experts_pattern", pattern, r"(.*\.)?({})$")
+            try:
+                self._mixture(experts)
+            except ValueError as error:
+                raise ValueError(f"num_experts_pattern={{{pattern!r}: {experts!r}}} cannot be used: {error}") from error
+        if not 0 <= number(self.balance_coef) < math.inf:
+            raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef!r}")
+
+    def _check_names(self) -> None:
+        """raises ValueError for what is no name, no regular expression or no number of a layer."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":  # which PEFT would take letter by letter
+                check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
+            elif value is not None and not _is_list(value, str):
+                raise ValueError(f"{name} must be None or names, got {value!r}")
+            elif name in ("layers_pattern", "modules_to_save"):
+                for pattern in value or []:
+                    check_expression(name, pattern, LAYERS if name == "layers_pattern" else MODULES)
+        layers = self.layers_to_transform
+        if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
+            raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
+
+    def _keep_order(self, path: Path) -> None:
+        """PEFT sorts what it saves, and of two patterns that match a layer the first counts."""
+        if len(self.num_experts_pattern) > 1:
+            saved = {**json.loads(path.read_text()), "num_experts_pattern": self.num_experts_pattern}
+            path.write_text(json.dumps(saved, indent=2))
+
+    def experts_of(self, layer: str) -> int:
+        """How many experts the layer of this name has.
+
+        >>> from mosld import MoSLDConfig
+        >>> config = MoSLDConfig(num_experts=8, num_experts_pattern={"down_proj": 4})
+        >>> config.experts_of("model.layers.0.mlp.down_proj"), config.experts_of("model.layers.0.mlp.up_proj")
+        (4, 8)
+        """
+        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)
+
+    def mixture_of(self, layer: str) -> Mixture:
+        """The mixture of the layer of this name.
+
+        >>> from mosld import MoSLDConfig
+        >>> mixture = MoSLDConfig(r=2, num_experts_pattern={"down_proj": 4}).mixture_of("mlp.down_proj")
+        >>> mixture.shapes(6, 5), mixture.parameters(6, 5)
+        ({'shared_a': (2, 6), 'expert_b': (5, 8), 'router': (4, 6)}, 76)
+        """
+        return self._mixture(self.experts_of(layer))
+
+    def _mixture(self, experts: int) -> Mixture:
+        values = {name: getattr(self, name) for name in FIELDS}
+        values["num_experts"] = experts
+        if self.mixing is None:
+            values["mixing"] = "reduce" if self.shared == "up" else "expand"
+        if self.shared == "up":
+            values |= {"dropout": 0.0, "up_dropout": self.dropout}
+        return Mixture(**values)
+
+    @classmethod
+    def unknown_fields(cls, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are no field of this version.
+
+        >>> from mosld import MoSLDConfig
+        >>> MoSLDConfig.unknown_fields(["r", "rank", "top_k"])
+        ['rank']
+        """
+        return sorted(set(names) - {own.name for own in fields(cls)})
+
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        """Leaves out what this version does not know, and says so: PEFT would advise to upgrade PEFT.
+
+        >>> import warnings
+        >>> from mosld import MoSLDConfig
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     MoSLDConfig.check_kwargs(r=4, rank=8), len(told)
+        ({'r': 4}, 1)
+        """
+        unknown = cls.unknown_fields(kwargs)
+        if kwargs.get("peft_type", "MOSLD") != "MOSLD":  # PEFT makes the configuration that this name asks for
+            return super().check_kwargs(**kwargs)
+        if unknown:
+            warnings.warn(
+                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {visible(', '.join(unknown))}. A "
+                "newer version may have saved it",
+                stacklevel=2,
+            )
+        return super().check_kwargs(**{name: value for name, value in kwargs.items() if name not in unknown})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # the last two are PEFT's, of what is no adapter's configuration
+            if not path.is_file():
+                raise
+            raise AdapterFileError(f"{path} cannot be used: {error}") from error
+        weights = path.with_name(WEIGHTS)
+        if isinstance(config, MoSLDConfig) and path.is_file():
+            check_weights(path.parent, only_pickles=True)
+        if isinstance(config, MoSLDConfig) and weights.is_file():
+            AdapterWeights(weights, config.mixture_of)
+            config.saved = weights
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        folder = Path(save_directory)
+        saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_beside(folder / CONFIG) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            self._keep_order(aside / CONFIG)
+            (aside / CONFIG).replace(folder / CONFIG)
+            # Until here the old checksum refuses PEFT's new weights, which would be a mixture with the old configuration.
+            (folder / DIGEST).unlink(missing_ok=True)
+        if not saved_by_peft:
+            return
+        try:
+            if (folder / WEIGHTS).is_file():
+                write_card(folder, type(self).from_pretrained(str(folder)))
+        except AdapterFileError as error:
+            # The files are saved as they are, and a card is no reason to stop a training.
+            warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
+        if (folder / WEIGHTS).is_file():
+            write_digest(folder)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(
+        isinstance(one, kind) and not isinstance(one, bool) for one in value
+    )

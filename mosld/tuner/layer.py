@@ -1,0 +1,161 @@
+"""A layer of the base model inside a PEFT model, with its mixtures beside it."""
+
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+
+from mosld_kernels.dispatch import autocasts
+
+from ..layers.adapter import MoSLDAdapter
+from ..layers.feed_forward import BlockAdapter
+from ..layers.host import MixtureHost
+from ..layers.linear import call_me
+from ..mixture.spec import BLOCK_PARTS, PARTS, Mixture
+
+PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
+NO_ADAPTER_PER_ROW = "MoSLD has no batches with an adapter per row: adapter_names must not be given"
+
+
+class MoSLDLayer(BaseTunerLayer, MixtureHost):
+    """What PEFT asks of an adapted layer, for every adapter name.
+
+    PEFT's files name a weight `<container>.weight`, so A, B, router and what else a method trains are registered in a
+    container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two names.
+    """
+
+    parts = PARTS
+    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in PARTS)
+    other_param_names = ("mixtures",)
+    mixtures: dict[str, MoSLDAdapter]
+
+    def all_adapters(self) -> list[MoSLDAdapter]:
+        """Every adapter of this layer, active or not."""
+        return list(self.mixtures.values())
+
+    def running_adapters(self) -> list[MoSLDAdapter]:
+        """The adapters that take part in a forward now."""
+        if self.disable_adapters:
+            return []
+        return [self.mixtures[name] for name in self.active_adapters if name in self.mixtures]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "a MoSLD mixture cannot be merged into its base layer: its gates depend on the token. Fix them: "
+            "mosld.export_lora(model, folder) writes a plain LoRA, which PEFT loads and merges; unload() gives the base back"
+        )
+
+    def unmerge(self) -> None:
+        raise ValueError("a MoSLD mixture is never merged, so there is nothing to unmerge")
+
+
+class MoSLDPeftLayer(nn.Module, MoSLDLayer):
+    """A module inside a PEFT model with the mixtures beside it; in_features and out_features are the mixtures' sizes."""
+
+    adapter_class: type[MoSLDAdapter] = MoSLDAdapter
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        for container in self.adapter_layer_names:
+            self.register_module(container, nn.ModuleDict())
+        self.mixtures = {}
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, inference_mode: bool, **hyperparameters) -> None:
+        """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
+        mixture = self.adapter_class(self.in_features, self.out_features, **hyperparameters).train(self.training)
+        self.mixtures[adapter_name] = mixture
+        for part in self.parts:
+            container = cast(nn.ModuleDict, getattr(self, f"{PREFIX}{part}"))
+            if adapter_name in container:  # of an adapter that is begun anew
+                del container[adapter_name]
+            if (weight := getattr(mixture, part)) is not None:
+                container[adapter_name] = weight
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def mixture_here(self, mixture: Mixture) -> Mixture:
+        """What a configuration's mixture is on a module of this kind."""
+        return mixture
+
+    def train(self, mode: bool = True) -> "MoSLDPeftLayer":
+        for mixture in self.mixtures.values():  # unregistered, so nn.Module.train passes them by
+            mixture.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
+
+
+class MoSLDPeftLinear(MoSLDPeftLayer):
+    """A linear layer inside a PEFT model with the mixtures beside it. "Linear" in the name is how PEFT knows it."""
+
+    def __init__(self, base_layer: nn.Module):
+        in_features, out_features = _get_in_out_features(base_layer)
+        if in_features is None or out_features is None:
+            raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
+        super().__init__(base_layer, in_features, out_features)
+        call_me(self)
+
+    def mixture_here(self, mixture: Mixture) -> Mixture:
+        return mixture.of_linear
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
+        adapters = self.running_adapters()
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(NO_ADAPTER_PER_ROW)
+        if adapters and not args and not kwargs and _is_plain_linear(self.base_layer, x):
+            out = adapters.pop(0)(x, self.base_layer.weight, self.base_layer.bias)
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            out = out + adapter(x).to(out.dtype)
+        return out
+
+
+def _is_plain_linear(base_layer: nn.Module, x: Tensor) -> bool:
+    """Whether reading `weight` and `bias` is the same as calling the layer: no quantisation, hook or offloading."""
+    return (
+        type(base_layer) is nn.Linear
+        and type(base_layer.weight) is nn.Parameter
+        and "forward" not in base_layer.__dict__
+        and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks)
+        and (base_layer.weight.dtype == x.dtype or autocasts(x))
+    )
+
+
+class MoSLDPeftBlock(MoSLDPeftLayer):
+    """A SwiGLU feed-forward block inside a PEFT model with mixtures of whole blocks beside it, of which one runs."""
+
+    parts = BLOCK_PARTS
+    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in BLOCK_PARTS)
+    adapter_class = BlockAdapter
+
+    def __init__(self, base_layer: Any):
+        super().__init__(base_layer, *_get_in_out_features(base_layer.gate_proj))  # pyright: ignore
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """PEFT's asks for the base layer's own weight, which a block has not."""
+        weight = cast(Any, self.base_layer).gate_proj.weight
+        for name in self.adapter_layer_names:
+            own = cast(nn.ModuleDict, getattr(self, name))[adapter_name]
+            if not any(p.is_meta for p in own.parameters()):
+                own.to(device or weight.device, weight.dtype if weight.is_floating_point() else None)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., hidden size] -> y [..., hidden size]"""
+        adapters = self.running_adapters()
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(NO_ADAPTER_PER_ROW)
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs:
+            raise ValueError(f"a mixture of feed-forward blocks takes its input alone, got {[*args, *kwargs]} as well")
+        if len(adapters) > 1:
+            raise ValueError(
+                f"mixtures of feed-forward blocks cannot be added up, activate one of {', '.join(self.active_adapters)}"
+            )
+        return adapters[0](x, self.base_layer)

@@ -1,0 +1,169 @@
+"""MoSLD as a method of Hugging Face PEFT: the layer that wraps a linear layer, the model that places it, registration.
+
+PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
+"""
+
+import contextlib
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..files.adapter_folder import AdapterFileError, check_name
+from ..layers.feed_forward import check_block, is_block
+from ..layers.routing import forget_routing
+from .layer import NO_ADAPTER_PER_ROW, PREFIX, MoSLDLayer, MoSLDPeftBlock, MoSLDPeftLayer, MoSLDPeftLinear
+from .load import _check_fit, _check_whole, _is_untrained
+
+
+class MoSLDModel(BaseTuner):
+    """Places a MoSLDPeftLinear around every linear layer (nn.Linear, Conv1D) that the MoSLDConfig names, and with
+    mixing="block" a MoSLDPeftBlock around every feed-forward block.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = MoSLDLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """PEFT enters this around every forward and generation, with its arguments, whatever the kind of PeftModel."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(NO_ADAPTER_PER_ROW)
+        forget_routing(self.model)
+        yield
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's, but a name in target_modules that no module has is reported with the nearest names there are.
+
+        warns where some names match, raises PEFT's error (a ValueError) where none does.
+        """
+        check_name(adapter_name)
+        targets = cast(Any, self.peft_config[adapter_name]).target_modules
+        hints = unmatched_targets(model, targets)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            take_back(self, adapter_name)
+            if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
+                raise
+            raise type(error)(f"{error} {'; '.join(hints)}") from error
+        if cast(Any, self.peft_config[adapter_name]).mixing == "block" and not any(
+            isinstance(module, MoSLDPeftBlock) and adapter_name in module.mixtures for module in model.modules()
+        ):
+            take_back(self, adapter_name)
+            raise ValueError(
+                f"mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', got {targets}"
+            )
+        if hints and not isinstance(targets, str):
+            warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        is_new = not isinstance(target, MoSLDPeftLayer)
+        if not is_new:
+            layer = target
+        elif peft_config.mixing == "block" and is_block(target):
+            self._check_block(peft_config, target, current_key)
+            layer = MoSLDPeftBlock(target)
+        else:
+            self._check_supported(target, parent, current_key)
+            layer = MoSLDPeftLinear(target)
+        layer.update_layer(
+            adapter_name,
+            inference_mode=peft_config.inference_mode,
+            **vars(layer.mixture_here(peft_config.mixture_of(current_key))),
+        )
+        if is_new:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, MoSLDPeftBlock):  # unloading: PEFT's would ask the block for a weight of its own
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Which PEFT calls with what a file holds; an adapter that does not fit is not left there without its weights."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, MoSLDModel):
+            saved = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
+            path = getattr(config, "saved", None)
+            try:
+                _check_fit(tuner.model, saved)
+                _check_whole(tuner.model, adapter_name, saved)
+            except ValueError as error:
+                if path is None:
+                    raise
+                if _is_untrained(tuner.model, adapter_name):  # it was placed a moment ago, for these weights
+                    take_back(tuner, adapter_name)
+                raise AdapterFileError(f"{path} cannot be used: {error}") from error
+        return remapped
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_block(self, peft_config, target: nn.Module, name: str) -> None:
+        check_block(target, name)
+        inside = [f"{name}.{own}" for own, _ in target.named_modules() if own]
+        if both := [own for own in inside if self._check_target_module_exists(peft_config, own) is True]:
+            raise ValueError(f"{name} cannot be adapted together with {', '.join(both)} inside it: name one of them")
+
+    @staticmethod
+    def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it")
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
+
+
+def take_back(tuner: BaseTuner, adapter_name: str) -> None:
+    """As if the adapter had not been placed: what was wrapped for it alone is unwrapped."""
+    tuner.peft_config.pop(adapter_name, None)
+    if not tuner.peft_config:
+        vars(tuner.model).pop("peft_config", None)
+    for name, module in list(tuner.model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, MoSLDPeftLayer) and adapter_name in module.mixtures:
+            if len(module.mixtures) > 1:
+                module.delete_adapter(adapter_name)
+            else:
+                setattr(tuner.model.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            if len(module._adapters) > 1:
+                module.delete_adapter(adapter_name, new_active_adapters=tuner.active_adapters)
+            else:
+                setattr(tuner.model.get_submodule(parent), child, module.original_module)
+
+
+def unmatched_targets(model: nn.Module, targets: Collection[str] | str | None) -> list[str]:
+    """One sentence for each of `targets` (names as in MoSLDConfig, or one regular expression) that no module matches."""
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLayer))]
+    if isinstance(targets, str):
+        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules):
+            return []
+        return [f"the regular expression {targets!r} matches none of the modules, such as {', '.join(linears[:3])}"]
+    sentences = []
+    for target in sorted(targets or []):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            parts = target.count(".") + 1
+            names = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linears)
+            nearest = difflib.get_close_matches(target, names, n=3)
+            known = f"the nearest are {', '.join(nearest)}" if nearest else f"there are {', '.join([*names][:12])}"
+            sentences.append(f"no module is called {target!r}, {known}")
+    return sentences
