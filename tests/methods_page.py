@@ -202,7 +202,7 @@ def _operator() -> str:
             *_table(
                 ("`gate`", "gates are", "presets"),
                 (
-                    (f"`{n}`", GATE_TEXTS.get(n, ""), _users(configs, lambda m, n=n: m.gate == n and m.routes and not m.kind.gate))
+                    (f"`{n}`", GATE_TEXTS.get(n, ""), _users(configs, lambda m, n=n: m.gate == n and m.has_logits and not m.kind.gate))
                     for n in GATES
                 ),
             ),
@@ -286,7 +286,7 @@ def _router(m: Mixture) -> str:
 
 
 def _gate(m: Mixture) -> str:
-    if not m.routes:
+    if not m.has_logits:
         return "all one" if m.router == "none" else "given"
     if m.kind.gate is not None:
         return OWN_GATES.get(m.mixing, "its own")

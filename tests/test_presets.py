@@ -59,7 +59,7 @@ def test_it_starts_as_the_base_bit_for_bit_and_trains_the_adapter_alone(name):
     assert trained and all(".mosld_" in n for n in trained)
     layers, mixture = 2, model.peft_config["default"].mixture_of("layer")
     of_other = mixture.parameters(*(32, 48) if name == "mixlora" else (48, 32))  # a block, or down_proj
-    counted = layers * (mixture.of_linear.parameters(32, 32) + of_other)
+    counted = layers * (mixture.for_linear_layers.parameters(32, 32) + of_other)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counted
 
 

@@ -13,7 +13,7 @@ from ..experiments import commands, compare, compare_merged
 from ..experiments import merge as merge_command
 from ..experiments.methods import METHODS
 from ..experiments.run_folder import release
-from ..files.errors import explain, visible
+from ..files.errors import escape_control_chars, explain
 from ..files.version import __version__
 from ..merging.channel import NOISES
 from ..merging.methods import METHODS as METHODS_OF_MERGING
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 verbs = {"eval": commands.evaluate, "inspect": commands.inspect, "export": commands.export}
                 work = verbs[options.command](options)
         except ValueError as error:  # the user's to mend; whatever fails after this is ours and keeps its traceback
-            print(visible(f"mosld {options.command}: {error}"), file=sys.stderr)
+            print(escape_control_chars(f"mosld {options.command}: {error}"), file=sys.stderr)
             return 2
         if isinstance(work, (commands.Run, compare.Comparison)):
             folder = work.folder
@@ -362,6 +362,6 @@ def _merge(work: merge_command.MergeRun) -> int:
     try:
         merge_command.run(work)
     except (MergeError, ArithmeticError) as error:  # a checkpoint's values are read when their turn comes
-        print(visible(f"mosld merge: {error}"), file=sys.stderr)
+        print(escape_control_chars(f"mosld merge: {error}"), file=sys.stderr)
         return 2
     return 0

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files.atomic import folder_at_once
+from ..files.atomic import atomic_folder
 from ..layers.linear import MoSLDLinear
 from ..tuner.config import MoSLDConfig
 from ..tuner.layer import MoSLDPeftBlock, MoSLDPeftLayer, MoSLDPeftLinear
@@ -81,7 +81,7 @@ def export_lora(
         raise ValueError("per_expert needs a gate for each expert, which this mixing has not")
     fixed = fix_gates(model, layers, gates, task)
     # Checked again before it takes its place: calibration may have taken long.
-    with folder_at_once(folder, lambda: check_output(folder, overwrite)) as aside:
+    with atomic_folder(folder, lambda: check_output(folder, overwrite)) as aside:
         mean = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
         _save(aside, base, layers, mean, origin, task)
         for expert in range(max(len(gate) for gate in mean.values()) if per_expert else 0):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mosld_kernels.reference import router_dtype
 
 from ..layers.adapter import MoSLDAdapter
-from ..mixture.gates import Routing, gates_for, given_gates
+from ..mixture.gates import Routing, eval_gates, gates_without_logits
 from ..tuner.layer import MoSLDPeftLinear
 
 Gates = str | Sequence[float] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -89,7 +89,7 @@ def _uniform(adapter: MoSLDAdapter) -> list[float]:
     m = adapter.mixture
     if m.router in ("none", "constant"):  # fixed already
         weight = adapter.shared_a.weight
-        return given_gates(adapter, weight, weight.double()).cpu().tolist()
+        return gates_without_logits(adapter, weight, weight.double()).cpu().tolist()
     if m.mixing in ("dense", "select"):
         raise ValueError(f"mixing={m.mixing!r} has no uniform gates: give calibration batches")
     return [1 / m.num_experts] * gate_shape(adapter).numel()
@@ -116,7 +116,7 @@ def _of_task(layers: Layers, gates: Gates, task: int | None) -> dict[str, LayerG
         try:
             weight = adapter.shared_a.weight
             fixed[name] = LayerGates(
-                gates_for(adapter, weight.new_zeros(1, weight.shape[1]).double())[0].cpu().tolist()
+                eval_gates(adapter, weight.new_zeros(1, weight.shape[1]).double())[0].cpu().tolist()
             )
         finally:
             adapter.routing = before
@@ -204,7 +204,7 @@ class _Moments:
         adapter, m, x = self.adapter, self.adapter.mixture, args[0]
         wide = router_dtype(x.dtype)
         hidden = F.linear(x.to(wide), adapter.shared_a.weight.to(wide))  # [..., R_in]
-        gates = gates_for(adapter, x)
+        gates = eval_gates(adapter, x)
         mixer = None if adapter.mixer is None else adapter.mixer.weight.to(wide)
         mixed = self._real(m.kind.mix(hidden, gates, mixer))  # [tokens, R_out]
         hidden = self._real(hidden)

@@ -15,7 +15,7 @@ from ..analysis import cost as counting
 from ..analysis.saved_adapters import inspect_adapter, use_as_json
 from ..convert.export import check_output, export_lora
 from ..convert.fixed_gates import Gates
-from ..files.atomic import write_at_once
+from ..files.atomic import write_text_atomic
 from ..layers.stats import RouterStats, RouterUse
 from ..mixture.spec import Mixture
 from ..tasks.encode import Encoder
@@ -138,7 +138,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     results = score_tasks(model, encoder, tasks, options.eval_batch_size, on_task=on_task)
     scores = {name: score.summary() for name, score in results.items()}
     if output:
-        write_at_once(output, json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
+        write_text_atomic(output, json.dumps({"tasks": scores, "versions": versions()}, indent=2) + "\n")
     return scores
 
 
@@ -205,7 +205,7 @@ def _count(options: argparse.Namespace) -> dict:
 def _write_report(report: dict, output: Path | None) -> dict:
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_at_once(output / "inspect.json", json.dumps(report, indent=2) + "\n")  # last: with it, all is there
+        write_text_atomic(output / "inspect.json", json.dumps(report, indent=2) + "\n")  # last: with it, all is there
     return report
 
 
@@ -219,7 +219,7 @@ def _run_adapter(options: argparse.Namespace) -> tuple[dict[str, dict[str, Route
     check_fit(encoder, tasks)
     model, use = load_adapter(base, options.adapter), RouterUse()
     mixture = _mixture(model)
-    counts = mixture is not None and mixture.balances
+    counts = mixture is not None and mixture.tokens_choose
     on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
     on_task = task_setter(model, tasks, mixture)
     scores = score_tasks(model, encoder, tasks, options.eval_batch_size, on_batch, on_task=on_task)
@@ -323,7 +323,7 @@ def check_fit(encoder: Encoder, tasks: Sequence[Task]) -> None:
 def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
     options, run_dir = run.options, run.folder
     mixture = run.recipe.adapters[options.method].mixture(len(run.tasks))
-    charts = draw_charts(methods, options.method, run_dir, mixture.chosen if mixture else 1)
+    charts = draw_charts(methods, options.method, run_dir, mixture.experts_per_token if mixture else 1)
     results = {
         "tasks": methods[options.method]["tasks"],
         "methods": methods,
@@ -332,7 +332,7 @@ def _report(methods: dict[str, dict], run: Run, seconds: float) -> None:
         "versions": versions(),
         "seconds": seconds,
     }
-    write_at_once(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text_atomic(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     untested = [task.name for task in run.tasks if not task.test]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 from matplotlib.figure import Figure
 
-from ..files.atomic import write_at_once
+from ..files.atomic import write_text_atomic
 from .plan import Stage
 from .results import MERGED, SINGLE, aligned
 
@@ -254,8 +254,8 @@ def write(data: Mapping[str, Any], folder: Path) -> None:
     """compare.json, compare.md, accuracy.png, parameters.png"""
     _draw_accuracy(data, folder / "accuracy.png")
     _draw_parameters(data, folder / "parameters.png")
-    write_at_once(folder / "compare.md", markdown(data))
-    write_at_once(folder / "compare.json", json.dumps(data, indent=1) + "\n")
+    write_text_atomic(folder / "compare.md", markdown(data))
+    write_text_atomic(folder / "compare.json", json.dumps(data, indent=1) + "\n")
 
 
 def _sampled(data: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..files.atomic import write_at_once
+from ..files.atomic import write_text_atomic
 from ..merging.adaptive import AdaptiveSettings
 from ..merging.channel import NOISES
 from ..merging.concrete import ConcreteSettings
@@ -116,7 +116,7 @@ def run(work: MergeRun) -> None:
         results |= _outcome(merged)
         results |= _save(work, merged)
     results["seconds"] = time.perf_counter() - start
-    write_at_once(work.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text_atomic(work.folder / "results.json", json.dumps(results, indent=2) + "\n")
     print(as_text(results, work.folder))
 
 

@@ -96,11 +96,11 @@ def _asks_for_tasks(method: str) -> bool:
 
 def _refuse_unused(adapter: Adapter, config: MoSLDConfig) -> None:
     options, m = adapter.options, config.mixture_of("")
-    if "top_k" in options and (m.gate != "top_k" or m.kind.gate is not None or not m.routes):
+    if "top_k" in options and (m.gate != "top_k" or m.kind.gate is not None or not m.has_logits):
         _refuse(adapter, "top_k", "which does not choose the K largest gates")
     if "num_experts" in options and replace(m, num_experts=m.num_experts + 1).shapes(8, 8) == m.shapes(8, 8):
         _refuse(adapter, "num_experts", "whose sizes do not depend on it")
-    if options.get("balance_coef") and not m.balances:
+    if options.get("balance_coef") and not m.tokens_choose:
         _refuse(adapter, "balance_coef", "whose tokens do not choose among experts: there is no load to balance")
 
 

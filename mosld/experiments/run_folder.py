@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from ..files.adapter_folder import sha256
-from ..files.atomic import is_leftover, remove_leftovers, write_at_once
+from ..files.atomic import is_leftover, remove_leftovers, write_text_atomic
 from ..files.errors import existing, writable
 
 try:
@@ -95,7 +95,7 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False,
     if state == "unfinished" and "rows" in settings:
         before = json.loads((folder / "run.json").read_text())
         written["rows"] = {**before["rows"], **cast(dict, settings["rows"])}
-    write_at_once(folder / "run.json", json.dumps(written, indent=2) + "\n")
+    write_text_atomic(folder / "run.json", json.dumps(written, indent=2) + "\n")
     return state == "unfinished"
 
 

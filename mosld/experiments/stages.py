@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from ..files.atomic import folder_at_once, write_at_once
+from ..files.atomic import atomic_folder, write_text_atomic
 from ..layers.stats import RouterUse
 from ..tasks.encode import IGNORED, Encoder
 from ..tasks.examples import Task
@@ -117,7 +117,7 @@ def run_stage(
         if PartialState().is_main_process:  # each process has the whole adapter, and PEFT makes a folder in each
             save_adapter(model, adapter_dir)
         start, use = time.perf_counter(), RouterUse()
-        counts = mixture is not None and mixture.balances
+        counts = mixture is not None and mixture.tokens_choose
         on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
         scores = score_tasks(
             model, encoder, chosen, recipe.eval_batch_size, on_batch, f"score {stage.name}",
@@ -141,7 +141,7 @@ def run_stage(
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """`model.save_pretrained(folder)`, all at once or not at all; what `folder` held before is gone then."""
-    with folder_at_once(folder) as aside:
+    with atomic_folder(folder) as aside:
         model.save_pretrained(str(aside))
 
 
@@ -213,7 +213,7 @@ def finish(run_dir: Path, name: str, result: dict) -> None:
     """Keep a stage's result, then drop its checkpoints; an interruption anywhere leaves the one or the other."""
     path = run_dir / "stages" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_at_once(path, json.dumps(result))
+    write_text_atomic(path, json.dumps(result))
     drop_checkpoints(run_dir, name)
 
 

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .atomic import write_at_once
+from .atomic import write_text_atomic
 
 CONFIG, WEIGHTS, DIGEST = "adapter_config.json", "adapter_model.safetensors", "adapter_model.sha256"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")  # pickles, which may run anything when opened
@@ -89,7 +89,7 @@ def write_digest(folder: Path) -> None:
     lines = [f"{sha256(folder / WEIGHTS)}  {WEIGHTS}"]
     if (folder / CONFIG).is_file():
         lines.append(f"# {_config_digest(folder / CONFIG)}  {CONFIG}")
-    write_at_once(folder / DIGEST, "".join(f"{line}\n" for line in lines))
+    write_text_atomic(folder / DIGEST, "".join(f"{line}\n" for line in lines))
 
 
 def check_digest(weights: Path) -> None:

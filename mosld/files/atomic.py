@@ -19,7 +19,7 @@ _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}\.(?P<kind>{NEW}|{OLD})")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 
 
-def write_at_once(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` to the file `path`, or replace what it holds."""
     aside = _beside(path, NEW)
     try:
@@ -41,7 +41,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def folder_at_once(folder: Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
+def atomic_folder(folder: Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` at the end; `check` may object by raising just before.
 
     Where the system cannot swap two folders in one step (Linux can, on local file systems), a process that is killed

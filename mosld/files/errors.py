@@ -82,7 +82,7 @@ def free_memory() -> None:
         torch.accelerator.memory.empty_cache()
 
 
-def visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """`text` with all that would command a terminal written out: a message may quote a stranger's file."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 

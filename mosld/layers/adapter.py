@@ -17,9 +17,9 @@ from mosld_kernels import mosld_delta, mosld_linear
 from mosld_kernels.autograd import no_autocast
 from mosld_kernels.staged import Dropout, staged_linear
 
-from ..mixture.gates import Routing, gates_of, given_gates, route, task_ids
+from ..mixture.gates import Routing, apply_gate, gates_without_logits, router_logits, task_ids
 from ..mixture.spec import FIELDS, PARTS, Mixture
-from .deferred_grads import settle
+from .deferred_grads import attach
 
 
 class AdapterWeight(nn.Module):
@@ -85,7 +85,7 @@ class MoSLDAdapter(nn.Module):
         super().__init__()
         self.mixture = m = Mixture(**hyperparameters)
         self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
-        self.top_k = m.chosen
+        self.top_k = m.experts_per_token
         shapes = m.shapes(in_features, out_features)
         if not shapes.keys() <= set(self.parts):
             of_block = m.kind.block is not None
@@ -97,12 +97,12 @@ class MoSLDAdapter(nn.Module):
             self.register_module(
                 part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
             )
-        self.forget()
-        self.owed: dict[str, Tensor] | None = None
+        self.reset_state()
+        self.deferred_grads: dict[str, Tensor] | None = None
         self.routing: Routing | None = None
         self.reset_parameters()
 
-    def forget(self) -> None:
+    def reset_state(self) -> None:
         """As before the first forward.
 
         >>> import torch
@@ -111,7 +111,7 @@ class MoSLDAdapter(nn.Module):
         >>> _ = adapter(torch.randn(3, 6))
         >>> adapter.router_logits.shape
         torch.Size([3, 4])
-        >>> adapter.forget()
+        >>> adapter.reset_state()
         >>> adapter.router_logits is None
         True
         """
@@ -130,12 +130,12 @@ class MoSLDAdapter(nn.Module):
         0
         """
         m = self.mixture
-        start(self.shared_a.weight, m.down_std)
+        init_weight(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
         if self.router is not None and m.router == "constant":
             nn.init.constant_(self.router.weight, 1 / m.num_experts)
         elif self.router is not None:
-            start(self.router.weight, m.router_std)
+            init_weight(self.router.weight, m.router_std)
         if self.tasks is not None:
             nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
         if self.mixer is not None:
@@ -151,8 +151,8 @@ class MoSLDAdapter(nn.Module):
         (torch.Size([2, 3, 5]), tensor(False))
         """
         self._expect_whole()
-        keeps_hidden = self.keep_hidden and self.mixture.balances and self.mixture.mixing in ("expand", "diagonal")
-        staged = keeps_hidden or not self.mixture.fused
+        keeps_hidden = self.keep_hidden and self.mixture.tokens_choose and self.mixture.mixing in ("expand", "diagonal")
+        staged = keeps_hidden or not self.mixture.uses_fused_operator
         out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
         if self.keep_logits:
@@ -162,7 +162,7 @@ class MoSLDAdapter(nn.Module):
         return self._settled(out, router_logits=logits, hidden=hidden, gram=gram)
 
     def _settled(self, out: Tensor, **made: Tensor | None) -> Tensor:
-        return out if self.owed is None else settle(self, out, made)
+        return out if self.deferred_grads is None else attach(self, out, made)
 
     def _gram(self, z: Tensor) -> Tensor:
         """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
@@ -205,12 +205,12 @@ class MoSLDAdapter(nn.Module):
 
         def mix(z: Tensor, logits: Tensor | None) -> Tensor:
             hidden.append(z)
-            if m.routes:
-                logits = route(self, x, z, logits)
+            if m.has_logits:
+                logits = router_logits(self, x, z, logits)
                 routed.append(logits)
-                gates = gates_of(self, logits)
+                gates = apply_gate(self, logits)
             else:
-                gates = given_gates(self, x, z)
+                gates = gates_without_logits(self, x, z)
             mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
             if m.kind.per_task and mixer is not None:
                 mixer = mixer[task_ids(self, x)]
@@ -222,16 +222,16 @@ class MoSLDAdapter(nn.Module):
             router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
-        return out, routed[0] if routed and m.balances else None, hidden[0]
+        return out, routed[0] if routed and m.tokens_choose else None, hidden[0]
 
-    def given(self, name: str) -> Any:
+    def routing_input(self, name: str) -> Any:
         """What `mosld.set_routing` gave under this name, or None.
 
         >>> import torch
         >>> from mosld import MoSLDLinear, set_routing
         >>> layer = MoSLDLinear(6, 5, num_experts=2, router="external")
         >>> set_routing(layer, gates=torch.tensor([0.25, 0.75]))
-        >>> layer.adapter.given("gates"), layer.adapter.given("prior")
+        >>> layer.adapter.routing_input("gates"), layer.adapter.routing_input("prior")
         (tensor([0.2500, 0.7500]), None)
         """
         return None if self.routing is None else getattr(self.routing, name)
@@ -245,13 +245,13 @@ class MoSLDAdapter(nn.Module):
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "owed", "routing"))}
+        return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "deferred_grads", "routing"))}
 
 
 _DEFAULT = Mixture()
 
 
-def start(weight: Tensor, std: float | None) -> None:
+def init_weight(weight: Tensor, std: float | None) -> None:
     """In place: Kaiming-uniform, or normal with a standard deviation."""
     if std is None:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

@@ -3,7 +3,7 @@
 A loss over kept tensors goes through them into the layers, by itself, where the forward kept a graph. Under reentrant
 checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of which
 nothing but the layer's output is asked. So there the loss works on stand-ins, each of which hands its layer the gradient
-that arrives for it, and the recomputation takes it along (`settle`). That works because autograd goes through what was
+that arrives for it, and the recomputation takes it along (`attach`). That works because autograd goes through what was
 made last first: the loss before the layers.
 """
 
@@ -32,7 +32,7 @@ class KeptTensors:
         if recomputed is None:
             recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self._recomputed = recomputed
-        self._promised: list[tuple[str, DeferredGrads, bool]] = []  # layer, its mixture, whether it must be paid
+        self._stand_ins: list[tuple[str, DeferredGrads, bool]] = []  # layer, its mixture, whether it must be paid
 
     def of(self, layer: str, adapter: DeferredGrads, what: str, through: Tensor) -> Tensor:
         """`adapter`'s kept tensor called `what`, or a stand-in that carries its gradient to the recomputation.
@@ -45,8 +45,10 @@ class KeptTensors:
         if tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
         if self._recomputed:
-            self._promised.append((layer, adapter, through.requires_grad))
-            return cast(Tensor, _StandsIn.apply(tensor.detach().requires_grad_(), adapter, what, self._expect_paid))
+            self._stand_ins.append((layer, adapter, through.requires_grad))
+            return cast(
+                Tensor, _StandIn.apply(tensor.detach().requires_grad_(), adapter, what, self._expect_recomputed)
+            )
         if through.requires_grad:
             part = "router" if what == "router_logits" else "experts"
             raise RuntimeError(
@@ -55,10 +57,14 @@ class KeptTensors:
             )
         return tensor
 
-    def _expect_paid(self) -> None:
-        unpaid = [(layer, adapter, expected) for layer, adapter, expected in self._promised if adapter.owed is not None]
+    def _expect_recomputed(self) -> None:
+        unpaid = [
+            (layer, adapter, expected)
+            for layer, adapter, expected in self._stand_ins
+            if adapter.deferred_grads is not None
+        ]
         for _, adapter, _ in unpaid:
-            adapter.owed = None
+            adapter.deferred_grads = None
         if trained := [layer for layer, _, expected in unpaid if expected]:
             raise RuntimeError(
                 f"the loss waited for {trained[0]} to be run again in backward, which did not happen: its last forward kept "
@@ -66,26 +72,26 @@ class KeptTensors:
             )
 
 
-class _StandsIn(torch.autograd.Function):
+class _StandIn(torch.autograd.Function):
     """Forward is the tensor as it is; backward leaves the gradient that arrives with the adapter."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, adapter: DeferredGrads, what: str, expect_paid) -> Tensor:
-        ctx.adapter, ctx.what, ctx.expect_paid = adapter, what, expect_paid
+    def forward(ctx, tensor: Tensor, adapter: DeferredGrads, what: str, expect_recomputed) -> Tensor:
+        ctx.adapter, ctx.what, ctx.expect_recomputed = adapter, what, expect_recomputed
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx, *grad: Tensor) -> tuple[None, None, None, None]:
-        owed = ctx.adapter.owed or {}
+        owed = ctx.adapter.deferred_grads or {}
         earlier = owed.get(ctx.what)
-        ctx.adapter.owed = {**owed, ctx.what: grad[0] if earlier is None else earlier + grad[0]}
-        Variable._execution_engine.queue_callback(ctx.expect_paid)  # when the whole backward has ended
+        ctx.adapter.deferred_grads = {**owed, ctx.what: grad[0] if earlier is None else earlier + grad[0]}
+        Variable._execution_engine.queue_callback(ctx.expect_recomputed)  # when the whole backward has ended
         return None, None, None, None
 
 
-def settle(adapter: DeferredGrads, out: Tensor, made: Mapping[str, Tensor | None]) -> Tensor:
+def attach(adapter: DeferredGrads, out: Tensor, made: Mapping[str, Tensor | None]) -> Tensor:
     """A layer's output, with which what `adapter` is owed goes into the tensors that this forward `made`, by name."""
-    owed, adapter.owed = adapter.owed, None
+    owed, adapter.deferred_grads = adapter.deferred_grads, None
     # A gradient that is owed outside backward is left from one that broke off. A compiled layer cannot ask whether it is
     # inside; there, `forget_routing` takes away what is left.
     if owed is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
@@ -95,10 +101,10 @@ def settle(adapter: DeferredGrads, out: Tensor, made: Mapping[str, Tensor | None
     if not paid:
         return out
     tensors, grads = zip(*paid, strict=True)
-    return cast(Tensor, _WithOwed.apply(out, grads, *tensors))
+    return cast(Tensor, _AttachGrads.apply(out, grads, *tensors))
 
 
-class _WithOwed(torch.autograd.Function):
+class _AttachGrads(torch.autograd.Function):
     """out unchanged; backward gives each of `tensors` its gradient as well."""
 
     @staticmethod

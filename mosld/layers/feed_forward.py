@@ -19,7 +19,7 @@ from mosld_kernels.gating import top_p_gates
 from mosld_kernels.reference import largest
 
 from ..mixture.spec import BLOCK_PARTS
-from .adapter import AdapterWeight, MoSLDAdapter, start
+from .adapter import AdapterWeight, MoSLDAdapter, init_weight
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 
@@ -53,10 +53,10 @@ class BlockAdapter(MoSLDAdapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for part in (self.gate_a, self.up_a, self.down_a):
-            start(part.weight, self.mixture.down_std)
+            init_weight(part.weight, self.mixture.down_std)
         for part in (self.gate_b, self.up_b, self.down_b):
             nn.init.zeros_(part.weight)
-        start(self.router.weight, self.mixture.router_std)
+        init_weight(self.router.weight, self.mixture.router_std)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [..., hidden_size], the frozen block -> the block's output [..., hidden_size]"""
@@ -91,7 +91,7 @@ class BlockAdapter(MoSLDAdapter):
             out = block.up(out.reshape(-1, out.shape[-1]), mixed, self.down_b.weight).view(out.shape)
         logits = logits.view(*leading, logits.shape[-1])
         if self.keep_logits:
-            self.router_logits = logits if m.balances else None
+            self.router_logits = logits if m.tokens_choose else None
         return self._settled(out, router_logits=logits)
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:

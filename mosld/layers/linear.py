@@ -9,13 +9,13 @@ from .adapter import AdapterWeight, MoSLDAdapter
 from .host import MixtureHost
 
 
-def call_me(module: nn.Module) -> None:
+def disable_encoder_fastpath(module: nn.Module) -> None:
     """Make torch's fused encoder layers call `module` instead of reading its `weight`: they do so where hooks are."""
     module.register_forward_hook(_no_hook)
 
 
 def _no_hook(module, args, output) -> None:
-    """Changes nothing; see `call_me`."""
+    """Changes nothing; see `disable_encoder_fastpath`."""
 
 
 class MoSLDLinear(nn.Linear, MixtureHost):
@@ -61,7 +61,7 @@ class MoSLDLinear(nn.Linear, MixtureHost):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.adapter = MoSLDAdapter(in_features, out_features, **fields, device=device, dtype=dtype)
         self._freeze()
-        call_me(self)
+        disable_encoder_fastpath(self)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **hyperparameters) -> "MoSLDLinear":

@@ -97,5 +97,5 @@ def forget_routing(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         for adapter in adapters_below(model):
-            adapter.forget()
-            adapter.owed = None
+            adapter.reset_state()
+            adapter.deferred_grads = None

@@ -26,7 +26,7 @@ def last_routing(
     adapters = list(running_adapters(model))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
-    if not any(adapter.mixture.balances for _, adapter in adapters):
+    if not any(adapter.mixture.tokens_choose for _, adapter in adapters):
         raise ValueError(f"there is {no_choice(adapters[0][1])}")
     ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
     if not ran:

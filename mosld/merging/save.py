@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.export import export_lora
-from ..files.atomic import folder_at_once
+from ..files.atomic import atomic_folder
 from .dense import kept, write
 from .factored import FactoredMerge, mixed
 from .merge import Merged
@@ -99,7 +99,7 @@ def save_mixture(base: nn.Module, merged: Merged, folder: str | os.PathLike, ran
     _expect_factored(merged, "mosld")
     model = mixed(base, merged.vectors, merged.coefficients, merged.layers, rank)
     try:
-        with folder_at_once(Path(folder)) as aside:
+        with atomic_folder(Path(folder)) as aside:
             model.save_pretrained(str(aside))
     finally:
         model.unload()
@@ -138,7 +138,7 @@ def save_checkpoint(
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    with folder_at_once(folder) as aside:
+    with atomic_folder(folder) as aside:
         model.save_pretrained(str(aside))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))

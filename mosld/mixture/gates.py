@@ -27,12 +27,12 @@ class RoutedAdapter(Protocol):
     router: Any  # a Weight, None where nobody routes
     tasks: Any  # a Weight, None where tasks are not embedded
 
-    def given(self, name: str) -> Any: ...
+    def routing_input(self, name: str) -> Any: ...
 
 
 def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
     """-> [batch], the task of each row of x [batch, ..., D_in]"""
-    ids: Tensor | None = adapter.given("task_ids")
+    ids: Tensor | None = adapter.routing_input("task_ids")
     if ids is None:
         raise RuntimeError(
             f"mixing={adapter.mixture.mixing!r} with router={adapter.mixture.router!r} asks for the task of every row: call "
@@ -50,9 +50,9 @@ def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
     return values.repeat_interleave(rows // len(values), dim=0)
 
 
-def by_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
+def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
     """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype and on its device."""
-    given: Tensor = adapter.given(name)
+    given: Tensor = adapter.routing_input(name)
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
         raise ValueError(f"{name} must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}")
@@ -68,7 +68,7 @@ def by_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
     return values
 
 
-def route(adapter: RoutedAdapter, x: Tensor, z: Tensor, logits: Tensor | None) -> Tensor:
+def router_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor, logits: Tensor | None) -> Tensor:
     """x [..., D_in], z [..., R_in], the token router's logits [..., n] or None
     -> logits over the temperature [..., n], of every token or with sizes 1 to be broadcast over tokens, in z's dtype"""
     m, router = adapter.mixture, adapter.router
@@ -96,28 +96,28 @@ def _by_task(adapter: RoutedAdapter, x: Tensor, weight: Tensor) -> Tensor:
     return logits.view(len(ids), *[1] * (x.dim() - 2), logits.shape[1])
 
 
-def gates_of(adapter: RoutedAdapter, logits: Tensor) -> Tensor:
-    """logits as `route` returns them -> gates, as the mixing wants them"""
+def apply_gate(adapter: RoutedAdapter, logits: Tensor) -> Tensor:
+    """logits as `router_logits` returns them -> gates, as the mixing wants them"""
     m = adapter.mixture
     if m.kind.gate is not None:
         return m.kind.gate(logits, adapter)
     if m.gate == "top_p":
         return top_p_gates(logits, m.top_p)
-    return gates_from_logits(logits, m.chosen)
+    return gates_from_logits(logits, m.experts_per_token)
 
 
-def gates_for(adapter: RoutedAdapter, x: Tensor) -> Tensor:
+def eval_gates(adapter: RoutedAdapter, x: Tensor) -> Tensor:
     """x [..., D_in] -> the gates that the layer gives its tokens in eval mode, as the mixing wants them, in the routing's dtype"""
     m, dtype = adapter.mixture, router_dtype(x.dtype)
     x = x.to(dtype)
     z = F.linear(x, adapter.shared_a.weight.to(dtype))
-    if not m.routes:
-        return given_gates(adapter, x, z)
+    if not m.has_logits:
+        return gates_without_logits(adapter, x, z)
     logits = F.linear(x, adapter.router.weight.to(dtype)) if m.router == "token" else None
-    return gates_of(adapter, route(adapter, x, z, logits))
+    return apply_gate(adapter, router_logits(adapter, x, z, logits))
 
 
-def given_gates(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
+def gates_without_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
     """Gates that nobody computes: parameters, the caller's, or ones."""
     m = adapter.mixture
     count = m.kind.gates(m)
@@ -126,8 +126,8 @@ def given_gates(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
     if m.router == "constant":
         assert adapter.router is not None
         return adapter.router.weight[0].to(z.dtype)
-    if adapter.given("gates") is None:
+    if adapter.routing_input("gates") is None:
         raise RuntimeError(
             "router='external' takes its gates from the caller: call mosld.set_routing(model, gates=...) before the model"
         )
-    return by_row(adapter, "gates", z.new_empty(()).expand(*x.shape[:-1], count))
+    return broadcast_per_row(adapter, "gates", z.new_empty(()).expand(*x.shape[:-1], count))

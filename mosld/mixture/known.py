@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mosld_kernels import gating, mixing
 
-from .gates import by_row
+from .gates import broadcast_per_row
 from .registry import register_mixing
 from .spec import Mixture, number
 
@@ -98,8 +98,8 @@ def _with_prior(logits: Tensor, adapter: Any) -> Tensor:
     """sigma(100 b) (w n softmax(logits) + (1 - w) 4 rho), w = sigma(100 v), as [..., r_up, r]; rho from set_routing."""
     balance, gain = torch.sigmoid(SIGMOID_GAIN * adapter.mixer.weight.to(logits.dtype))
     matrix = balance * logits.shape[-1] * logits.softmax(-1)
-    if adapter.given("prior") is not None:
-        matrix = matrix + (1 - balance) * PRIOR_GAIN * by_row(adapter, "prior", logits)
+    if adapter.routing_input("prior") is not None:
+        matrix = matrix + (1 - balance) * PRIOR_GAIN * broadcast_per_row(adapter, "prior", logits)
     return (gain * matrix).unflatten(-1, (-1, adapter.mixture.r))
 
 

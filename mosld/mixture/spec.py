@@ -75,7 +75,7 @@ class Mixture:
         for name, known in (("mixing", MIXINGS), ("router", ROUTERS), ("gate", GATES)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.gate == "top_k" and self.routes and self.kind.gate is None and self.top_k > self.num_experts:
+        if self.gate == "top_k" and self.has_logits and self.kind.gate is None and self.top_k > self.num_experts:
             raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
         if not 0 < number(self.top_p) <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
@@ -99,15 +99,15 @@ class Mixture:
                 f"num_tasks={self.num_tasks} contradicts router={self.router!r} with mixing={self.mixing!r}: neither "
                 "asks for the task"
             )
-        if kind.gate is not None and not self.routes:
+        if kind.gate is not None and not self.has_logits:
             raise ValueError(f"router={self.router!r} contradicts mixing={self.mixing!r}, which makes gates of logits")
-        if not self.routes:
+        if not self.has_logits:
             for name, unused in (("temperature", self.temperature != 1), ("router_std", self.router_std is not None)):
                 if unused:
                     raise ValueError(
                         f"{name}={getattr(self, name)} contradicts router={self.router!r}, which has no logits"
                     )
-        if self.gate == "top_p" and (kind.gate is not None or not self.routes):
+        if self.gate == "top_p" and (kind.gate is not None or not self.has_logits):
             which = f"router={self.router!r}" if kind.gate is None else f"mixing={self.mixing!r}"
             raise ValueError(f"gate='top_p' contradicts {which}, which has gates of its own")
         kind.check(self)
@@ -121,7 +121,7 @@ class Mixture:
         return self.alpha / self.r
 
     @property
-    def routes(self) -> bool:
+    def has_logits(self) -> bool:
         """Whether there are logits, of which a gate function makes gates."""
         return self.router not in ("external", "constant", "none")
 
@@ -130,12 +130,12 @@ class Mixture:
         return self.router == "task" or self.kind.per_task
 
     @property
-    def chosen(self) -> int:
+    def experts_per_token(self) -> int:
         """K, experts chosen per token: all of them where the softmax goes over all."""
-        return self.top_k if self.gate == "top_k" and self.routes and self.kind.gate is None else self.num_experts
+        return self.top_k if self.gate == "top_k" and self.has_logits and self.kind.gate is None else self.num_experts
 
     @property
-    def fused(self) -> bool:
+    def uses_fused_operator(self) -> bool:
         """Whether the fused operator computes it: MoSLD's structure, or the same with an A per expert."""
         sites = self.up_dropout or self.input_dropout or self.hidden_dropout
         return (
@@ -147,12 +147,12 @@ class Mixture:
         )
 
     @property
-    def balances(self) -> bool:
+    def tokens_choose(self) -> bool:
         """Whether tokens choose among experts, so that load balance and router statistics mean something."""
         return self.kind.per_expert and self.router in ("token", "hidden") and self.gate != "top_p"
 
     @property
-    def of_linear(self) -> "Mixture":
+    def for_linear_layers(self) -> "Mixture":
         """Itself; where it is of a block, the plain LoRA of a linear layer beside the blocks."""
         if self.kind.block is None:
             return self

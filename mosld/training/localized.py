@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
 from ..layers.stats import last_routing
-from ..mixture.gates import gates_of
+from ..mixture.gates import apply_gate
 
 
 def localized_balance_loss(
@@ -74,7 +74,7 @@ def _variation(adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None, own: 
     """logits [batch, ..., E], mask [batch, ...], own bool [batch, E] -> var(Z) / mean(Z)^2"""
     real = None if mask is None else (mask.to(logits.device) != 0).unsqueeze(-1)
     # Set to zero before and after, not multiplied: padding may be NaN.
-    gates = gates_of(adapter, logits if real is None else torch.where(real, logits, 0.0))
+    gates = apply_gate(adapter, logits if real is None else torch.where(real, logits, 0.0))
     if real is not None:
         gates = torch.where(real, gates, 0.0)
     weights = gates.new_full(own.shape, 1 - delta).masked_fill(own, 1 + delta)

@@ -237,7 +237,7 @@ class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
 
 def _balance_coef(model: nn.Module, given: float | None) -> float:
     adapters = [adapter for _, adapter in running_adapters(model)]
-    if adapters and not any(adapter.mixture.balances for adapter in adapters):
+    if adapters and not any(adapter.mixture.tokens_choose for adapter in adapters):
         if given:
             raise ValueError(f"balance_coef={given} has {no_choice(adapters[0])}")
         return 0.0

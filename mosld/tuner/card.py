@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files.adapter_folder import WEIGHTS, read_config
-from ..files.atomic import write_at_once
+from ..files.atomic import write_text_atomic
 from .weights import AdapterWeights, SavedLayer
 
 BEGIN, END = "<!-- mosld: renewed whenever the adapter is saved -->", "<!-- mosld: end -->"
@@ -56,7 +56,7 @@ def write_card(
         card.text = before + own + rest.partition(END)[2]
     else:
         card.text = _heading(config) + own + "\n" + _without_template(card.text)
-    write_at_once(path, str(card))
+    write_text_atomic(path, str(card))
     return path
 
 

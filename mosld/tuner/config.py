@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from ..files.adapter_folder import CONFIG, DIGEST, WEIGHTS, AdapterFileError, check_weights, write_digest
 from ..files.atomic import folder_beside
-from ..files.errors import visible
+from ..files.errors import escape_control_chars
 from ..files.safe_regex import check_expression
 from ..mixture.spec import FIELDS, Mixture, number
 from .card import write_card
@@ -211,7 +211,7 @@ class MoSLDConfig(PeftConfig):
             return super().check_kwargs(**kwargs)
         if unknown:
             warnings.warn(
-                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {visible(', '.join(unknown))}. A "
+                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {escape_control_chars(', '.join(unknown))}. A "
                 "newer version may have saved it",
                 stacklevel=2,
             )

@@ -10,7 +10,7 @@ from mosld_kernels.dispatch import autocasts
 from ..layers.adapter import MoSLDAdapter
 from ..layers.feed_forward import BlockAdapter
 from ..layers.host import MixtureHost
-from ..layers.linear import call_me
+from ..layers.linear import disable_encoder_fastpath
 from ..mixture.spec import BLOCK_PARTS, PARTS, Mixture
 
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
@@ -97,10 +97,10 @@ class MoSLDPeftLinear(MoSLDPeftLayer):
         if in_features is None or out_features is None:
             raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
         super().__init__(base_layer, in_features, out_features)
-        call_me(self)
+        disable_encoder_fastpath(self)
 
     def mixture_here(self, mixture: Mixture) -> Mixture:
-        return mixture.of_linear
+        return mixture.for_linear_layers
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""

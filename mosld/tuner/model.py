@@ -53,14 +53,14 @@ class MoSLDModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            take_back(self, adapter_name)
+            undo_injection(self, adapter_name)
             if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
                 raise
             raise type(error)(f"{error} {'; '.join(hints)}") from error
         if cast(Any, self.peft_config[adapter_name]).mixing == "block" and not any(
             isinstance(module, MoSLDPeftBlock) and adapter_name in module.mixtures for module in model.modules()
         ):
-            take_back(self, adapter_name)
+            undo_injection(self, adapter_name)
             raise ValueError(
                 f"mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', got {targets}"
             )
@@ -108,7 +108,7 @@ class MoSLDModel(BaseTuner):
                 if path is None:
                     raise
                 if _is_untrained(tuner.model, adapter_name):  # it was placed a moment ago, for these weights
-                    take_back(tuner, adapter_name)
+                    undo_injection(tuner, adapter_name)
                 raise AdapterFileError(f"{path} cannot be used: {error}") from error
         return remapped
 
@@ -131,7 +131,7 @@ class MoSLDModel(BaseTuner):
             raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
 
 
-def take_back(tuner: BaseTuner, adapter_name: str) -> None:
+def undo_injection(tuner: BaseTuner, adapter_name: str) -> None:
     """As if the adapter had not been placed: what was wrapped for it alone is unwrapped."""
     tuner.peft_config.pop(adapter_name, None)
     if not tuner.peft_config:

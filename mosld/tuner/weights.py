@@ -62,7 +62,7 @@ class AdapterWeights:
         if not self._keys:
             raise AdapterFileError(f"{path} holds no tensor of a MoSLD adapter")
         self.mixtures = {
-            name: mixture_of(name).of_linear if keys.keys() & {"shared_a", "expert_b"} else mixture_of(name)
+            name: mixture_of(name).for_linear_layers if keys.keys() & {"shared_a", "expert_b"} else mixture_of(name)
             for name, keys in self._keys.items()
         }
         self.layers = {

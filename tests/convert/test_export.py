@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 
-import mosld.convert.export
 import peft
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import mosld.convert.export
 from mosld import MoSLDConfig, MoSLDLinear, export_lora, import_lora, router_stats
 from mosld.tuner.layer import MoSLDPeftLinear
 from tests.helpers.models import perturb, tiny_llama, token_ids

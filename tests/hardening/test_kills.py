@@ -16,7 +16,7 @@ from mosld.experiments.run_folder import check_free, claim, release
 from mosld.experiments.stages import save_adapter
 from mosld.files import atomic as at_once
 from mosld.files.adapter_folder import AdapterFileError
-from mosld.files.atomic import folder_at_once, is_leftover, remove_leftovers
+from mosld.files.atomic import atomic_folder, is_leftover, remove_leftovers
 from tests.helpers.kills import killed_at_every_change
 from tests.helpers.models import perturb, tiny_llama, token_ids
 
@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_while_it_saves_its_adapter_leaves_the_old_or_the_n
 
 def write_without_exchange(folder: Path) -> None:
     at_once._exchange = lambda one, other: False  # this process ends soon
-    with folder_at_once(folder / "a") as aside:
+    with atomic_folder(folder / "a") as aside:
         for name in ("one", "two"):
             (aside / name).write_text("new")
 

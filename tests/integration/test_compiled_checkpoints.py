@@ -261,7 +261,7 @@ def test_what_a_broken_off_backward_owed_is_forgotten(layers):
     layer(x).sum().backward()
     clean = adapter.router.weight.grad.clone()
     (checkpoint(layer, x, use_reentrant=True).sum() + balance_loss(layer, recomputed=True)).backward()
-    adapter.owed = torch.ones_like(adapter.router_logits)  # as a backward leaves it that breaks off
+    adapter.deferred_grads = torch.ones_like(adapter.router_logits)  # as a backward leaves it that breaks off
     forget_routing(layer)
     layer.zero_grad()
     layer(x).sum().backward()

@@ -39,7 +39,7 @@ def test_mosl_with_every_expert_chosen_is_hydralora_without_its_dropout():
     """The first runs in the fused operator, the second in stages, for it may drop."""
     mosl = layer_of(presets.mosl(r=3, alpha=12, num_experts=3, top_k=3))
     hydra = layer_of(presets.hydralora(r=3, alpha=12), **weights_of(mosl)).eval()
-    assert mosl.adapter.mixture.fused and not hydra.adapter.mixture.fused
+    assert mosl.adapter.mixture.uses_fused_operator and not hydra.adapter.mixture.uses_fused_operator
     torch.testing.assert_close(results(mosl), results(hydra), **CLOSE)
 
 
@@ -47,7 +47,7 @@ def test_mosl_with_every_expert_chosen_is_hydralora_without_its_dropout():
 def test_the_fused_operator_and_the_stages_give_the_same(preset):
     fused = layer_of(preset(r=3, num_experts=4, input_dropout=0.0))
     staged = layer_of(preset(r=3, num_experts=4, input_dropout=0.1), **weights_of(fused)).eval()
-    assert fused.adapter.mixture.fused and not staged.adapter.mixture.fused
+    assert fused.adapter.mixture.uses_fused_operator and not staged.adapter.mixture.uses_fused_operator
     torch.testing.assert_close(results(fused), results(staged), **CLOSE)
 
 
@@ -120,7 +120,7 @@ def test_one_expert_is_pefts_lora_from_the_same_file(lora, settings):
     theirs, folder = lora
     ours, ids = import_lora(tiny_llama().double(), folder, dropout=0.0, **settings), token_ids()
     mixture = next(m for m in ours.modules() if hasattr(m, "mixtures")).mixtures["default"].mixture
-    assert mixture.fused == (settings.get("router") != "none")
+    assert mixture.uses_fused_operator == (settings.get("router") != "none")
     logits = []
     for model in (theirs, ours):
         model.train()

@@ -14,7 +14,7 @@ NAMES = list(presets.PRESETS)
 
 def made(config):
     """The two ways to a layer."""
-    fields = vars(config.mixture_of("layer").of_linear)  # of MixLoRA the LoRA beside its blocks
+    fields = vars(config.mixture_of("layer").for_linear_layers)  # of MixLoRA the LoRA beside its blocks
     yield MoSLDLinear(D_IN, D_OUT, **fields).adapter
     yield MoSLDLinear.from_linear(nn.Linear(D_IN, D_OUT), **fields).adapter
 

@@ -200,7 +200,7 @@ def test_a_recomputation_that_does_not_come_is_told():
     assert loss.item() > 0
     with pytest.raises(RuntimeError, match="waited for 0 to be run again in backward, which did not happen"):
         loss.backward()
-    assert model[0].adapter.owed is None
+    assert model[0].adapter.deferred_grads is None
 
 
 def test_a_single_vector_is_one_token():

@@ -143,7 +143,7 @@ def skipped_steps(accumulation, checkpointing, device):
         scale = scaler.get_scale()
         backward(model, accumulation, scaler)
         scaler.unscale_(optimizer)
-        assert all(adapter.owed is None for _, adapter in running_adapters(model))
+        assert all(adapter.deferred_grads is None for _, adapter in running_adapters(model))
         last = gradients(model)
         finite = all(grad.isfinite().all() for grad in last.values())
         scaler.step(optimizer)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mosld.experiments.results import versions
-from mosld.files.atomic import write_at_once
+from mosld.files.atomic import write_text_atomic
 from tests.hardening.faults.moments import PHASES, SAVE_STEPS, Attempt, Event, Moment, attempt
 from tests.helpers.cli_data import FAST, words, write_data
 from tests.helpers.kills import processes
@@ -270,7 +270,7 @@ def main() -> int:
                 f"{run['verb']}: {len(run['kills'])} kills, {run['seconds']} s", *run["faults"], sep="\n  ", flush=True
             )
     told = gather(runs, options.seed)
-    write_at_once(options.output, json.dumps(told, indent=1) + "\n")
+    write_text_atomic(options.output, json.dumps(told, indent=1) + "\n")
     print(f"{told['kills']} kills, {len(told['faults'])} faults; written to {options.output}")
     return 1 if told["faults"] else 0
 

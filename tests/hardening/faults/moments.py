@@ -173,7 +173,7 @@ class _Told:
         self.around(compare_report, "write", "writing")
         self.around(merge_command, "save_lora", "writing")
         self.around(merge_command, "save_checkpoint", "writing")
-        self.around(merge_command, "write_at_once", "writing")
+        self.around(merge_command, "write_text_atomic", "writing")
 
 
 def _stage(trainer: Trainer) -> str:

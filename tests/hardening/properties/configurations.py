@@ -44,7 +44,7 @@ def fields_of(draw, name: str) -> dict[str, Any]:
         pattern = draw(st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 9), max_size=3))
         own["num_experts_pattern"] = pattern
         own["top_k"] = min([own["top_k"], *pattern.values()])
-    if mixture.routes:
+    if mixture.has_logits:
         own["temperature"], own["router_std"] = draw(POSITIVE), draw(STDS)
         if mixture.kind.gate is None:
             own["gate"], own["top_p"] = draw(st.sampled_from(("top_k", "softmax", "top_p"))), draw(st.floats(0.01, 1))

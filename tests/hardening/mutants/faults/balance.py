@@ -82,8 +82,8 @@ FAULTS = [
     Fault(
         "owed_is_paid_again",
         "mosld/layers/deferred_grads.py",
-        "    owed, adapter.owed = adapter.owed, None\n",
-        "    owed = adapter.owed\n",
+        "    owed, adapter.deferred_grads = adapter.deferred_grads, None\n",
+        "    owed = adapter.deferred_grads\n",
         "under reentrant checkpointing the loss counts again whenever the layer runs",
         (*BALANCE, *LOSSES),
     ),

@@ -27,7 +27,7 @@ FAULTS = [
         "uniform_over_the_chosen",
         "mosld/convert/fixed_gates.py",
         "    return [1 / m.num_experts] * gate_shape(adapter).numel()",
-        "    return [1 / m.chosen] * gate_shape(adapter).numel()",
+        "    return [1 / m.experts_per_token] * gate_shape(adapter).numel()",
         "the exported update is E / K times too large",
         EXPORT,
     ),

@@ -33,7 +33,7 @@ FAULTS = [
     Fault(
         "a_starts_at_zero",
         "mosld/layers/adapter.py",
-        "        start(self.shared_a.weight, m.down_std)\n",
+        "        init_weight(self.shared_a.weight, m.down_std)\n",
         "        nn.init.zeros_(self.shared_a.weight)\n",
         "A and B are both zero, and nothing is ever learnt",
         LAYER,
@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "logits_go_into_copies",
         "mosld/layers/adapter.py",
-        'dict.fromkeys(("router_logits", "hidden", "gram", "owed", "routing"))',
-        'dict.fromkeys(("hidden", "gram", "owed", "routing"))',
+        'dict.fromkeys(("router_logits", "hidden", "gram", "deferred_grads", "routing"))',
+        'dict.fromkeys(("hidden", "gram", "deferred_grads", "routing"))',
         "a model cannot be copied or pickled after a forward in training",
         LAYER,
     ),

@@ -68,8 +68,8 @@ FAULTS = [
     Fault(
         "softmax_cut_to_k",
         "mosld/mixture/spec.py",
-        '        return self.top_k if self.gate == "top_k" and self.routes',
-        "        return self.top_k if self.routes",
+        '        return self.top_k if self.gate == "top_k" and self.has_logits',
+        "        return self.top_k if self.has_logits",
         'gate="softmax" chooses top_k experts',
         EQUATIONS,
     ),
@@ -156,7 +156,7 @@ FAULTS = [
     Fault(
         "skipped_layers_remembered",
         "mosld/layers/routing.py",
-        "            adapter.forget()\n",
+        "            adapter.reset_state()\n",
         "",
         "a layer that a forward skipped counts in its balance loss as it was before",
         SKIPPED,
