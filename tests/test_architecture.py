@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mosld_kernels import keep_mask
+from tests.helpers.import_graph import circles, import_graph, read_sources
 
 ROOT = Path(__file__).parent.parent
 # What each package may import, beside itself and the standard library. The kernels need torch alone: see the test below.
@@ -21,9 +22,102 @@ ALLOWED = {
 }  # fmt: skip
 
 
-def imported(path: Path) -> set[str]:
+# Folders of mosld from the top to the ground; those on one floor know nothing of each other.
+FLOORS = (
+    ("cli",),
+    ("experiments", "analysis"),
+    ("embedded", "merging"),
+    ("presets", "training", "convert"),
+    ("tuner",),
+    ("layers",),
+    ("mixture", "files", "tasks"),
+)
+# What stands on top for users alone: nobody inside imports it.
+DOORS = {"mosld", "mosld.__main__", "mosld.layer", "mosld.losses", "mosld.trainer"}
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+PACKAGES = ("mosld_kernels", "mosld", "benchmarks")
+SOURCES = read_sources(ROOT, PACKAGES)
+
+
+def room_of(module: str) -> str:
+    """The folder of mosld in which a module lies; of a module on top its own name."""
+    return module.split(".")[1]
+
+
+def wrong_imports(sources: dict[str, str]) -> list[str]:
+    """One sentence for each import that runs against the order of packages and folders, and for each circle."""
+    graph = import_graph(sources)
+    wrong = []
+    for module, targets in sorted(graph.items()):
+        for target in sorted(targets):
+            wrong += _against_packages(module, target)
+            if module.startswith("mosld.") and module not in DOORS and target.startswith("mosld."):
+                wrong += _against_folders(module, target)
+            if target in DOORS and module.split(".")[0] == "mosld":
+                wrong.append(f"{module} imports {target}, which is for users")
+    for circle in circles(graph):
+        wrong.append(f"{', '.join(sorted(circle))} import each other in a circle")
+    return wrong
+
+
+def _against_packages(module: str, target: str) -> list[str]:
+    upper, lower = module.split(".")[0], target.split(".")[0]
+    if PACKAGES.index(lower) > PACKAGES.index(upper):
+        return [f"{module} imports {target}: {lower} stands above {upper}"]
+    return []
+
+
+def _against_folders(module: str, target: str) -> list[str]:
+    own, other = room_of(module), room_of(target)
+    if own == other or target in DOORS:
+        return []
+    if target == f"mosld.{other}" and other != "presets":
+        return [f"{module} imports the folder {target}, not the file that has the name"]
+    if FLOOR_OF[other] <= FLOOR_OF[own]:
+        return [f"{module} imports {target}: {other} is not below {own}"]
+    return []
+
+
+def test_no_import_runs_against_the_order_and_none_in_a_circle():
+    assert len(SOURCES) > 100
+    assert wrong_imports(SOURCES) == []
+
+
+def test_every_file_of_the_library_lies_in_a_folder_or_is_a_door():
+    for module in SOURCES:
+        if module.split(".")[0] == "mosld" and module not in DOORS:
+            assert room_of(module) in FLOOR_OF, module
+
+
+@pytest.mark.parametrize(
+    ("module", "planted", "sentence"),
+    [
+        ("mosld.layers.linear", "from ..tuner.layer import MoSLDLayer", "tuner is not below layers"),
+        ("mosld.layers.linear", "def late():\n    from ..tuner.layer import MoSLDLayer", "tuner is not below layers"),
+        (
+            "mosld.files.atomic",
+            "if TYPE_CHECKING:\n    from ..mixture.spec import Mixture",
+            "mixture is not below files",
+        ),
+        ("mosld.training.trainer", "from ..convert.export import export_lora", "convert is not below training"),
+        ("mosld.tuner.layer", "from .model import MoSLDModel", "import each other in a circle"),
+        ("mosld.tuner.layer", "from ..mixture import Mixture", "imports the folder mosld.mixture"),
+        ("mosld.convert.export", "from mosld.layer import MoSLDAdapter", "which is for users"),
+        ("mosld.convert.export", "from .. import layer", "which is for users"),
+        ("mosld_kernels.eager", "from mosld.mixture.gates import eval_gates", "mosld stands above mosld_kernels"),
+        ("mosld_kernels.limits", "def late():\n    from . import dispatch", "import each other in a circle"),
+        ("mosld.cli.main", "import benchmarks.__main__", "benchmarks stands above mosld"),
+    ],
+)
+def test_a_planted_wrong_import_is_noticed(module, planted, sentence):
+    sources = {**SOURCES, module: f"{SOURCES[module]}\n{planted}\n"}
+    assert any(sentence in line and module in line for line in wrong_imports(sources))
+
+
+def third_parties(source: str) -> set[str]:
+    """The packages outside the standard library that a module imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -32,11 +126,10 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ALLOWED)
-def test_imports_point_one_way(package):
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        assert imported(path) <= ALLOWED[package] | {package}, path
+def test_only_declared_packages_are_imported(package):
+    for module, source in SOURCES.items():
+        if module.split(".")[0] == package:
+            assert third_parties(source) <= ALLOWED[package] | {package}, module
 
 
 def run_without(*blocked: str, program: str) -> subprocess.CompletedProcess:
