@@ -1,4 +1,4 @@
-"""docs/compatibility.md, from the tests' own lists: `python -m tests.compatibility` writes it."""
+"""docs/reference/compatibility.md, from the tests' own lists: `python -m tests.compatibility` writes it."""
 
 import inspect
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from tests.library import (
 from tests.library.test_compiled_checkpoints import COLUMNS, COMBINATIONS, SETTING
 from tests.processes import test_ddp, test_fsdp, test_train, test_zero
 
-PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
+PAGE = Path(__file__).parent.parent / "docs/reference/compatibility.md"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton")
 # Whose tests are skipped where they are not installed.
 OPTIONAL = ("bitsandbytes", "torchao", "lm_eval", "trl", "deepspeed")
@@ -162,7 +162,7 @@ def page() -> str:
         "# Compatibility\n\n"
         "Written by `python -m tests.compatibility` from the lists that the tests themselves run; models are built from\n"
         f"their configurations, with one or two layers. Written with {', '.join(map(_version, PACKAGES))};\n"
-        f"{', '.join(map(_version, OPTIONAL))}. Older versions: `docs/decisions.md`, Versions.\n\n"
+        f"{', '.join(map(_version, OPTIONAL))}. Older versions: `docs/design/decisions.md`, Versions.\n\n"
         f"{tables()}\n"
     )
 

@@ -1,20 +1,22 @@
-"""docs/methods.md, from the presets, their docstrings and counts on their real modules: `python -m tests.methods_page` writes it."""
+"""docs/reference/methods.md, from the presets, their docstrings and counts on their real modules.
 
-import functools
+`python -m docs.build.methods` writes it.
+"""
+
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+from docs.build.markdown import table, wrapped
+from docs.build.method_counts import MODEL, costs, trained_parameters
 from mosld.config import MoSLDConfig
-from mosld.counting import count, sizes_by_role
 from mosld.mixture import GATES, MIXINGS, ROUTERS, Mixture
 from mosld.presets import PRESETS
 
-PAGE = Path(__file__).parent.parent / "docs/methods.md"
-MODEL = "llama-2-7b"
+PAGE = Path(__file__).parent.parent / "reference/methods.md"
 
 
 class Form(NamedTuple):
@@ -61,164 +63,45 @@ SITES = {
 }
 
 
-class Setting(NamedTuple):
-    """A count that a paper gives, or that tells methods apart. arithmetic: Python, must equal the count."""
-
-    name: str
-    config: str
-    targets: str | None
-    arithmetic: str
-    paper: str = ""
-
-
-QV, QKVO, FFN = "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
-ALL_IN, ALL_OUT = "(6*4096 + 11008)", "(5*4096 + 2*11008)"  # of a block's seven linear layers together
-FFN_IN, FFN_OUT = "(2*4096 + 11008)", "(4096 + 2*11008)"
-SETTINGS = [
-    Setting("LoRA, r 8", "lora", QV, "64 * (8*4096 + 8*4096)", "0.419B in MoSLD's Table 5: 100 times too large"),
-    Setting(
-        "MoSLD, its 8, 6, 4, 2 experts", "mosld:num_experts=8/6/4/2", QV, "64 * (8*4096 + 5*8*4096 + 5*4096)",
-        "1.389B, 20.6 % of full tuning in its Table 5: 100 times too large",
-    ),
-    Setting("MoSLD, 8 experts", "mosld", QV, "64 * (8*4096 + 8*8*4096 + 8*4096)"),
-    Setting(
-        "MoLA, its 2, 4, 6, 8 experts", "mola:num_experts=2/4/6/8", QV, "64 * (5*8*(4096 + 4096) + 5*4096)",
-        "2.228B in MoSLD's Table 5: 100 times too large",
-    ),
-    Setting("MoLA, 8 experts", "mola", QV, "64 * (8*8*(4096 + 4096) + 8*4096)"),
-    Setting(
-        "HydraLoRA, r 8, 3 experts", "hydralora:r=8,num_experts=3", QV, "64 * (8*4096 + 3*8*4096 + 3*4096)",
-        "0.124 %: without the router",
-    ),
-    Setting(
-        "HydraLoRA, r 8, 10 experts", "hydralora:r=8,num_experts=10", QV, "64 * (8*4096 + 10*8*4096 + 10*4096)",
-        "0.341 %: without the router",
-    ),
-    Setting(
-        "HydraLoRA, its script", "hydralora:r=4,num_experts=4", FFN,
-        f"32 * (4*{FFN_IN} + 4*4*{FFN_OUT} + 4*{FFN_IN})",
-    ),
-    Setting("MoDE, r 4, 6 experts", "mode:r=4,num_experts=6", QV, "64 * (4*4096 + 6*4*4096 + 6*4*4096)"),
-    Setting(
-        "MALoRA, 8 experts, r 8, r_up 12", "malora:r=8,r_up=12,num_experts=8", QV,
-        "64 * (8*4096 + 8*(12*8 + 12*4096) + 8*4096)",
-    ),
-    Setting(
-        "MTL-LoRA, its script: r 8, 3 B's, 8 tasks", "mtl_lora:r=8,num_experts=3,num_tasks=8", QKVO,
-        "128 * (8*4096 + 8*8*8 + 3*8*4096 + 8*3)",
-    ),
-    Setting(
-        "MoR1E / T-REX, 4 × 8", "mor1e:r=4,r_up=8", "all-linear",
-        f"32 * (4*{ALL_IN} + 8*{ALL_OUT} + 32*{ALL_IN} + 7*2)", "not known to us; most of it is the router",
-    ),
-    Setting(
-        "LoRAMoE, 8 experts, r 4", "loramoe:r=4,num_experts=8", FFN,
-        f"32 * (8*4*({FFN_IN} + {FFN_OUT}) + 8*{FFN_IN})",
-    ),
-    Setting(
-        "MoSLD, 5 experts on average, all linear layers", "mosld:num_experts=8/6/4/2", "all-linear",
-        f"32 * (8*{ALL_IN} + 5*8*{ALL_OUT} + 5*{ALL_IN})",
-    ),
-    Setting(
-        "MoLA, 5 experts on average, all linear layers", "mola:num_experts=2/4/6/8", "all-linear",
-        f"32 * (5*8*({ALL_IN} + {ALL_OUT}) + 5*{ALL_IN})",
-    ),
-    Setting(
-        "MixLoRA (TUDB), 8 experts, r 16", "mixlora", None,
-        "32 * (8*16*3*(4096 + 11008) + 8*4096 + 4*16*(4096 + 4096))", "2.9 % of base and adapter: agrees",
-    ),
-]  # fmt: skip
-
-
-def settings() -> list[Setting]:
-    """Those whose preset there is."""
-    return [setting for setting in SETTINGS if setting.config.partition(":")[0] in PRESETS]
-
-
-@functools.cache
-def counted(setting: Setting) -> dict:
-    return count(MODEL, [setting.config], setting.targets)["methods"][0]
-
-
-def page() -> str:
-    parts = [HEAD, _operator(), TELLING, _presets(), _counts(), _costs(), _one_by_one()]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
 HEAD = f"""
 # Methods
 
-Written by `python -m tests.methods_page` from the presets, their docstrings and counts on their real modules; a test says when
-it is behind. `mosld inspect --model {MODEL}` prints the counts for any model and setting.
+After this page you can choose a method for your model by its formula, its router and what it costs.
+
+Written by `python -m docs.build.methods` from the presets, their docstrings and counts on their real modules; a test says
+when it is behind. `mosld inspect --model {MODEL}` prints the counts for any model and setting.
 """
 
+OPERATOR = """
+## One operator: down, mix, up
 
-def _operator() -> str:
-    configs = {name: PRESETS[name]() for name in PRESETS}
-    return "\n".join(
-        [
-            "## One operator: down, mix, up",
-            "",
-            "Every mixture of LoRA experts here is a frozen linear layer with two trained products beside it and a small matrix",
-            "M(x) between them, another for each token:",
-            "",
-            "```",
-            "z = x Aᵀ          down   every row of every A, once",
-            "h = M(x) z        mix    a few numbers a token; M is never written out",
-            "y = W0 x + s B h  up     every column of every B, once; s = alpha / r",
-            "```",
-            "",
-            "No expert is looped over, and a method is a choice in each of four places: the mixing matrix, who routes, how logits",
-            "become gates, and where dropout falls. They are fields of `MoSLDConfig`, and combine freely where they do not contradict",
-            "each other; a preset is one combination. Logits, gates and M are computed in float32 at least. MoSLD's own structure",
-            '(`mixing="expand"` or `"diagonal"`, routed by token, dropout on A alone) runs in the fused operator, every other in the',
-            "three stages above, whose two products have their backward in closed form.",
-            "",
-            "**Mixing matrices**, `mixing=`; `r` rows an expert, `g` the gates. [A new one](new_mixture.md) is a function and a line.",
-            "",
-            *_table(
-                ("`mixing`", "M(x)", "h = M(x) z", "A", "B", "`mixing_options`", "presets"),
-                (
-                    (
-                        f"`{name}`", *FORMS.get(name, Form("", "", "", "")),
-                        ", ".join(f"{option}={value}" for option, value in kind.options.items()),
-                        _users(configs, lambda m, name=name: m.mixing == name),
-                    )
-                    for name, kind in MIXINGS.items()
-                ),
-            ),
-            "",
-            "**Routers**, `router=`.",
-            "",
-            *_table(
-                ("`router`", "the logits or gates are", "presets"),
-                ((f"`{n}`", text, _users(configs, lambda m, n=n: m.router == n)) for n, text in ROUTERS.items()),
-            ),
-            "",
-            "**Gates**, `gate=`, in float32; logits are divided by `temperature` first. `grouped`, `dense` and `select` make their own.",
-            "",
-            *_table(
-                ("`gate`", "gates are", "presets"),
-                (
-                    (f"`{n}`", GATE_TEXTS.get(n, ""), _users(configs, lambda m, n=n: m.gate == n and m.routes and not m.kind.gate))
-                    for n in GATES
-                ),
-            ),
-            "",
-            "**Dropout**, all scaled by 1 / (1 - p), all off in eval.",
-            "",
-            *_table(
-                ("field", "falls on", "presets"),
-                (
-                    (f"`{site}`", text, ", ".join(f"`{n}`" for n, c in configs.items() if getattr(c, site)))
-                    for site, text in SITES.items()
-                ),
-            ),
-        ]
-    )  # fmt: skip
+Every mixture of LoRA experts here is a frozen linear layer with two trained products beside it and a small matrix
+M(x) between them, another for each token:
 
+```
+z = x Aᵀ          down   every row of every A, once
+h = M(x) z        mix    a few numbers a token; M is never written out
+y = W0 x + s B h  up     every column of every B, once; s = alpha / r
+```
 
-TELLING = """
+No expert is looped over, and a method is a choice in each of four places: the mixing matrix, who routes, how logits
+become gates, and where dropout falls. They are fields of `MoSLDConfig`, and combine freely where they do not contradict
+each other; a preset is one combination. Logits, gates and M are computed in float32 at least. MoSLD's own structure
+(`mixing="expand"` or `"diagonal"`, routed by token, dropout on A alone) runs in the fused operator, every other in the
+three stages above, whose two products have their backward in closed form.
+"""
+
+MIXING = """
+**Mixing matrices**, `mixing=`; `r` rows an expert, `g` the gates.
+[A new one](../tutorials/new_mixing.md) is a function and a line.
+"""
+
+GATE = """
+**Gates**, `gate=`, in float32; logits are divided by `temperature` first.
+`grouped`, `dense` and `select` make their own.
+"""
+
+ROUTING = """
 ## What a method cannot see in its input
 
 Task ids, gates and priors are given to the model before a forward and stay until they are given anew:
@@ -232,37 +115,85 @@ mosld.set_routing(model, prior=prior)  # [batch, r r_up] or [batch, sequence, r 
 mosld.set_routing(model)  # takes all of them back
 ```
 
-`MoSLDTrainer` gives the ids of a `task_ids` column of the data by itself. Gates and priors carry gradients to where they come
-from. A method that asks for ids or gates and was given none raises and says so; without a prior its term is left out.
+`MoSLDTrainer` gives the ids of a `task_ids` column of the data by itself. Gates and priors carry gradients to where they
+come from. A method that asks for ids or gates and was given none raises and says so; without a prior its term is left out.
 """
+
+PRESET = """
+## Presets
+
+`presets.hydralora(r=4, target_modules=[...])` is a `MoSLDConfig`: keyword overrides in, the paper's or its code's values
+elsewhere. What the sources leave open is under [One by one](#one-by-one).
+"""
+
+
+def page() -> str:
+    parts = [HEAD, *_operator(), ROUTING, PRESET, _presets(), trained_parameters(), costs(), _one_by_one()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _operator() -> list[str]:
+    dropout = "**Dropout**, all scaled by 1 / (1 - p), all off in eval."
+    return [OPERATOR, MIXING, _mixings(), "**Routers**, `router=`.", _routers(), GATE, _gates(), dropout, _dropouts()]
+
+
+def _mixings() -> str:
+    rows = []
+    for name, kind in MIXINGS.items():
+        options = [f"{option}={value}" for option, value in kind.options.items()]
+        form = FORMS.get(name, Form("", "", "", ""))
+        rows.append((f"`{name}`", *form, ", ".join(options), _users("mixing", name)))
+    head = ("`mixing`", "M(x)", "h = M(x) z", "A", "B", "`mixing_options`", "presets")
+    return "\n".join(table(head, rows))
+
+
+def _routers() -> str:
+    rows = []
+    for name, text in ROUTERS.items():
+        rows.append((f"`{name}`", text, _users("router", name)))
+    return "\n".join(table(("`router`", "the logits or gates are", "presets"), rows))
+
+
+def _gates() -> str:
+    rows = []
+    for name in GATES:
+        rows.append((f"`{name}`", GATE_TEXTS.get(name, ""), _users("gate", name)))
+    return "\n".join(table(("`gate`", "gates are", "presets"), rows))
+
+
+def _users(field: str, value: str) -> str:
+    """The presets whose mixture has this value there; in `gate`, those that use it at all."""
+    found = []
+    for name, make in PRESETS.items():
+        mixture = make().mixture_of("any")
+        unused = field == "gate" and not (mixture.routes and not mixture.kind.gate)
+        if getattr(mixture, field) == value and not unused:
+            found.append(f"`{name}`")
+    return ", ".join(found)
+
+
+def _dropouts() -> str:
+    configs = {name: make() for name, make in PRESETS.items()}
+    rows = []
+    for site, text in SITES.items():
+        users = [f"`{name}`" for name, config in configs.items() if getattr(config, site)]
+        rows.append((f"`{site}`", text, ", ".join(users)))
+    return "\n".join(table(("field", "falls on", "presets"), rows))
 
 
 def _presets() -> str:
     rows = []
     for name, make in PRESETS.items():
         config = make()
-        m = config.mixture_of("any")
-        form = FORMS.get(m.mixing)
-        rows.append(
-            (
-                f"[`{name}`](#{name})", _reference(make), _shared(form), form.matrix if form else f"`{m.mixing}`",
-                _router(m), _gate(m), _dropout(config), _loss(make, config),
-                f"{config.r}, {config.alpha:g}, {config.num_experts}",
-            )
-        )  # fmt: skip
-    heads = (
-        "preset", "reference", "shared", "M(x)", "router", "gates", "dropout", "auxiliary loss", "r, alpha, experts",
-    )  # fmt: skip
-    return "\n".join(
-        [
-            "## Presets",
-            "",
-            "`presets.hydralora(r=4, target_modules=[...])` is a `MoSLDConfig`: keyword overrides in, the paper's or its code's values",
-            "elsewhere. What the sources leave open is under [One by one](#one-by-one).",
-            "",
-            *_table(heads, rows),
-        ]
-    )
+        mixture = config.mixture_of("any")
+        form = FORMS.get(mixture.mixing)
+        matrix = form.matrix if form else f"`{mixture.mixing}`"
+        numbers = f"{config.r}, {config.alpha:g}, {config.num_experts}"
+        structure = (_shared(form), matrix, _router(mixture), _gate(mixture))
+        training = (_dropout(config), _loss(make, config), numbers)
+        rows.append((f"[`{name}`](#{name})", _reference(make), *structure, *training))
+    names = ("preset", "reference", "shared", "M(x)", "router", "gates", "dropout", "auxiliary loss")
+    return "\n".join(table((*names, "r, alpha, experts"), rows))
 
 
 def _reference(make: Callable) -> str:
@@ -277,21 +208,24 @@ def _shared(form: Form | None) -> str:
     return " and ".join(shared) or "none"
 
 
-def _router(m: Mixture) -> str:
-    if m.num_experts == 1 and m.router == "none":
+def _router(mixture: Mixture) -> str:
+    if mixture.num_experts == 1 and mixture.router == "none":
         return "none"
-    return f"{m.router}, embedded in {m.task_dim}" if m.task_dim else m.router
+    return f"{mixture.router}, embedded in {mixture.task_dim}" if mixture.task_dim else mixture.router
 
 
-def _gate(m: Mixture) -> str:
-    if not m.routes:
-        return "all one" if m.router == "none" else "given"
-    if m.kind.gate is not None:
-        return OWN_GATES.get(m.mixing, "its own")
-    text = {"top_k": f"softmax over the top {m.top_k}", "softmax": "softmax over all", "top_p": f"top p {m.top_p:g}"}[
-        m.gate
-    ]
-    return text if m.temperature == 1 else f"{text}, temperature {m.temperature:g}"
+def _gate(mixture: Mixture) -> str:
+    if not mixture.routes:
+        return "all one" if mixture.router == "none" else "given"
+    if mixture.kind.gate is not None:
+        return OWN_GATES.get(mixture.mixing, "its own")
+    texts = {
+        "top_k": f"softmax over the top {mixture.top_k}",
+        "softmax": "softmax over all",
+        "top_p": f"top p {mixture.top_p:g}",
+    }
+    text = texts[mixture.gate]
+    return text if mixture.temperature == 1 else f"{text}, temperature {mixture.temperature:g}"
 
 
 def _dropout(config: MoSLDConfig) -> str:
@@ -307,122 +241,30 @@ def _dropout(config: MoSLDConfig) -> str:
 
 def _loss(make: Callable, config: MoSLDConfig) -> str:
     found = [f"load balance, {config.balance_coef:g}"] if config.balance_coef else []
-    found += [f"`mosld.losses.{name}`" for name in re.findall(r"mosld\.losses\.(\w+)", make.__doc__ or "")]
+    for name in re.findall(r"mosld\.losses\.(\w+)", make.__doc__ or ""):
+        found.append(f"`mosld.losses.{name}`")
     return ", ".join(found) or "none"
 
 
-def _counts() -> str:
-    rows, trained = [], {}
-    for setting in settings():
-        method = counted(setting)
-        trained[setting.name] = method
-        rows.append(
-            (
-                setting.name, f"`{setting.config}`", "its own" if setting.targets is None else setting.targets.replace("_proj", "").replace(",", ", "),
-                f"{method['trained']:,}", f"{100 * method['share']:.3f}", shown(setting.arithmetic), setting.paper,
-            )
-        )  # fmt: skip
-    mosld = trained["MoSLD, its 8, 6, 4, 2 experts"]
-    base = count(MODEL, ["lora"])["parameters"]
-    hydra = trained["HydraLoRA, r 8, 3 experts"]
-    alone = hydra["parts"]["shared_a"] + hydra["parts"]["expert_b"]
-    one_a = mosld["trained"] - 32 * 8 * 4096
-    whole = trained["MoSLD, 5 experts on average, all linear layers"]["trained"]
-    whole_mola = trained["MoLA, 5 experts on average, all linear layers"]["trained"]
-    return "\n".join(
-        [
-            f"## Trained parameters on {MODEL}",
-            "",
-            f"Counted as what requires a gradient in the real modules, of {base:,} parameters of the base. q, v: 64 layers 4096 → 4096; all",
-            "linear layers: also k, o, and gate and up 4096 → 11008, down 11008 → 4096. Where the paper's figure is empty, it gives none",
-            "for this model that we know of.",
-            "",
-            *_table(
-                ("setting", "`--config`", "layers", "trained", "% of base", "arithmetic", "the paper's figure"), rows
-            ),
-            "",
-            "- **MoSLD's Table 5 is 100 times too large**, in every row that we can check: the digits are those above, with the point two",
-            f"  places to the right. {mosld['trained']:,} parameters are {100 * mosld['share']:.3f} % of the base, not 20.6 %. That all three counts agree to the last",
-            "  digit printed also says what the text leaves open: a router without bias and an A of its own for every adapted layer. With one",
-            f"  A for q and v together it would be {mosld['trained']:,} - 32·8·4096 = {one_a:,}. Its forward parameters, printed as 6.572B,",
-            f"  are {base:,} + {mosld['trained']:,} = {base + mosld['trained']:,}; and the 128 matrices A that it says sharing saves,",
-            "  32·(5 - 1), are 64·(5 - 1) = 256 with q and v.",
-            f"- **HydraLoRA's figures leave the routers out**: {alone:,} / ({base:,} + {alone:,}) = {100 * alone / (base + alone):.3f} %,",
-            f"  and the routers are another {hydra['parts']['router']:,}.",
-            f"- Sharing A saves more where layers are wide in: on all linear layers MoSLD trains {whole / 1e6:.1f}M, MoLA {whole_mola / 1e6:.1f}M.",
-        ]
-    )  # fmt: skip
-
-
-def shown(arithmetic: str) -> str:
-    return re.sub(r"\s*\*\s*(?=\()", " ", arithmetic).replace("*", "·")
-
-
-def _costs() -> str:
-    rows, methods = [], count(MODEL)["methods"]
-    less = any(method["saved_bytes"] < 0 for method in methods)
-    for method in methods:
-        rows.append(
-            (
-                f"`{method['config']}`", str(method["layers"]), f"{method['trained']:,}",
-                *(f"{size:,}" for size in sizes_by_role(method["parts"])),
-                f"{100 * method['multiplications']:.2f}", f"{method['saved_bytes'] / method['layers']:,.0f}",
-            )
-        )  # fmt: skip
-    return "\n".join(
-        [
-            "## Cost of the presets as they stand",
-            "",
-            f"On {MODEL}, q and v unless the preset says otherwise. Multiplied: multiplications of the adapters' matrix products over those of the",
-            "frozen layers that they adapt, forward, per token, in percent. Saved: bytes that autograd keeps for backward per token and layer,",
-            "beyond what the frozen layer keeps, with torch products in bfloat16. Both are taken from a run of the real layer on the meta device; neither",
-            "is a time. What falls once a sequence or once a task is left out. Dropout on x keeps one bit an element, which is most of",
-            "what is saved where there is one."
-            + less
-            * "\nLess than nothing is saved where a method computes again in backward what the frozen layers would keep.",
-            "",
-            *_table(
-                ("preset", "layers", "trained", "A", "B", "router", "mixer", "multiplied, %", "saved, bytes"), rows
-            ),
-        ]
-    )
-
-
 def _one_by_one() -> str:
-    lines = [
-        "## One by one",
-        "",
-        "The presets' docstrings: what each computes, where its values come from, and what is uncertain.",
-    ]
-    defaults = MoSLDConfig()
+    intro = "The presets' docstrings: what each computes, where its values come from, and what is uncertain."
+    lines = ["## One by one", "", intro]
     for name, make in PRESETS.items():
-        config = make()
-        own = {f.name: getattr(config, f.name) for f in fields(MoSLDConfig)}
-        told = [f"{n}={sorted(v) if isinstance(v, set) else v!r}" for n, v in own.items() if v != getattr(defaults, n)]
-        lines += [
-            "",
-            f"### {name}",
-            "",
-            "```text",
-            inspect.cleandoc(make.__doc__ or "").partition("\n\n>>> ")[0],
-            "```",
-            "",
-        ]
-        lines.append(f"Set: `{', '.join(told)}`." if told else "Set: nothing, it is `MoSLDConfig`'s defaults.")
+        text = inspect.cleandoc(make.__doc__ or "").partition("\n\n>>> ")[0]
+        lines += ["", f"### {name}", "", "```text", text, "```", "", *_set_fields(make())]
     return "\n".join(lines)
 
 
-def _users(configs: dict[str, MoSLDConfig], chosen: Callable[[Mixture], object]) -> str:
-    return ", ".join(f"`{name}`" for name, config in configs.items() if chosen(config.mixture_of("any")))
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    heads = list(heads)
-    return [
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
-    ]
+def _set_fields(config: MoSLDConfig) -> list[str]:
+    """What a preset says that the defaults do not."""
+    defaults = MoSLDConfig()
+    changed = []
+    for field in fields(MoSLDConfig):
+        value = getattr(config, field.name)
+        if value != getattr(defaults, field.name):
+            shown_value = sorted(value) if isinstance(value, set) else repr(value)
+            changed.append(f"{field.name}={shown_value}")
+    return wrapped(f"Set: `{', '.join(changed)}`." if changed else "Set: nothing, it is `MoSLDConfig`'s defaults.")
 
 
 if __name__ == "__main__":

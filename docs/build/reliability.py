@@ -1,4 +1,4 @@
-"""docs/reliability.md, from the tests' names and the files of the long runs: `python -m tests.reliability` writes it."""
+"""docs/reference/reliability.md, from the tests' names and the files of the long runs: `python -m tests.reliability` writes it."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs/reliability.md"
+PAGE = ROOT / "docs/reference/reliability.md"
 RESULTS = ROOT / "benchmarks/results"
 
 

@@ -1,4 +1,4 @@
-"""docs/kernels.md tells what the code says and what the committed files hold."""
+"""docs/reference/kernels.md tells what the code says and what the committed files hold."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from benchmarks import compiled
 from benchmarks.kernel_model import KernelRow, kernel_lines
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs/kernels.md").read_text()
+PAGE = (ROOT / "docs/reference/kernels.md").read_text()
 
 
 def results(name):
@@ -48,7 +48,7 @@ def test_the_readme_gives_the_models_figures_as_a_model():
 
 def test_the_cost_of_a_call_is_that_of_the_committed_run():
     calls = {row["name"]: f"{row['median_us']:.0f}" for row in results("calls.json")["calls"]}
-    text = " ".join((ROOT / "docs/decisions.md").read_text().split())
+    text = " ".join((ROOT / "docs/design/decisions.md").read_text().split())
     ways = [
         [calls[f"{way}, {step}"] for way in ("autograd function", "registered operator")]
         for step in ("forward", "both")

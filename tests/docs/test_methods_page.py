@@ -1,4 +1,4 @@
-"""docs/methods.md is what the presets and the counts on their real modules say."""
+"""docs/reference/methods.md is what the presets and the counts on their real modules say."""
 
 import re
 
@@ -57,7 +57,7 @@ def test_the_shared_factors_are_those_that_do_not_grow_with_the_experts(name):
 
 
 def test_its_example_of_telling_a_model_runs():
-    (block,) = blocks("docs/methods.md", "python")
+    (block,) = blocks("docs/reference/methods.md", "python")
     batch, length = token_ids().shape
     names = {
         "task_ids": torch.tensor([0, 1, 2])[:batch],

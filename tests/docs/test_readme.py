@@ -15,11 +15,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_result_table_is_that_of_the_committed_run():
-    assert table(json.loads((ROOT / "docs/demo/block.json").read_text())["methods"]) in README
+    assert table(json.loads((ROOT / "docs/results/demo/block.json").read_text())["methods"]) in README
 
 
 def test_the_averages_of_the_easier_split_are_those_of_the_committed_run():
-    methods = json.loads((ROOT / "docs/demo/name.json").read_text())["methods"]
+    methods = json.loads((ROOT / "docs/results/demo/name.json").read_text())["methods"]
     shares = {name: f"{100 * methods[name]['average']:.1f} %" for name in ("base", "lora", "mosld")}
     assert f"{shares['base']} frozen, {shares['lora']} LoRA, {shares['mosld']} MoSLD" in README
 
@@ -59,7 +59,7 @@ def test_the_figures_of_a_matrix_unit_are_those_of_the_committed_run():
 def test_the_report_is_that_of_the_committed_results(tmp_path):
     files = [ROOT / f"benchmarks/results/{name}.json" for name in bench.FILES]
     report.run(files, tmp_path / "performance.md")
-    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs/performance.md").read_text()
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs/results/performance.md").read_text()
 
 
 def test_every_file_it_points_to_exists():

@@ -23,8 +23,8 @@ from tests.tasks.test_scoring import byte_tokenizer
 
 # Pages whose Python is run, from its text, by tests that look closer.
 ELSEWHERE = {
-    "docs/new_mixture.md": "tests/methods/test_new_mixture.py",
-    "docs/methods.md": "tests/test_methods_page.py",
+    "docs/tutorials/new_mixing.md": "tests/methods/test_new_mixture.py",
+    "docs/reference/methods.md": "tests/docs/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints
 needs = {
@@ -130,8 +130,8 @@ READERS = {
         Reader("SFTTrainer", needs="trl"),
         Reader("export_lora(model,", after=_is_served),
     ],
-    "docs/merging.md": [Reader("read_task_vectors", _has_two_loras, _merged_both)],
-    "docs/processes.md": [Reader("fully_shard(model,", _is_a_process, _saved_the_shards)],
+    "docs/tutorials/merging.md": [Reader("read_task_vectors", _has_two_loras, _merged_both)],
+    "docs/tutorials/several_processes.md": [Reader("fully_shard(model,", _is_a_process, _saved_the_shards)],
 }
 
 

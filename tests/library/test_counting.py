@@ -15,7 +15,7 @@ from mosld.counting import adapted, cost_per_token, count
 from mosld.tuner import MoSLDPeftLinear
 from tests.models import tiny_llama
 
-DEMO = Path(__file__).parent.parent.parent / "docs/demo/block.json"
+DEMO = Path(__file__).parent.parent.parent / "docs/results/demo/block.json"
 FEED_FORWARD = "gate_proj,up_proj,down_proj"
 
 

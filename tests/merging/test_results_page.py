@@ -1,4 +1,4 @@
-"""docs/merging_results.md tells what the committed files of its runs say."""
+"""docs/results/merging.md tells what the committed files of its runs say."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from mosld.merging.methods import METHODS, WIRELESS
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "benchmarks/results/merging"
-PAGE = (ROOT / "docs/merging_results.md").read_text()
+PAGE = (ROOT / "docs/results/merging.md").read_text()
 
 
 def average(tasks: dict) -> float:

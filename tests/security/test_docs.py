@@ -1,4 +1,4 @@
-"""docs/security.md names the tests that keep its promises, and its numbers are those of the code."""
+"""docs/reference/security.md names the tests that keep its promises, and its numbers are those of the code."""
 
 import importlib
 import re
@@ -39,5 +39,5 @@ def test_the_tests_it_names_are_there_and_are_all():
 
 
 def test_the_readme_and_the_guide_lead_there():
-    assert "docs/security.md" in (ROOT / "README.md").read_text()
-    assert "docs/security.md" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert "docs/reference/security.md" in (ROOT / "README.md").read_text()
+    assert "docs/reference/security.md" in (ROOT / "CONTRIBUTING.md").read_text()
