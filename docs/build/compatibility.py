@@ -1,11 +1,13 @@
-"""docs/reference/compatibility.md, from the tests' own lists: `python -m tests.compatibility` writes it."""
+"""docs/reference/compatibility.md, from the tests' own lists: `python -m docs.build.compatibility` writes it."""
 
 import inspect
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
+from docs.build.markdown import table, wrapped
 from tests.architectures import ARCHITECTURES
 from tests.gpu import test_fsdp as gpu_fsdp
 from tests.gpu import test_training
@@ -23,85 +25,29 @@ from tests.library import (
 from tests.library.test_compiled_checkpoints import COLUMNS, COMBINATIONS, SETTING
 from tests.processes import test_ddp, test_fsdp, test_train, test_zero
 
-PAGE = Path(__file__).parent.parent / "docs/reference/compatibility.md"
+PAGE = Path(__file__).parent.parent / "reference/compatibility.md"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton")
 # Whose tests are skipped where they are not installed.
 OPTIONAL = ("bitsandbytes", "torchao", "lm_eval", "trl", "deepspeed")
 
 
-def _facts(module: ModuleType) -> list[tuple[str, dict[str | tuple, Iterable]]]:
-    """Each test's sentence, and what it is run with: argument -> values."""
-    facts = []
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.startswith("test_") and function.__module__ == module.__name__:
-            marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
-            facts.append((name.removeprefix("test_").replace("_", " "), {mark.args[0]: mark.args[1] for mark in marks}))
-    return facts
+class Fact(NamedTuple):
+    """A test's sentence, and what it is run with: argument -> values."""
 
+    module: str
+    text: str
+    values: dict[str | tuple, Iterable]
 
-def _table(*rows: Iterable[object]) -> list[str]:
-    """The first row is the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]]
+    @property
+    def models(self) -> str:
+        return ", ".join(self.values["name"]) if "name" in self.values else "LLaMA"
 
-
-def _models() -> list[str]:
-    adapted = [
-        (name, (a.targets if isinstance(a.targets, str) else ", ".join(a.targets)).replace("|", " or "), a.layers)
-        for name, a in ARCHITECTURES.items()
-    ]
-    shown = [
-        (fact, ", ".join(values["name"]) if "name" in values else "LLaMA")
-        for module in (test_architectures, test_invariances, test_lm_eval, test_trl)
-        for fact, values in _facts(module)
-    ]
-    return [
-        *_table(("architecture", "adapted in the tests", "layers"), *adapted),
-        "",
-        *_table(("what a test shows", "on"), *shown),
-    ]
-
-
-def _quantised() -> list[str]:
-    bases = [(name, base.library, str(base.stored)) for name, base in test_quantised.BASES.items()]
-    return [
-        "On a CPU; the layer is called and the update added.",
-        "",
-        *_table(("base", "library", "weights are stored as"), *bases),
-        "",
-        *(f"- {fact}" for fact, _ in _facts(test_quantised)),
-    ]
-
-
-def _compiled() -> list[str]:
-    combinations = [
-        (what, f"{kind}, around every block", *outcomes)
-        for what, kinds in COMBINATIONS.items()
-        for kind, outcomes in kinds.items()
-    ]
-    return [
-        "*Same*: gradients of the task's loss and the balance loss together are those without compiling and without checkpoints.",
-        f"*Setting*: `torch._dynamo.config.{SETTING} = True`, without which torch.compile takes no",
-        "layer inside a checkpoint that remembers something, as ours do their logits. It then leaves the checkpointed blocks as they",
-        "are, or refuses, where one graph is asked for (`fullgraph=True`). The setting costs the memory of the logits. Where no balance loss",
-        "is wanted, `mosld.MoSLDAdapter.keep_logits = False` does as well.",
-        "",
-        *_table(("compiled", "checkpoints", *COLUMNS), *combinations),
-        "",
-        *(f"- {fact}" for fact, _ in _facts(test_compiled_checkpoints)),
-    ]
-
-
-def _balance() -> list[str]:
-    modules = (test_loss_scaling, test_balance_mask, test_skipped_layers)
-    return _table(
-        ("what a test shows", "with"),
-        *((fact, _with(values)) for module in modules for fact, values in _facts(module)),
-    )
-
-
-def _with(values: dict[str | tuple, Iterable]) -> str:
-    return "; ".join(f"{_short(name)}: {', '.join(map(_short, several))}" for name, several in values.items())
+    @property
+    def arguments(self) -> str:
+        texts = []
+        for name, several in self.values.items():
+            texts.append(f"{_short(name)}: {', '.join(map(_short, several))}")
+        return "; ".join(texts)
 
 
 def _short(value: object) -> str:
@@ -110,29 +56,75 @@ def _short(value: object) -> str:
     return getattr(value, "__name__", None) or str(value).removeprefix("torch.")
 
 
+def _facts(*modules: ModuleType) -> list[Fact]:
+    facts = []
+    for module in modules:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if not name.startswith("test_") or function.__module__ != module.__name__:
+                continue
+            values = {}
+            for mark in getattr(function, "pytestmark", []):
+                if mark.name == "parametrize":
+                    values[mark.args[0]] = mark.args[1]
+            sentence = name.removeprefix("test_").replace("_", " ")
+            facts.append(Fact(module.__name__.rpartition(".")[2], sentence, values))
+    return facts
+
+
+def _listed(*modules: ModuleType) -> list[str]:
+    return [f"- {fact.text}" for fact in _facts(*modules)]
+
+
+def _models() -> list[str]:
+    adapted = []
+    for name, architecture in ARCHITECTURES.items():
+        targets = architecture.targets
+        if not isinstance(targets, str):
+            targets = ", ".join(targets)
+        adapted.append((name, targets.replace("|", " or "), architecture.layers))
+    facts = _facts(test_architectures, test_invariances, test_lm_eval, test_trl)
+    shown = [(fact.text, fact.models) for fact in facts]
+    architectures = table(("architecture", "adapted in the tests", "layers"), adapted)
+    return [*architectures, "", *table(("what a test shows", "on"), shown)]
+
+
+def _quantised() -> list[str]:
+    bases = [(name, base.library, base.stored) for name, base in test_quantised.BASES.items()]
+    bases_table = table(("base", "library", "weights are stored as"), bases)
+    return ["On a CPU; the layer is called and the update added.", "", *bases_table, "", *_listed(test_quantised)]
+
+
+def _compiled() -> list[str]:
+    combinations = []
+    for what, kinds in COMBINATIONS.items():
+        for kind, outcomes in kinds.items():
+            combinations.append((what, f"{kind}, around every block", *outcomes))
+    same = """*Same*: gradients of the task's loss and the balance loss together are those without compiling and without
+        checkpoints."""
+    setting = f"""*Setting*: `torch._dynamo.config.{SETTING} = True`, without which torch.compile takes no layer inside a
+        checkpoint that remembers something, as ours do their logits. It then leaves the checkpointed blocks as they are,
+        or refuses, where one graph is asked for (`fullgraph=True`). The setting costs the memory of the logits. Where no
+        balance loss is wanted, `mosld.MoSLDAdapter.keep_logits = False` does as well."""
+    outcomes = table(("compiled", "checkpoints", *COLUMNS), combinations)
+    return [*wrapped(same), "", *wrapped(setting), "", *outcomes, "", *_listed(test_compiled_checkpoints)]
+
+
+def _balance() -> list[str]:
+    facts = _facts(test_loss_scaling, test_balance_mask, test_skipped_layers)
+    return table(("what a test shows", "with"), [(fact.text, fact.arguments) for fact in facts])
+
+
 def _processes() -> list[str]:
-    modules = (test_ddp, test_fsdp, test_zero, test_train)
-    return [
-        "Two processes on a CPU (gloo). [More about them](processes.md).",
-        "",
-        *_table(
-            ("tests", "what a test shows", "with"),
-            *(
-                (module.__name__.rpartition(".")[2], fact, _with(values))
-                for module in modules
-                for fact, values in _facts(module)
-            ),
-        ),
-    ]
+    intro = "Two processes on a CPU (gloo). [More about them](../tutorials/several_processes.md)."
+    facts = _facts(test_ddp, test_fsdp, test_zero, test_train)
+    rows = [(fact.module, fact.text, fact.arguments) for fact in facts]
+    return [intro, "", *table(("tests", "what a test shows", "with"), rows)]
 
 
 def _gpu() -> list[str]:
-    return [
-        "These need an NVIDIA GPU and have not been run on one; without one they are skipped. What each calls is run on the CPU by",
-        "the tests above. The kernels' own tests: [kernels](kernels.md).",
-        "",
-        *(f"- {fact}" for module in (test_training, gpu_fsdp) for fact, _ in _facts(module)),
-    ]
+    intro = """These need an NVIDIA GPU and have not been run on one; without one they are skipped. What each calls is run on
+        the CPU by the tests above. The kernels' own tests: [kernels](kernels.md)."""
+    return [*wrapped(intro), "", *_listed(test_training, gpu_fsdp)]
 
 
 SECTIONS = {
@@ -147,7 +139,10 @@ SECTIONS = {
 
 def tables() -> str:
     """What is tested, without versions."""
-    return "\n\n".join("\n".join([f"## {title}", "", *lines()]) for title, lines in SECTIONS.items())
+    sections = []
+    for title, lines in SECTIONS.items():
+        sections.append("\n".join([f"## {title}", "", *lines()]))
+    return "\n\n".join(sections)
 
 
 def _version(package: str) -> str:
@@ -158,13 +153,13 @@ def _version(package: str) -> str:
 
 
 def page() -> str:
-    return (
-        "# Compatibility\n\n"
-        "Written by `python -m tests.compatibility` from the lists that the tests themselves run; models are built from\n"
-        f"their configurations, with one or two layers. Written with {', '.join(map(_version, PACKAGES))};\n"
-        f"{', '.join(map(_version, OPTIONAL))}. Older versions: `docs/design/decisions.md`, Versions.\n\n"
-        f"{tables()}\n"
+    purpose = (
+        "After this page you know which models, quantised bases, compilers and trainers the tests run the library with."
     )
+    written = f"""Written by `python -m docs.build.compatibility` from the lists that the tests themselves run; models are
+        built from their configurations, with one or two layers. Written with {", ".join(map(_version, PACKAGES))};
+        {", ".join(map(_version, OPTIONAL))}. Older versions: [decisions](../design/decisions.md#versions)."""
+    return "\n".join(["# Compatibility", "", purpose, "", *wrapped(written), "", tables()]) + "\n"
 
 
 if __name__ == "__main__":

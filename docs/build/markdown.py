@@ -1,22 +1,21 @@
-"""Tables and paragraphs in Markdown, as the writers of pages put them together: lists of lines, prose within 120 columns."""
+"""Tables and paragraphs in Markdown as lists of lines, of which the writers of pages put them together."""
 
 import re
 import textwrap
 from collections.abc import Iterable
 
 WIDTH = 120
+# Short code is easier to find and to copy when it stays in one line.
+_CODE = re.compile(r"`[^`]+`")
+_SHORT = 60
 # Where a line that began with the next word would be read as a list, a heading, a quotation or a table row.
 _BEFORE_A_MARK = re.compile(r" (?=(?:[-+*>|=]|#+|\d+[.)])(?: |$))")
 
 
 def wrapped(text: str) -> list[str]:
-    """The lines of one paragraph, or of one item of a list ("- ..."), whatever its text was broken into before.
-
-    >>> wrapped("one line\\n  and its continuation")
-    ['one line and its continuation']
-    """
+    """The lines of one paragraph, or of one item of a list ("- ..."), whatever its text was broken into before."""
     is_item = text.startswith("- ")
-    words = " ".join(text.split())
+    words = _CODE.sub(_in_one_line, " ".join(text.split()))
     lines = textwrap.wrap(
         _BEFORE_A_MARK.sub("\0", words),
         WIDTH,
@@ -25,6 +24,10 @@ def wrapped(text: str) -> list[str]:
         break_on_hyphens=False,
     )
     return [line.replace("\0", " ") for line in lines]
+
+
+def _in_one_line(code: re.Match) -> str:
+    return code[0].replace(" ", "\0") if len(code[0]) <= _SHORT else code[0]
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:

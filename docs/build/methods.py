@@ -68,8 +68,8 @@ HEAD = f"""
 
 After this page you can choose a method for your model by its formula, its router and what it costs.
 
-Written by `python -m docs.build.methods` from the presets, their docstrings and counts on their real modules; a test says
-when it is behind. `mosld inspect --model {MODEL}` prints the counts for any model and setting.
+Written by `python -m docs.build.methods` from the presets, their docstrings and counts on their real modules; a test
+says when it is behind. `mosld inspect --model {MODEL}` prints the counts for any model and setting.
 """
 
 OPERATOR = """
@@ -115,15 +115,16 @@ mosld.set_routing(model, prior=prior)  # [batch, r r_up] or [batch, sequence, r 
 mosld.set_routing(model)  # takes all of them back
 ```
 
-`MoSLDTrainer` gives the ids of a `task_ids` column of the data by itself. Gates and priors carry gradients to where they
-come from. A method that asks for ids or gates and was given none raises and says so; without a prior its term is left out.
+`MoSLDTrainer` gives the ids of a `task_ids` column of the data by itself. Gates and priors carry gradients to where
+they come from. A method that asks for ids or gates and was given none raises and says so; without a prior its term is
+left out.
 """
 
 PRESET = """
 ## Presets
 
-`presets.hydralora(r=4, target_modules=[...])` is a `MoSLDConfig`: keyword overrides in, the paper's or its code's values
-elsewhere. What the sources leave open is under [One by one](#one-by-one).
+`presets.hydralora(r=4, target_modules=[...])` is a `MoSLDConfig`: keyword overrides in, the paper's or its code's
+values elsewhere. What the sources leave open is under [One by one](#one-by-one).
 """
 
 

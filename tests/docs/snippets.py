@@ -13,7 +13,7 @@ from benchmarks import __main__ as benchmarks
 from mosld.cli import build_parser
 from mosld.training import training_arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *(?:```|~~~)", flags=re.MULTILINE)
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)

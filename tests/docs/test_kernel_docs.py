@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks import compiled
 from benchmarks.kernel_model import KernelRow, kernel_lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs/reference/kernels.md").read_text()
 
 

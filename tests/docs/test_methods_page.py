@@ -6,15 +6,16 @@ import peft
 import pytest
 import torch
 
+from docs.build.method_counts import counted, settings, shown
+from docs.build.methods import FORMS, PAGE, page
 from mosld import presets, set_routing
 from mosld.mixture import MIXINGS
-from tests.methods_page import FORMS, PAGE, counted, page, settings, shown
 from tests.models import tiny_llama, token_ids
-from tests.snippets import blocks
+from tests.docs.snippets import blocks
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text() == page(), "python -m tests.methods_page writes it anew"
+    assert PAGE.read_text() == page(), "python -m docs.build.methods writes it anew"
 
 
 @pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)

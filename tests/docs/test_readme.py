@@ -10,7 +10,7 @@ from mosld import MoSLDConfig
 from mosld.cli import build_parser
 from mosld.results import table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 
 

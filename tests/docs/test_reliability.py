@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests import reliability
-from tests.reliability import PAGE, PROMISES, ROOT, functions, page
+from docs.build import reliability
+from docs.build.reliability import PAGE, PROMISES, ROOT, functions, page
 
 TESTS = [test for own in PROMISES.values() for promise in own for test in promise.tests]
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text() == page(), "python -m tests.reliability writes it anew"
+    assert PAGE.read_text() == page(), "python -m docs.build.reliability writes it anew"
 
 
 @pytest.mark.parametrize("test", sorted(set(TESTS)))

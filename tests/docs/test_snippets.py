@@ -18,7 +18,7 @@ from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task, read_examples
 from mosld.tasks.scoring import score_tasks
 from tests.models import perturb, tiny_llama, token_ids
-from tests.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
+from tests.docs.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
 from tests.tasks.test_scoring import byte_tokenizer
 
 # Pages whose Python is run, from its text, by tests that look closer.
@@ -237,7 +237,7 @@ def test_a_command_is_understood(place, words, capsys):
         ("make demos", "the Makefile has no demos"),
         (".venv/bin/python -m benchmarks gpu", "the parser refuses"),  # it needs --out
         ("python -m benchmarks gpus --help", "the parser refuses"),
-        ("python -m tests.methods_pages", "there is no module tests.methods_pages to run"),
+        ("python -m docs.build.method", "there is no module docs.build.method to run"),
         ("python -m tests.processes", "there is no module tests.processes to run"),
         ("python -m tests.mutants tests/mutants/none.py", "tests/mutants/none.py does not exist"),
         ("NAME=1 curl https://example.org", "curl is no command that is known here"),

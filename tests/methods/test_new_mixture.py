@@ -7,7 +7,7 @@ import torch
 from mosld import MoSLDConfig, MoSLDLinear, balance_loss, export_lora, router_stats
 from mosld.mixture import MIXINGS
 from tests.models import perturb, tiny_llama, token_ids
-from tests.snippets import blocks
+from tests.docs.snippets import blocks
 
 IDS = token_ids()
 

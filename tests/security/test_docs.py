@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = (ROOT / "docs" / "security.md").read_text()
+PAGE = (ROOT / "docs/reference/security.md").read_text()
 LIMITS = re.findall(r"^\| [^|]+ \| (\d+) \| `([\w.]+)\.(\w+)` \|$", PAGE, flags=re.MULTILINE)
 
 
