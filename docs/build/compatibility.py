@@ -101,10 +101,10 @@ def _compiled() -> list[str]:
             combinations.append((what, f"{kind}, around every block", *outcomes))
     same = """*Same*: gradients of the task's loss and the balance loss together are those without compiling and without
         checkpoints."""
-    setting = f"""*Setting*: `torch._dynamo.config.{SETTING} = True`, without which torch.compile takes no layer inside a
-        checkpoint that remembers something, as ours do their logits. It then leaves the checkpointed blocks as they are,
-        or refuses, where one graph is asked for (`fullgraph=True`). The setting costs the memory of the logits. Where no
-        balance loss is wanted, `mosld.MoSLDAdapter.keep_logits = False` does as well."""
+    setting = f"""*Setting*: `torch._dynamo.config.{SETTING} = True`, without which torch.compile takes no layer inside
+        a checkpoint that remembers something, as ours do their logits. It then leaves the checkpointed blocks as they
+        are, or refuses, where one graph is asked for (`fullgraph=True`). The setting costs the memory of the logits.
+        Where no balance loss is wanted, `mosld.MoSLDAdapter.keep_logits = False` does as well."""
     outcomes = table(("compiled", "checkpoints", *COLUMNS), combinations)
     return [*wrapped(same), "", *wrapped(setting), "", *outcomes, "", *_listed(test_compiled_checkpoints)]
 
@@ -122,8 +122,8 @@ def _processes() -> list[str]:
 
 
 def _gpu() -> list[str]:
-    intro = """These need an NVIDIA GPU and have not been run on one; without one they are skipped. What each calls is run on
-        the CPU by the tests above. The kernels' own tests: [kernels](kernels.md)."""
+    intro = """These need an NVIDIA GPU and have not been run on one; without one they are skipped. What each calls is
+        run on the CPU by the tests above. The kernels' own tests: [kernels](kernels.md)."""
     return [*wrapped(intro), "", *_listed(test_training, gpu_fsdp)]
 
 
@@ -156,8 +156,8 @@ def page() -> str:
     purpose = (
         "After this page you know which models, quantised bases, compilers and trainers the tests run the library with."
     )
-    written = f"""Written by `python -m docs.build.compatibility` from the lists that the tests themselves run; models are
-        built from their configurations, with one or two layers. Written with {", ".join(map(_version, PACKAGES))};
+    written = f"""Written by `python -m docs.build.compatibility` from the lists that the tests themselves run; models
+        are built from their configurations, with one or two layers. Written with {", ".join(map(_version, PACKAGES))};
         {", ".join(map(_version, OPTIONAL))}. Older versions: [decisions](../design/decisions.md#versions)."""
     return "\n".join(["# Compatibility", "", purpose, "", *wrapped(written), "", tables()]) + "\n"
 

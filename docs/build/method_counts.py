@@ -1,4 +1,4 @@
-"""The part of the page of methods that is counted: trained parameters beside the papers' figures, and what a preset costs."""
+"""What the page of methods counts: trained parameters beside the papers' figures, and the cost of each preset."""
 
 import functools
 import re
@@ -101,9 +101,9 @@ def trained_parameters() -> str:
     rows = [_counted_row(setting) for setting in own]
     head = ("setting", "`--config`", "layers", "trained", "% of base", "arithmetic", "the paper's figure")
     base = count(MODEL, ["lora"])["parameters"]
-    intro = f"""Counted as what requires a gradient in the real modules, of {base:,} parameters of the base. q, v: 64 layers
-        4096 → 4096; all linear layers: also k, o, and gate and up 4096 → 11008, down 11008 → 4096. Where the paper's figure
-        is empty, it gives none for this model that we know of."""
+    intro = f"""Counted as what requires a gradient in the real modules, of {base:,} parameters of the base. q, v: 64
+        layers 4096 → 4096; all linear layers: also k, o, and gate and up 4096 → 11008, down 11008 → 4096. Where the
+        paper's figure is empty, it gives none for this model that we know of."""
     lines = [f"## Trained parameters on {MODEL}", "", *wrapped(intro), "", *table(head, rows), "", *_remarks(base)]
     return "\n".join(lines)
 
@@ -126,12 +126,13 @@ def _remarks(base: int) -> list[str]:
     alone = hydra["shared_a"] + hydra["expert_b"]
     whole_mosld = by_name["MoSLD, 5 experts on average, all linear layers"]["trained"] / 1e6
     whole_mola = by_name["MoLA, 5 experts on average, all linear layers"]["trained"] / 1e6
-    table_5 = f"""- **MoSLD's Table 5 is 100 times too large**, in every row that we can check: the digits are those above, with
-        the point two places to the right. {trained:,} parameters are {percent:.3f} % of the base, not 20.6 %. That all
-        three counts agree to the last digit printed also says what the text leaves open: a router without bias and an A of
-        its own for every adapted layer. With one A for q and v together it would be {trained:,} - 32·8·4096 =
-        {with_one_a:,}. Its forward parameters, printed as 6.572B, are {base:,} + {trained:,} = {base + trained:,}; and the
-        128 matrices A that it says sharing saves, 32·(5 - 1), are 64·(5 - 1) = 256 with q and v."""
+    table_5 = f"""- **MoSLD's Table 5 is 100 times too large**, in every row that we can check: the digits are those
+        above, with the point two places to the right. {trained:,} parameters are {percent:.3f} % of the base, not 20.6
+        %. That all three counts agree to the last digit printed also says what the text leaves open: a router without
+        bias and an A of its own for every adapted layer. With one A for q and v together it would be {trained:,} -
+        32·8·4096 = {with_one_a:,}. Its forward parameters, printed as 6.572B, are {base:,} + {trained:,} =
+        {base + trained:,}; and the 128 matrices A that it says sharing saves, 32·(5 - 1), are 64·(5 - 1) = 256 with q
+        and v."""
     routers = f"""- **HydraLoRA's figures leave the routers out**: {alone:,} / ({base:,} + {alone:,}) =
         {100 * alone / (base + alone):.3f} %, and the routers are another {hydra["router"]:,}."""
     sharing = f"""- Sharing A saves more where layers are wide in: on all linear layers MoSLD trains {whole_mosld:.1f}M,
@@ -143,11 +144,12 @@ def costs() -> str:
     methods = count(MODEL)["methods"]
     rows = [_cost_row(method) for method in methods]
     head = ("preset", "layers", "trained", "A", "B", "router", "mixer", "multiplied, %", "saved, bytes")
-    intro = f"""On {MODEL}, q and v unless the preset says otherwise. Multiplied: multiplications of the adapters' matrix
-        products over those of the frozen layers that they adapt, forward, per token, in percent. Saved: bytes that autograd
-        keeps for backward per token and layer, beyond what the frozen layer keeps, with torch products in bfloat16. Both
-        are taken from a run of the real layer on the meta device; neither is a time. What falls once a sequence or once a
-        task is left out. Dropout on x keeps one bit an element, which is most of what is saved where there is one."""
+    intro = f"""On {MODEL}, q and v unless the preset says otherwise. Multiplied: multiplications of the adapters'
+        matrix products over those of the frozen layers that they adapt, forward, per token, in percent. Saved: bytes
+        that autograd keeps for backward per token and layer, beyond what the frozen layer keeps, with torch products in
+        bfloat16. Both are taken from a run of the real layer on the meta device; neither is a time. What falls once a
+        sequence or once a task is left out. Dropout on x keeps one bit an element, which is most of what is saved where
+        there is one."""
     if any(row["saved_bytes"] < 0 for row in methods):
         intro += """
         Less than nothing is saved where a method computes again in backward what the frozen layers would keep."""

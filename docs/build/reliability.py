@@ -87,7 +87,8 @@ PROMISES = {
         ),
         Promise(
             "A damaged, foreign or altered adapter is refused with the file's name and the model stays as it was",
-            ("library/test_adapter_file.py", "properties/test_corrupted_files.py", "properties/test_corrupted_commands.py"),
+            ("library/test_adapter_file.py", "properties/test_corrupted_files.py",
+             "properties/test_corrupted_commands.py"),
         ),
         Promise(
             "A full disk and a folder that cannot be written are told, and what is finished stays",
@@ -172,17 +173,19 @@ def cases() -> list[str]:
         by_file.setdefault(name.partition("::")[0], []).append(count)
     rows = [(f"`{file}.py`", len(counts), f"{sum(counts):,}") for file, counts in sorted(by_file.items())]
     verdict = "No case failed." if data["passed"] else "**Some case failed.**"
-    text = f"""{data["cases"]:,} random cases of {len(data["per_test"])} properties in {data["seconds"] / 60:.0f} minutes,
-        seed {data["seed"]}. {verdict} {source(data, "fuzz", "make fuzz")} Every run of the tests tries a twentieth as many,
-        the same each time. Not counted: sequences of PEFT's operations (`test_peft_sequences.py`), 240 of up to 12 steps."""
+    text = f"""{data["cases"]:,} random cases of {len(data["per_test"])} properties in {data["seconds"] / 60:.0f}
+        minutes, seed {data["seed"]}. {verdict} {source(data, "fuzz", "make fuzz")} Every run of the tests tries a
+        twentieth as many, the same each time. Not counted: sequences of PEFT's operations (`test_peft_sequences.py`),
+        240 of up to 12 steps."""
     return [*wrapped(text), "", *table(("tests/properties/", "properties", "cases"), rows)]
 
 
 def faults() -> list[str]:
     data = read("mutants")
     rows = [(area, own["faults"], own["caught"]) for area, own in data["areas"].items()]
-    text = f"""{data["faults"]} mistakes that somebody could make and miss, planted one at a time: the fast tests that should
-        notice fail with {data["caught"]} of them, {100 * data["share"]:.1f} %. {source(data, "mutants", "make mutants")}"""
+    text = f"""{data["faults"]} mistakes that somebody could make and miss, planted one at a time: the fast tests that
+        should notice fail with {data["caught"]} of them, {100 * data["share"]:.1f} %.
+        {source(data, "mutants", "make mutants")}"""
     lines = [*wrapped(text), "", *table(("area", "planted", "caught"), rows), ""]
     for row in data["rows"]:
         if row["how"] == "passed":
@@ -199,12 +202,12 @@ def kills() -> list[str]:
         rows.append((f"`mosld {verb}`", *counts))
     compared = data["compared"]
     command = "python -m tests.faults.fifty_kills --output benchmarks/results/kills.json"
-    text = f"""SIGKILL {data["kills"]} times in {data["runs"]} runs of `mosld train`, `compare` and `merge`, each begun again by
-        the same command until it ends. {data["runs_equal_to_the_undisturbed"]} of {data["runs"]} end as the undisturbed
-        run, in {compared["weight_files"]} files of weights, {compared["losses"]} losses, {compared["items"]:,} answers and
-        {compared["coefficients"]} coefficients, bit for bit. {data["stages_kept"]} finished parts were not run again,
-        {data["steps_trained_again_since_last_checkpoint"]} steps since a last checkpoint were.
-        {source(data, "kills", command)}"""
+    text = f"""SIGKILL {data["kills"]} times in {data["runs"]} runs of `mosld train`, `compare` and `merge`, each begun
+        again by the same command until it ends. {data["runs_equal_to_the_undisturbed"]} of {data["runs"]} end as the
+        undisturbed run, in {compared["weight_files"]} files of weights, {compared["losses"]} losses,
+        {compared["items"]:,} answers and {compared["coefficients"]} coefficients, bit for bit. {data["stages_kept"]}
+        finished parts were not run again, {data["steps_trained_again_since_last_checkpoint"]} steps since a last
+        checkpoint were. {source(data, "kills", command)}"""
     return [*wrapped(text), "", *table(("killed in", *phases), rows)]
 
 
@@ -229,9 +232,10 @@ def curves() -> list[str]:
     settings = data["settings"]
     within = [row["within"] for row in data["rows"] if row["name"].startswith("ours")]
     text = f"""{settings["steps"]} steps on the same batches with the same dropout masks, as moving averages of
-        {settings["window"]} steps, beside the formula in float64 (last loss {data["float64"]["last_loss"]:.3f}). The spread
-        is the mean distance between eager float32 runs of three seeds, {data["spread"]:.4f}; the greatest distance from
-        float64 of {sum(within)} of {len(within)} curves of ours is below it. {source(data, "curves", "make soak")}"""
+        {settings["window"]} steps, beside the formula in float64 (last loss {data["float64"]["last_loss"]:.3f}). The
+        spread is the mean distance between eager float32 runs of three seeds, {data["spread"]:.4f}; the greatest
+        distance from float64 of {sum(within)} of {len(within)} curves of ours is below it.
+        {source(data, "curves", "make soak")}"""
     head = (
         "run", "greatest distance from float64", "of the spread",
         "steps no further from float64 than the two most distant seeds from each other", "last loss",
@@ -241,8 +245,8 @@ def curves() -> list[str]:
         distances = (f"{row['distance']:.4f}", f"{row['of_spread']:.2f}", f"{100 * row['inside']:.0f} %")
         rows.append((row["name"], *distances, f"{row['last_loss']:.3f}"))
     picture = "![Training curves in every dtype](reliability/curves.png)"
-    remark = """Our curves: one model, one seed. The seeds' distance passes through zero where their curves cross, so that no
-        curve can be within it at all steps."""
+    remark = """Our curves: one model, one seed. The seeds' distance passes through zero where their curves cross, so
+        that no curve can be within it at all steps."""
     return [*wrapped(text), "", picture, "", *table(head, rows), "", *wrapped(remark)]
 
 
@@ -269,8 +273,8 @@ def page() -> str:
         "Training curves": curves(),
         "What is not promised": [LIMITS.rstrip()],
     }
-    purpose = """After this page you know what the library promises, which tests keep it, and what long runs have counted.
-        `python -m docs.build.reliability` writes this page from the tests and from the files in
+    purpose = """After this page you know what the library promises, which tests keep it, and what long runs have
+        counted. `python -m docs.build.reliability` writes this page from the tests and from the files in
         [`benchmarks/results/`](../../benchmarks/results)."""
     lines = ["# Reliability", "", *wrapped(purpose)]
     for title, own in sections.items():

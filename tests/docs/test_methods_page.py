@@ -10,8 +10,8 @@ from docs.build.method_counts import counted, settings, shown
 from docs.build.methods import FORMS, PAGE, page
 from mosld import presets, set_routing
 from mosld.mixture import MIXINGS
-from tests.models import tiny_llama, token_ids
 from tests.docs.snippets import blocks
+from tests.models import tiny_llama, token_ids
 
 
 def test_the_page_is_up_to_date():

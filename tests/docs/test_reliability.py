@@ -1,4 +1,4 @@
-"""docs/reference/reliability.md tells what the tests and the committed results of the long runs say, and the results hold."""
+"""docs/reference/reliability.md says what the tests and the committed long runs say, and the results hold."""
 
 import json
 

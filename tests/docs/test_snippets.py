@@ -1,4 +1,4 @@
-"""Whatever the README and the pages of docs/ show runs: Python as it stands there, commands as far as they can be parsed."""
+"""What the README and the pages of docs/ show runs: Python as it stands, commands as far as they can be parsed."""
 
 import functools
 import importlib.util
@@ -17,8 +17,8 @@ from mosld import MoSLDConfig
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task, read_examples
 from mosld.tasks.scoring import score_tasks
-from tests.models import perturb, tiny_llama, token_ids
 from tests.docs.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
+from tests.models import perturb, tiny_llama, token_ids
 from tests.tasks.test_scoring import byte_tokenizer
 
 # Pages whose Python is run, from its text, by tests that look closer.
@@ -27,10 +27,14 @@ ELSEWHERE = {
     "docs/reference/methods.md": "tests/docs/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints
-needs = {
-    name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} is not installed: extra `{extra}`")
-    for name, extra in (("lm_eval", "eval"), ("trl", "trl"))
-}
+
+
+def _needs(library: str, extra: str) -> pytest.MarkDecorator:
+    is_missing = importlib.util.find_spec(library) is None
+    return pytest.mark.skipif(is_missing, reason=f"{library} is not installed: extra `{extra}`")
+
+
+needs = {"lm_eval": _needs("lm_eval", "eval"), "trl": _needs("trl", "trl")}
 
 
 def nothing(names: dict) -> None:
@@ -142,7 +146,10 @@ def reader_of(block: Block) -> Reader:
     return found[0] if found else Reader("")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE])
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_its_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -159,15 +166,21 @@ def test_its_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, offline):
 
 
 def test_every_reader_finds_his_block_and_every_other_page_its_test():
-    read = [reader_of(block) for page in READERS for block in blocks(page, "python")]
-    assert [reader.text for reader in read if reader.text] == [own.text for owns in READERS.values() for own in owns]
-    assert [reader.needs for reader in read if reader.needs] == list(needs) and all(map(optional, needs))
+    needed = []
+    for page, readers in READERS.items():
+        found = [reader_of(block) for block in blocks(page, "python")]
+        assert [reader for reader in found if reader.text] == readers
+        needed += [reader.needs for reader in found if reader.needs]
+    assert needed == list(needs) and all(map(optional, needs))
     for page, test in ELSEWHERE.items():
         assert blocks(page, "python") and f'blocks("{page}", "python")' in (ROOT / test).read_text(), page
 
 
 def optional(library: str) -> Block:
-    (block,) = (own for page in READERS for own in blocks(page, "python") if reader_of(own).needs == library)
+    found = []
+    for page in READERS:
+        found += [block for block in blocks(page, "python") if reader_of(block).needs == library]
+    (block,) = found
     return block
 
 
@@ -215,11 +228,17 @@ def _asked(words: list[str]) -> list[str]:
     return [*words, "--help"] if words[1:3] == ["-m", "benchmarks"] and len(words) < 5 else words
 
 
-COMMANDS = [(str(block), words) for page in PAGES for block in blocks(page, "sh") for words in block.commands()]
-COMMANDS += [(page, _asked(words)) for page in PAGES for words in mentioned(page)]
+def _commands() -> list:
+    """A parameter for every command of a block or a text: where it is, and its words."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            found += [(str(block), words) for words in block.commands()]
+        found += [(page, _asked(words)) for words in mentioned(page)]
+    return [pytest.param(*own, id=f"{own[0]} {' '.join(own[1])[:40]}") for own in found]
 
 
-@pytest.mark.parametrize(("place", "words"), COMMANDS, ids=[f"{place} {' '.join(own)[:40]}" for place, own in COMMANDS])
+@pytest.mark.parametrize(("place", "words"), _commands())
 def test_a_command_is_understood(place, words, capsys):
     assert fault(words) == "", capsys.readouterr().err
 
@@ -249,17 +268,21 @@ def test_a_wrong_command_is_told(line, wrong):
 
 
 def test_the_lines_of_task_files_are_read(tmp_path):
-    files = [block for page in PAGES for block in blocks(page, "json")]
-    for block in files:
-        faults: list[str] = []
-        (tmp_path / "task.jsonl").write_text(block.text)
-        assert len(read_examples(tmp_path / "task.jsonl", faults)) == block.text.count("\n") and not faults, block
-    assert files
+    read = 0
+    for page in PAGES:
+        for block in blocks(page, "json"):
+            faults: list[str] = []
+            (tmp_path / "task.jsonl").write_text(block.text)
+            assert len(read_examples(tmp_path / "task.jsonl", faults)) == block.text.count("\n") and not faults, block
+            read += 1
+    assert read
 
 
 def test_no_block_is_of_a_language_that_is_not_looked_at():
+    found = []
     for page in PAGES:
         own = blocks(page)
+        found += [block.language for block in own]
         assert {block.language for block in own} <= LANGUAGES, page
         assert len(FENCE.findall(text_of(page))) == 2 * len(own), (
             f"{page} has a fence that does not begin or end a block"
@@ -269,5 +292,4 @@ def test_no_block_is_of_a_language_that_is_not_looked_at():
                 assert not re.search(r"^(?:\$ |>>> |(?:\S*/)?mosld |make |import )", block.text, flags=re.MULTILINE), (
                     block
                 )
-    found = [block.language for page in PAGES for block in blocks(page)]
     assert found.count("python") >= 11 and found.count("sh") >= 14 and found.count("json") >= 1

@@ -27,10 +27,11 @@ def files(root: Path) -> Iterator[Path]:
 def wide_lines(path: Path) -> list[str]:
     """file:line and width of every line that is too wide and could be narrower."""
     found = []
-    is_printed = False
+    language: str | None = None  # of the fenced block that the line is in
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if path.suffix == ".md" and line.startswith("```"):
-            is_printed = not is_printed and line.strip("` ") in ("", "text")
+            language = line.strip("` ") if language is None else None
+        is_printed = language in ("", "text")
         may_be_wide = _is_one_piece(line) or (path.suffix == ".md" and (is_printed or line.startswith("|")))
         if len(line) > WIDTH and not may_be_wide:
             found.append(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{number}: {len(line)}")
@@ -68,6 +69,7 @@ def test_the_files_are_those_of_the_repository():
         ("page.md", "# Title\n\n" + "word " * 24 + "words\n", 3),
         ("page.md", "```sh\n" + "mosld train " * 11 + "\n```\n", 2),
         ("page.md", "```\nprinted\n```\n" + "word " * 25, 4),
+        ("page.md", "```text\nprinted\n```\n\n```python\n" + "word " * 25 + "\n```\n", 6),
         ("page.md", "See [a page](page.md) " + "word " * 25, 1),
         ("code.py", '"""Short."""\n' + "# " + "word " * 24, 2),
         ("code.py", "| " + "word " * 25, 1),
@@ -88,7 +90,7 @@ def test_a_planted_wide_line_is_found(tmp_path, name, text, line):
         "word " * 23 + "words",
         "| " + "cell | " * 30,
         "```\n" + "1.00  " * 30 + "\n```",
-        "```text\n" + "1.00  " * 30 + "\n```",
+        "```python\nimport mosld\n```\n\n```text\n" + "1.00  " * 30 + "\n```",
         "[a page](" + "folder/" * 20 + "page.md).",
         "- https://example.org/" + "folder/" * 20,
         "```sh\nmosld compare --merge \\\n    " + "task_arithmetic," * 10 + " \\\n    --seeds 3\n```",

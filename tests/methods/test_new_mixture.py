@@ -1,4 +1,4 @@
-"""The example of docs/tutorials/new_mixing.md, run from its text: it computes what it says, trains, saves and leaves as a LoRA."""
+"""The example of docs/tutorials/new_mixing.md computes what it says, trains, saves and leaves as a LoRA."""
 
 import peft
 import pytest
@@ -6,8 +6,8 @@ import torch
 
 from mosld import MoSLDConfig, MoSLDLinear, balance_loss, export_lora, router_stats
 from mosld.mixture import MIXINGS
-from tests.models import perturb, tiny_llama, token_ids
 from tests.docs.snippets import blocks
+from tests.models import perturb, tiny_llama, token_ids
 
 IDS = token_ids()
 

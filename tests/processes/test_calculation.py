@@ -1,4 +1,4 @@
-"""The weak-scaling calculation counts what a real LLaMA-2-7B has, and docs/tutorials/several_processes.md tells what it gives."""
+"""The weak-scaling calculation counts what a real LLaMA-2-7B has; docs/tutorials/several_processes.md shows it."""
 
 import json
 from pathlib import Path
