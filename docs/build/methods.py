@@ -194,12 +194,15 @@ def _presets() -> str:
         training = (_dropout(config), _loss(make, config), numbers)
         rows.append((f"[`{name}`](#{name})", _reference(make), *structure, *training))
     names = ("preset", "reference", "shared", "M(x)", "router", "gates", "dropout", "auxiliary loss")
-    return "\n".join(table((*names, "r, alpha, experts"), rows))
+    papers = sorted({_reference(make) for make in PRESETS.values()} - {""})
+    addresses = [f"{paper}: https://arxiv.org/abs/{paper.strip('[]')}" for paper in papers]
+    return "\n".join([*table((*names, "r, alpha, experts"), rows), "", *addresses])
 
 
 def _reference(make: Callable) -> str:
+    """The first paper that its docstring names, as a link whose address stands below the table."""
     ids = re.findall(r"arXiv (\d{4}\.\d{5})", make.__doc__ or "")
-    return f"[{ids[0]}](https://arxiv.org/abs/{ids[0]})" if ids else ""
+    return f"[{ids[0]}]" if ids else ""
 
 
 def _shared(form: Form | None) -> str:

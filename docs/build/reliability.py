@@ -16,33 +16,33 @@ PAGE = ROOT / "docs/reference/reliability.md"
 RESULTS = ROOT / "benchmarks/results"
 
 
-class Promise(NamedTuple):
+class Guarantee(NamedTuple):
     """text: what holds. tests: "file" or "file::test, test", under tests/, which fail where it does not."""
 
     text: str
     tests: tuple[str, ...]
 
 
-PROMISES = {
+GUARANTEES = {
     "Numbers": (
-        Promise(
+        Guarantee(
             "Values and all gradients are the formula's: in float64 to rounding, in lower precision at "
             "most 1.5 times as far from float64 as plain torch",
             ("kernels/test_operator.py", "kernels/test_triton.py", "properties/test_operator.py",
              "properties/test_accuracy.py", "methods/test_equations.py"),
         ),
-        Promise(
+        Guarantee(
             "The input's gradient is that of the dropped A; dropped elements get none",
             ("kernels/test_operator.py::dropped_elements_of_a_get_no_gradient", "kernels/test_staged.py"),
         ),
-        Promise(
+        Guarantee(
             "A mask is the same in forward, backward and recomputation, follows from one seed of torch's"
             " generator, and is dropped at its rate",
             ("kernels/test_dropout.py", "kernels/test_triton.py::the_mask_is_the_torch_twin_bit_for_bit",
              "kernels/test_operator.py::recomputing_under_checkpointing_repeats_the_mask",
              "library/test_compiled_checkpoints.py::inductor_runs_a_layer_again_with_the_same_dropout"),
         ),
-        Promise(
+        Guarantee(
             "A token depends on no other one in its batch; a token that is not finite spoils itself "
             "alone (but for torch's own bfloat16 product with AMX, see the end)",
             ("kernels/test_operator.py::tokens_do_not_see_each_other, a_bad_token_stays_alone",
@@ -50,76 +50,76 @@ PROMISES = {
              "properties/test_operator.py::a_token_that_is_not_finite_is_not_hidden_and_stays_alone",
              "library/test_invariances.py::batch_mates_and_padding_change_nothing"),
         ),
-        Promise(
+        Guarantee(
             "Relations that need no oracle: scaling alpha or B, permuting experts or tokens, cutting a "
             "batch or D_out, B of zeros, duplicated experts",
             ("properties/test_relations.py", "properties/test_bits.py"),
         ),
-        Promise(
+        Guarantee(
             "A new adapter changes no bit of the model",
             ("methods/test_presets.py::it_starts_as_the_base_bit_for_bit_and_trains_the_adapter_alone",),
         ),
     ),
     "Training": (
-        Promise(
+        Guarantee(
             "The balance loss is neither lost nor counted twice: accumulation, activation checkpoints, "
             "autocast, a gradient scaler, torch.compile, skipped layers, several processes",
             ("library/test_trainer.py", "library/test_balance.py", "library/test_loss_scaling.py",
              "library/test_compiled_checkpoints.py", "library/test_skipped_layers.py", "processes/test_ddp.py"),
         ),
-        Promise(
+        Guarantee(
             "A training that is killed goes on to the same losses and the same adapter, bit for bit; a "
             "checkpoint that is cut off or altered is passed over and named",
             ("library/test_resume.py", "faults/test_kills.py"),
         ),
-        Promise("A lost process ends the run, and the same command finishes it", ("faults/test_lost_rank.py",)),
-        Promise("A cell of `mosld compare` that lacks memory costs that cell alone", ("faults/test_memory.py",)),
-        Promise(
+        Guarantee("A lost process ends the run, and the same command finishes it", ("faults/test_lost_rank.py",)),
+        Guarantee("A cell of `mosld compare` that lacks memory costs that cell alone", ("faults/test_memory.py",)),
+        Guarantee(
             "PEFT's operations in any order leave every adapter, and the model, as an account of them says",
             ("properties/test_peft_sequences.py",),
         ),
     ),
     "Files": (
-        Promise(
+        Guarantee(
             "A save that is killed at any of its file-system events leaves the old adapter, the new one,"
             " or one that is refused",
             ("library/test_kills.py",),
         ),
-        Promise(
+        Guarantee(
             "A damaged, foreign or altered adapter is refused with the file's name and the model stays as it was",
             ("library/test_adapter_file.py", "properties/test_corrupted_files.py",
              "properties/test_corrupted_commands.py"),
         ),
-        Promise(
+        Guarantee(
             "A full disk and a folder that cannot be written are told, and what is finished stays",
             ("faults/test_disk.py", "faults/test_read_only.py"),
         ),
-        Promise("A configuration is what its JSON says, there and back", ("properties/test_config_round_trip.py",)),
-        Promise(
+        Guarantee("A configuration is what its JSON says, there and back", ("properties/test_config_round_trip.py",)),
+        Guarantee(
             "An export computes what the mixture with those gates computes",
             ("library/test_export.py", "methods/test_export.py"),
         ),
     ),
     "Security": (
-        Promise(
+        Guarantee(
             "Our code opens no pickle, calls no `eval` and no shell, and never runs a model's own code "
             "(what PEFT and the Trainer open with `weights_only=True`: "
-            "[security](security.md#not-promised))",
+            "[security](security.md#not-guaranteed))",
             ("security",),
         ),
-        Promise("Names in task files, adapters and checkpoints lead to nothing outside their folder", ("security",)),
-        Promise(
+        Guarantee("Names in task files, adapters and checkpoints lead to nothing outside their folder", ("security",)),
+        Guarantee(
             "Task files are read within limits; every bad line is a fault with its number, up to 100,000 a file",
             ("security", "tasks/test_examples.py"),
         ),
     ),
     "Documents": (
-        Promise("Every public name has an example that runs", ("docs/test_docstring_examples.py",)),
-        Promise(
+        Guarantee("Every public name has an example that runs", ("docs/test_docstring_examples.py",)),
+        Guarantee(
             "All Python of the README and of these pages runs, all commands parse",
             ("docs/test_snippets.py", "docs/test_readme.py"),
         ),
-        Promise("Tables and ratios of the README are those of committed files", ("docs/test_readme.py",)),
+        Guarantee("Tables and ratios of the README are those of committed files", ("docs/test_readme.py",)),
     ),
 }  # fmt: skip
 
@@ -149,14 +149,14 @@ def source(data: dict[str, Any], name: str, command: str) -> str:
     return f"`{command}` ({where}torch {versions['torch']}): {link}."
 
 
-def promises() -> list[str]:
+def guarantees() -> list[str]:
     lines = []
-    for area, own in PROMISES.items():
-        rows = []
-        for promise in own:
-            links = [_link(test) for test in promise.tests]
-            rows.append((promise.text, "; ".join(links)))
-        lines += [f"### {area}", "", *table(("what holds", "kept by"), rows), ""]
+    for area, own in GUARANTEES.items():
+        lines += [f"### {area}", ""]
+        for guarantee in own:
+            links = [_link(test) for test in guarantee.tests]
+            lines += wrapped(f"- {guarantee.text}. Kept by {'; '.join(links)}.")
+        lines.append("")
     return lines
 
 
@@ -265,15 +265,15 @@ LIMITS = """\
 
 def page() -> str:
     sections = {
-        "Promises": promises(),
+        "Guarantees": guarantees(),
         "Random cases": cases(),
         "Planted faults": faults(),
         "Kills": kills(),
         "Long runs": soak(),
         "Training curves": curves(),
-        "What is not promised": [LIMITS.rstrip()],
+        "What is not guaranteed": [LIMITS.rstrip()],
     }
-    purpose = """After this page you know what the library promises, which tests keep it, and what long runs have
+    purpose = """After this page you know what the library guarantees, which tests keep it, and what long runs have
         counted. `python -m docs.build.reliability` writes this page from the tests and from the files in
         [`benchmarks/results/`](../../benchmarks/results)."""
     lines = ["# Reliability", "", *wrapped(purpose)]

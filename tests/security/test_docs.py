@@ -1,4 +1,4 @@
-"""docs/reference/security.md names the tests that keep its promises, and its numbers are those of the code."""
+"""docs/reference/security.md names the tests that keep its guarantees, and its numbers are those of the code."""
 
 import importlib
 import re
