@@ -26,7 +26,7 @@ class Form(NamedTuple):
     b: str
 
 
-# What a mixing is in symbols; one that is not here is told by its docstring alone.
+# What a mixing is in symbols; one that is not here has its docstring alone.
 FORMS = {
     "expand": Form("g ⊗ I_r", "h[e, i] = g_e z_i", "shared", "one an expert"),
     "diagonal": Form("diag(g ⊗ 1_r)", "h[e, i] = g_e z[e, i]", "one an expert", "one an expert"),

@@ -91,7 +91,7 @@ GUARANTEES = {
              "properties/test_corrupted_commands.py"),
         ),
         Guarantee(
-            "A full disk and a folder that cannot be written are told, and what is finished stays",
+            "A full disk and a folder that cannot be written are reported, and what is finished stays",
             ("faults/test_disk.py", "faults/test_read_only.py"),
         ),
         Guarantee("A configuration is what its JSON says, there and back", ("properties/test_config_round_trip.py",)),
@@ -255,8 +255,8 @@ LIMITS = """\
   for one.
 - `model.save_pretrained` over an existing adapter is PEFT's own save: killed between its two files it leaves new
   weights that the old checksum refuses, by name. `mosld train` and the exports have no such window.
-- Weights that were altered where no checksum lies beside them, to numbers that an adapter could have, cannot be told
-  from others. transformers' own loaders do not look at the checksum.
+- Weights that were altered where no checksum lies beside them, to numbers that an adapter could have, cannot be
+  distinguished from others. transformers' own loaders do not look at the checksum.
 - On processors with AMX torch's own bfloat16 product, the frozen layer's included, gives a token's NaN to the token
   before it where a row has an odd number of elements. Finite numbers are not touched.
 - Planted faults say what the tests notice of these faults. They are ours: no tool chose them.

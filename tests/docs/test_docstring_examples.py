@@ -101,9 +101,9 @@ def run(public: Public) -> str:
         return "its docstring has no example with a result"
     if not re.search(public.called, "".join(step.source for step in example.examples) + wanted):
         return "its example does not use it"
-    told: list[str] = []
-    doctest.DocTestRunner(verbose=False).run(example, out=told.append)
-    return "".join(told)
+    messages: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(example, out=messages.append)
+    return "".join(messages)
 
 
 def test_the_names_are_those_that_one_would_look_for():
@@ -134,9 +134,9 @@ def test_the_names_are_those_that_one_would_look_for():
         (">>> sum([1, 2])\n3", ""),
     ],
 )
-def test_a_missing_or_wrong_example_is_told(docs, wrong):
-    told = run(Public("package.sum", docs))
-    assert wrong in told and bool(wrong) == bool(told)
+def test_a_missing_or_wrong_example_is_reported(docs, wrong):
+    message = run(Public("package.sum", docs))
+    assert wrong in message and bool(wrong) == bool(message)
 
 
 def test_a_new_public_name_is_collected():

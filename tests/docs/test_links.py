@@ -11,13 +11,15 @@ BLOCK = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]*`")
 # A label may hold code with brackets and run over the end of a line.
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+DEFINITION = re.compile(r"^\[[^\]]+\]: (\S+)$", flags=re.MULTILINE)
 HEADING = re.compile(r"^#+ (.*)$", flags=re.MULTILINE)
 
 
 def targets(text: str) -> list[str]:
     """Where a page's links lead, but for other sites."""
     prose = CODE.sub("code", BLOCK.sub("", text))
-    return [target for target in LINK.findall(prose) if not re.match(r"\w+:", target)]
+    found = LINK.findall(prose) + DEFINITION.findall(prose)
+    return [target for target in found if not re.match(r"\w+:", target)]
 
 
 def anchors(text: str) -> set[str]:
@@ -63,6 +65,7 @@ def test_every_page_is_named_by_the_index():
         ("[elsewhere](https://example.org/none.md)", ""),
         ("`[code](none.md)`", ""),
         ("```\n[printed](none.md)\n```", ""),
+        ("[other]\n\n[other]: others.md\n\nmore", "others.md: there is no such file"),
         ("[other](others.md)", "others.md: there is no such file"),
         ("![picture](pictures/none.png)", "pictures/none.png: there is no such file"),
         ("[`more[0]`](folder/other.md)", "folder/other.md: there is no such file"),

@@ -52,9 +52,9 @@ def test_the_shared_factors_are_those_that_do_not_grow_with_the_experts(name):
         return config.mixture_of("x").shapes(10, 10)
 
     few, many = sizes(4), sizes(8)
-    for part, told in (("shared_a", FORMS[name].a), ("expert_b", FORMS[name].b)):
-        assert (many[part] == few[part]) == ("shared" in told), told
-        assert ("pool" in told or "one an expert" in told) == (many[part] != few[part]), told
+    for part, text in (("shared_a", FORMS[name].a), ("expert_b", FORMS[name].b)):
+        assert (many[part] == few[part]) == ("shared" in text), text
+        assert ("pool" in text or "one an expert" in text) == (many[part] != few[part]), text
 
 
 def test_its_example_of_telling_a_model_runs():

@@ -42,7 +42,7 @@ def nothing(names: dict) -> None:
 
 
 class Reader(NamedTuple):
-    """What a reader has before a block, told by a text that it alone contains, and what he must find after it."""
+    """What a reader has before a block, known by a text that it alone contains, and what must hold after it."""
 
     text: str
     before: Callable[[dict], None] = nothing
@@ -165,7 +165,7 @@ def test_its_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, offline):
             torch.distributed.destroy_process_group()
 
 
-def test_every_reader_finds_his_block_and_every_other_page_its_test():
+def test_every_reader_has_a_block_and_every_other_page_its_test():
     needed = []
     for page, readers in READERS.items():
         found = [reader_of(block) for block in blocks(page, "python")]
@@ -262,9 +262,9 @@ def test_a_command_is_understood(place, words, capsys):
         ("NAME=1 curl https://example.org", "curl is no command that is known here"),
     ],
 )
-def test_a_wrong_command_is_told(line, wrong):
-    told = fault(line.split())
-    assert wrong in told and bool(wrong) == bool(told)
+def test_a_wrong_command_is_reported(line, wrong):
+    message = fault(line.split())
+    assert wrong in message and bool(wrong) == bool(message)
 
 
 def test_the_lines_of_task_files_are_read(tmp_path):
