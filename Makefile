@@ -5,7 +5,7 @@
 # make fuzz   the random tests of tests/hardening/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
 #             benchmarks/results/fuzz.json
 # make check  lint, format and types
-# make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/performance.md
+# make bench  every benchmark that runs on a CPU, briefly: benchmarks/results/, charts and docs/results/performance.md
 # make mutants  which planted faults the fast tests notice, one fault at a time: benchmarks/results/mutants.json
 # make audit  known vulnerabilities of what is installed; needs the network, so it is no part of the gate
 # make soak   thousands of training steps, kills and adapter switches, and training curves in every dtype; ten minutes

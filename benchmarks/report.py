@@ -1,6 +1,7 @@
 """Result files into one document: every table with its losing cells, the targets, the machine, and charts beside it."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +59,12 @@ def run(files: Sequence[Path], out: Path) -> None:
 
 def _head(results: Sequence[dict]) -> list[str]:
     lines = [
+        "After this page you know what a layer of MoSLD costs on a CPU beside its peers, losing cells included.",
+        "",
         "Written by `python -m benchmarks report` from result files that the other verbs wrote; `make bench` does both.",
-        "All candidates run once a round, interleaved in one process. Times are medians over the rounds; ratios are medians of",
-        "the time over the frozen `nn.Linear`'s, or the frozen model's, in the same round. Machines and settings are in the files.",
+        "All candidates run once a round, interleaved in one process. Times are medians over the rounds; ratios are medians",
+        "of the time over the frozen `nn.Linear`'s, or the frozen model's, in the same round. Machines and settings are in",
+        "the files.",
         "",
         "| file | processor | threads | torch | commit | copy GB/s, product GFLOP/s |",
         "|---|---|---|---|---|---|",
@@ -77,7 +81,14 @@ def _head(results: Sequence[dict]) -> list[str]:
 
 
 def _targets(tables: Sequence[dict]) -> list[str]:
-    return ["## Targets on a CPU", "", *targets.lines(tables), "", "Why not, where not: [decisions](decisions.md).", ""]
+    return [
+        "## Targets on a CPU",
+        "",
+        *targets.lines(tables),
+        "",
+        "Why not, where not: [decisions](../design/decisions.md).",
+        "",
+    ]
 
 
 def _layers(tables: Sequence[dict]) -> list[str]:
@@ -151,7 +162,7 @@ def names(table: dict) -> list[str]:
 
 def _failures(table: dict) -> list[str]:
     failed = [f"{row['name']} ({row['failure']})" for row in table["rows"] if "failure" in row]
-    return [f"Not run: {'; '.join(failed)}.", ""] if failed else []
+    return [_wrapped(f"Not run: {'; '.join(failed)}."), ""] if failed else []
 
 
 def _lost(table: dict, step: str) -> list[str]:
@@ -160,7 +171,11 @@ def _lost(table: dict, step: str) -> list[str]:
     if OURS not in times:
         return []
     faster = [f"{name} ({t:.2f})" for name, t in times.items() if name != FROZEN and t < times[OURS]]
-    return [f"Faster than MoSLD ({times[OURS]:.2f}): {', '.join(faster) or 'none of them'}."]
+    return [_wrapped(f"Faster than MoSLD ({times[OURS]:.2f}): {', '.join(faster) or 'none of them'}.")]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _scaling(tables: Sequence[dict]) -> list[str]:

@@ -22,7 +22,8 @@ from .products import bmm
 ROWS = 32  # of a block
 SLICE_BYTES = 4 << 20  # of what is gathered for one slice of D_out
 LEAST_SLICE = 64  # features
-# What sorting, gathering and adding up cost for a row, as columns of a dense product. Measured: docs/decisions.md.
+# What sorting, gathering and adding up cost for a row, as columns of a dense product; measured in
+# docs/design/decisions.md.
 ROW_COLUMNS = {torch.float64: 96, torch.float32: 96, torch.bfloat16: 112, torch.float16: 112}
 
 

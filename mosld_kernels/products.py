@@ -2,8 +2,9 @@
 
 On a CPU torch.mm hands float32 to MKL, and 16-bit floats to oneDNN where the processor has instructions for them and
 to plain loops, a hundred times slower, where it has not. So on AMD processors short float32 sums go to oneDNN, which is
-up to a third faster there (`docs/decisions.md` has the measurements), and 16-bit floats that the processor cannot
-multiply go through float32. Both are decided by the processor and the sizes alone: the same inputs give the same bits.
+up to a third faster there (`docs/design/decisions.md` has the measurements), and 16-bit floats that the processor
+cannot multiply go through float32. Both are decided by the processor and the sizes alone: the same inputs give the same
+bits.
 The frozen layer's own product in forward stays torch's, because a fresh layer equals the frozen one bit for bit.
 """
 

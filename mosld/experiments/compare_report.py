@@ -6,6 +6,7 @@ Everything is drawn from the dictionary that compare.json holds, so a committed 
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,7 +175,8 @@ def markdown(data: Mapping[str, Any]) -> str:
     parts = [f"Accuracy in percent on held-out items{_spread(data)}.", "", _pipes(_table(data))]
     if differences := _differences(data):
         parts += ["", f"Difference to {_title(data)}, in points, with its 95 % interval:", "", _pipes(differences)]
-    return "\n".join([*parts, "", "\n\n".join(_notes(data)), ""])
+    notes = [textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False) for note in _notes(data)]
+    return "\n".join([*parts, "", "\n\n".join(notes), ""])
 
 
 def _spread(data: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What the mixture of one layer is: how many of what, which mixing matrix, who routes, where dropout falls.
 
 Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table in
-docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a mixing matrix that is not here.
+docs/reference/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a mixing matrix that is not
+here.
 """
 
 import math

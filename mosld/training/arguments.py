@@ -15,7 +15,7 @@ def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingAr
     """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
     if {word.partition("=")[0] for word in arguments} & {"--fsdp", "--deepspeed"}:
         raise ValueError(
-            "mosld train keeps the whole model in every process: --fsdp and --deepspeed cannot be given; docs/processes.md "
+            "mosld train keeps the whole model in every process: --fsdp and --deepspeed cannot be given; docs/tutorials/several_processes.md "
             "tells how to shard in a script of your own"
         )
     parser = HfArgumentParser(cast(Any, TrainingArguments), allow_abbrev=False)

@@ -39,10 +39,10 @@ class MoSLDConfig(PeftConfig):
     shared: which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
 
     The sibling methods are `mosld.presets`; what they set are these fields:
-    mixing: the mixing matrix between A and B, of `mosld.mixture.registry.MIXINGS`; None is the one that `shared` says. "block" makes
+    mixing: the mixing matrix between A and B, of `mosld.mixture.MIXINGS`; None is the one that `shared` says. "block" makes
         mixtures of the feed-forward blocks that target_modules names (`mosld.layers.feed_forward`), and plain LoRAs of linear layers.
         mixing_options: sizes and switches of that mixing.
-    router: who routes, of `mosld.mixture.routers.ROUTERS`. num_tasks, task_dim: of router="task".
+    router: who routes, of `mosld.mixture.ROUTERS`. num_tasks, task_dim: of router="task".
     gate: from logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest that
         reach the probability top_p, renormalised). temperature: logits are divided by it.
     up_dropout, input_dropout, hidden_dropout: dropout on elements of B, on the layer's input before A, and on A's output.

@@ -17,7 +17,7 @@ from mosld.cli.main import main
 from mosld.tuner.layer import MoSLDPeftLinear
 from tests.helpers.models import tiny_llama
 
-DEMO = Path(__file__).parent.parent.parent / "docs/demo/block.json"
+DEMO = Path(__file__).parent.parent.parent / "docs/results/demo/block.json"
 FEED_FORWARD = "gate_proj,up_proj,down_proj"
 
 

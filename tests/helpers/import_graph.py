@@ -82,4 +82,3 @@ def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
         if module not in index:
             visit(module)
     return found
-

@@ -1,4 +1,4 @@
-"""docs/merging_results.md tells what the committed files of its runs say."""
+"""docs/results/merging.md tells what the committed files of its runs say."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from mosld.merging.methods import METHODS, WIRELESS
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "benchmarks/results/merging"
-PAGE = (ROOT / "docs/merging_results.md").read_text()
+PAGE = re.sub(r"\\\n +", "", (ROOT / "docs/results/merging.md").read_text())
 
 
 def average(tasks: dict) -> float:
@@ -18,7 +18,7 @@ def average(tasks: dict) -> float:
 
 def test_its_table_is_that_of_the_committed_comparison_which_has_every_method():
     committed = json.loads((FOLDER / "compare.json").read_text())
-    assert compare_report.markdown(committed).split(compare_report.EQUAL)[0].strip() in PAGE
+    assert compare_report.markdown(committed).split(compare_report.EQUAL[:60])[0].strip() in PAGE
     merged = {line["row"].removesuffix("-merged") for line in committed["rows"] if line["setting"] == "merged"}
     assert merged == set(METHODS) - {WIRELESS} and committed["seeds"] == [0, 1, 2]
     (given,) = re.findall(r"^mosld compare .* --merge (\S+)", PAGE, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The example of docs/new_mixture.md, run from its text: it computes what it says, trains, saves and leaves as a LoRA."""
+"""The example of docs/tutorials/new_mixing.md computes what it says, trains, saves and leaves as a LoRA."""
 
 import peft
 import pytest
@@ -6,15 +6,15 @@ import torch
 
 from mosld import MoSLDConfig, MoSLDLinear, balance_loss, export_lora, router_stats
 from mosld.mixture.registry import MIXINGS
+from tests.docs.snippets import blocks
 from tests.helpers.models import perturb, tiny_llama, token_ids
-from tests.snippets import blocks
 
 IDS = token_ids()
 
 
 @pytest.fixture(scope="module")
 def config():
-    (block,) = blocks("docs/new_mixture.md", "python")
+    (block,) = blocks("docs/tutorials/new_mixing.md", "python")
     assert sum(bool(line.strip()) for line in block.text.splitlines()) <= 15
     names: dict = {}
     block.run(names)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 
 from tests.hardening.mutants.fault import Fault
 
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "build", "dist")
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "dist")
 PYTEST = ("-q", "-x", "--color=no", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
 # What many tests import, and what takes long to import.
 PRELOADED = (
@@ -61,6 +62,12 @@ def key(root: Path, fault: Fault) -> str:
     return digest.hexdigest()[:16]
 
 
+def _not_copied(root: Path, folder: str, names: list[str]) -> set[str]:
+    """What no test reads. What setuptools builds lies in `build` at the root; docs/build has the writers of pages."""
+    left_out = NOT_COPIED(folder, names)
+    return left_out | {"build"} if Path(folder) == root else left_out
+
+
 class Tree:
     """A copy of the repository, and a process that runs tests in it.
 
@@ -69,7 +76,7 @@ class Tree:
 
     def __init__(self, root: Path, folder: Path, packages: Sequence[str], preloaded: Sequence[str]):
         self.folder, self.path, self.packages = folder, folder / "tree", list(packages)
-        shutil.copytree(root, self.path, ignore=NOT_COPIED)
+        shutil.copytree(root, self.path, ignore=partial(_not_copied, root))
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("warm.py")), *preloaded], env=self._environment(), bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The weak-scaling calculation counts what a real LLaMA-2-7B has, and docs/processes.md tells what it gives."""
+"""The weak-scaling calculation counts what a real LLaMA-2-7B has; docs/tutorials/several_processes.md shows it."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_bytes_and_times_of_one_row_by_hand():
 
 def test_the_page_has_the_table_of_the_committed_file_and_the_code_gives_it():
     rows = [processes.Row(**row) for row in WRITTEN["rows"]]
-    assert "\n".join(processes.lines(rows)) in (ROOT / "docs/processes.md").read_text()
+    assert "\n".join(processes.lines(rows)) in (ROOT / "docs/tutorials/several_processes.md").read_text()
     settings = WRITTEN["settings"]
     assert (settings["processes"], settings["tokens"], settings["rank"], settings["experts"]) == (8, 8192, 8, 8)
     assert rows == processes.table()

@@ -1,5 +1,7 @@
-"""What the README and the pages of docs/ show a reader to type: their fenced blocks, the commands in these and in the text, and
-what is wrong with a command."""
+"""What the README and the pages of docs/ show a reader to type: fenced blocks, and commands in these and in the text.
+
+`fault` says what is wrong with a command.
+"""
 
 import importlib.util
 import re
@@ -13,7 +15,7 @@ from benchmarks import __main__ as benchmarks
 from mosld.cli.main import build_parser
 from mosld.training.arguments import training_arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *(?:```|~~~)", flags=re.MULTILINE)
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -36,8 +38,12 @@ class Block(NamedTuple):
 
     def commands(self) -> list[list[str]]:
         """The words of every line, without comments and with the lines joined that a backslash continues."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
+        found = []
+        for line in self.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                found.append(words)
+        return found
 
 
 def text_of(page: str) -> str:
@@ -47,23 +53,32 @@ def text_of(page: str) -> str:
 def blocks(page: str, language: str | None = None) -> list[Block]:
     """The fenced blocks of a page from top to bottom, of one language or of all."""
     text = text_of(page)
-    found = [Block(page, text[: m.start()].count("\n") + 1, m[1], m[2]) for m in BLOCK.finditer(text)]
-    return [block for block in found if language in (None, block.language)]
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text[: match.start()].count("\n") + 1
+        if language in (None, match[1]):
+            found.append(Block(page, line, match[1], match[2]))
+    return found
 
 
 def mentioned(page: str) -> list[list[str]]:
     """The words of the commands that the text itself names, in backquotes: `make x` and `python -m x`."""
     outside = BLOCK.sub("", text_of(page))
-    quoted = [" ".join(own.split()) for own in re.findall(r"`([^`]+)`", outside)]
-    return [shlex.split(own) for own in quoted if re.match(r"(?:\w+=\S+ )*(?:make|(?:\S*/)?python -m) ", own)]
+    found = []
+    for code in re.findall(r"`([^`]+)`", outside):
+        command = " ".join(code.split())
+        if re.match(r"(?:\w+=\S+ )*(?:make|(?:\S*/)?python -m) ", command):
+            found.append(shlex.split(command))
+    return found
 
 
 def fault(words: list[str]) -> str:
     """What is wrong with a command, as far as one can tell without running it."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # of the environment
         words = words[1:]
-    if missing := [word for word in words if _names_a_file_here(word) and not (ROOT / word).exists()]:
-        return f"{missing[0]} does not exist"
+    for word in words:
+        if _names_a_file_here(word) and not (ROOT / word).exists():
+            return f"{word} does not exist"
     try:
         return _fault(words)
     except SystemExit as left:

@@ -1,21 +1,24 @@
-"""docs/reliability.md tells what the tests and the committed results of the long runs say, and the results hold."""
+"""docs/reference/reliability.md says what the tests and the committed long runs say, and the results hold."""
 
 import json
 
 import pytest
 
-from tests import reliability
-from tests.reliability import PAGE, PROMISES, ROOT, functions, page
+from docs.build import reliability
+from docs.build.reliability import GUARANTEES, PAGE, ROOT, functions, page
 
-TESTS = [test for own in PROMISES.values() for promise in own for test in promise.tests]
+TESTS: set[str] = set()
+for own in GUARANTEES.values():
+    for guarantee in own:
+        TESTS.update(guarantee.tests)
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text() == page(), "python -m tests.reliability writes it anew"
+    assert PAGE.read_text() == page(), "python -m docs.build.reliability writes it anew"
 
 
-@pytest.mark.parametrize("test", sorted(set(TESTS)))
-def test_what_keeps_a_promise_is_there(test):
+@pytest.mark.parametrize("test", sorted(TESTS))
+def test_what_keeps_a_guarantee_is_there(test):
     path, _, names = test.partition("::")
     path = ROOT / "tests" / path
     files = [path] if path.is_file() else sorted(path.glob("test_*.py"))

@@ -12,7 +12,7 @@ import pytest
 import mosld
 import mosld.merging
 import mosld_kernels
-from mosld.mixture import spec as mixture
+from mosld.mixture.spec import spec as mixture
 
 PACKAGES = (mosld_kernels, mosld, mosld.merging)
 OURS = ("mosld", "mosld_kernels")
@@ -31,17 +31,21 @@ class Public(NamedTuple):
 
 def public_names(packages) -> list[Public]:
     """What the packages list in __all__, what modules among it define, and the methods of classes."""
-    return [public for package in packages for name in package.__all__ for public in _of(package, name)]
+    found = []
+    for package in packages:
+        for name in package.__all__:
+            found += _of(package, name)
+    return found
 
 
 def _of(package: types.ModuleType, name: str) -> Iterator[Public]:
     value, full = getattr(package, name), f"{package.__name__}.{name}"
     if inspect.ismodule(value):
         yield Public(full, value.__doc__ or "")
-        listed = [n for n, own in vars(value).items() if getattr(own, "__module__", None) == value.__name__]
-        for own in listed:
-            if not own.startswith("_"):
-                yield from _of(value, own)
+        for own_name, own in vars(value).items():
+            is_defined_there = getattr(own, "__module__", None) == value.__name__
+            if is_defined_there and not own_name.startswith("_"):
+                yield from _of(value, own_name)
     elif inspect.isclass(value):
         yield Public(full, value.__doc__ or "")
         for method, own in vars(value).items():
@@ -56,10 +60,17 @@ def _of(package: types.ModuleType, name: str) -> Iterator[Public]:
 
 
 def _inherited(cls: type, method: str) -> bool:
-    """Whether it is another library's method, which that library documents; a mixin's may be that of what it is mixed into."""
+    """Whether it is another library's method, which that library documents.
+
+    A mixin's may be that of what it is mixed into.
+    """
     mixed = [own for own in vars(mosld).values() if inspect.isclass(own) and issubclass(own, cls)]
-    bases = {base for own in mixed or [cls] for base in own.__mro__ if base.__module__.partition(".")[0] not in OURS}
-    return any(hasattr(base, method) for base in bases)
+    for own in mixed or [cls]:
+        for base in own.__mro__:
+            is_ours = base.__module__.partition(".")[0] in OURS
+            if not is_ours and hasattr(base, method):
+                return True
+    return False
 
 
 PUBLIC = public_names(PACKAGES)
@@ -85,20 +96,23 @@ def run(public: Public) -> str:
     if not public.docs:
         return "it has no docstring"
     example = doctest.DocTestParser().get_doctest(public.docs, {}, public.name, None, None)
-    if not any(step.want for step in example.examples):
+    wanted = "".join(step.want for step in example.examples)
+    if not wanted:
         return "its docstring has no example with a result"
-    if not re.search(public.called, "".join(step.source + step.want for step in example.examples)):
+    if not re.search(public.called, "".join(step.source for step in example.examples) + wanted):
         return "its example does not use it"
-    told: list[str] = []
-    doctest.DocTestRunner(verbose=False).run(example, out=told.append)
-    return "".join(told)
+    messages: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(example, out=messages.append)
+    return "".join(messages)
 
 
 def test_the_names_are_those_that_one_would_look_for():
     names = {public.name for public in PUBLIC}
     for package in PACKAGES:
-        assert {f"{package.__name__}.{name}" for name in package.__all__} <= names
-    assert {f"mosld.presets.{name}" for name in mosld.presets.PRESETS} <= names
+        for name in package.__all__:
+            assert f"{package.__name__}.{name}" in names
+    for name in mosld.presets.PRESETS:
+        assert f"mosld.presets.{name}" in names
     assert names >= {
         "mosld.MoSLDLinear.from_linear", "mosld.MoSLDLinear.shared_a", "mosld.MoSLDTrainerMixin.train",
         "mosld.RouterStats.dead", "mosld_kernels.reference.top_k_mask", "mosld.merging.METHODS",
@@ -120,14 +134,15 @@ def test_the_names_are_those_that_one_would_look_for():
         (">>> sum([1, 2])\n3", ""),
     ],
 )
-def test_a_missing_or_wrong_example_is_told(docs, wrong):
-    told = run(Public("package.sum", docs))
-    assert wrong in told and bool(wrong) == bool(told)
+def test_a_missing_or_wrong_example_is_reported(docs, wrong):
+    message = run(Public("package.sum", docs))
+    assert wrong in message and bool(wrong) == bool(message)
 
 
 def test_a_new_public_name_is_collected():
     package = types.ModuleType("package")
     class_of = type("New", (), {"__module__": "mosld.new", "method": lambda self: None, "_own": lambda self: None})
     package.__all__, package.New, package.table = ["New", "table"], class_of, {"a": 1}  # pyright: ignore
-    assert [public.name for public in public_names([package])] == ["package.New", "package.New.method", "package.table"]
-    assert [run(public) for public in public_names([package])] == ["it has no docstring"] * 3
+    found = public_names([package])
+    assert [public.name for public in found] == ["package.New", "package.New.method", "package.table"]
+    assert [run(public) for public in found] == ["it has no docstring"] * 3

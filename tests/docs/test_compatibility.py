@@ -1,6 +1,6 @@
 """The page of what works with what is the tests' own list."""
 
-from tests.compatibility import PAGE, tables
+from docs.build.compatibility import PAGE, tables
 
 
 def test_the_page_lists_what_the_tests_run():

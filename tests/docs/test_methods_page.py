@@ -1,4 +1,4 @@
-"""docs/methods.md is what the presets and the counts on their real modules say."""
+"""docs/reference/methods.md is what the presets and the counts on their real modules say."""
 
 import re
 
@@ -6,15 +6,16 @@ import peft
 import pytest
 import torch
 
+from docs.build.method_counts import counted, settings, shown
+from docs.build.methods import FORMS, PAGE, page
 from mosld import presets, set_routing
 from mosld.mixture.registry import MIXINGS
+from tests.docs.snippets import blocks
 from tests.helpers.models import tiny_llama, token_ids
-from tests.methods_page import FORMS, PAGE, counted, page, settings, shown
-from tests.snippets import blocks
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text() == page(), "python -m tests.methods_page writes it anew"
+    assert PAGE.read_text() == page(), "python -m docs.build.methods writes it anew"
 
 
 @pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)
@@ -51,13 +52,13 @@ def test_the_shared_factors_are_those_that_do_not_grow_with_the_experts(name):
         return config.mixture_of("x").shapes(10, 10)
 
     few, many = sizes(4), sizes(8)
-    for part, told in (("shared_a", FORMS[name].a), ("expert_b", FORMS[name].b)):
-        assert (many[part] == few[part]) == ("shared" in told), told
-        assert ("pool" in told or "one an expert" in told) == (many[part] != few[part]), told
+    for part, text in (("shared_a", FORMS[name].a), ("expert_b", FORMS[name].b)):
+        assert (many[part] == few[part]) == ("shared" in text), text
+        assert ("pool" in text or "one an expert" in text) == (many[part] != few[part]), text
 
 
 def test_its_example_of_telling_a_model_runs():
-    (block,) = blocks("docs/methods.md", "python")
+    (block,) = blocks("docs/reference/methods.md", "python")
     batch, length = token_ids().shape
     names = {
         "task_ids": torch.tensor([0, 1, 2])[:batch],

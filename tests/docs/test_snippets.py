@@ -1,4 +1,4 @@
-"""Whatever the README and the pages of docs/ show runs: Python as it stands there, commands as far as they can be parsed."""
+"""What the README and the pages of docs/ show runs: Python as it stands, commands as far as they can be parsed."""
 
 import functools
 import importlib.util
@@ -17,20 +17,24 @@ from mosld import MoSLDConfig
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import Example, Task, read_examples
 from mosld.tasks.scoring import score_tasks
+from tests.docs.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
 from tests.helpers.models import perturb, tiny_llama, token_ids
-from tests.snippets import FENCE, PAGES, ROOT, Block, blocks, fault, mentioned, text_of
 from tests.tasks.test_scoring import byte_tokenizer
 
 # Pages whose Python is run, from its text, by tests that look closer.
 ELSEWHERE = {
-    "docs/new_mixture.md": "tests/mixture/test_new_mixing.py",
-    "docs/methods.md": "tests/test_methods_page.py",
+    "docs/tutorials/new_mixing.md": "tests/mixture/test_new_mixing.py",
+    "docs/reference/methods.md": "tests/docs/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints
-needs = {
-    name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} is not installed: extra `{extra}`")
-    for name, extra in (("lm_eval", "eval"), ("trl", "trl"))
-}
+
+
+def _needs(library: str, extra: str) -> pytest.MarkDecorator:
+    is_missing = importlib.util.find_spec(library) is None
+    return pytest.mark.skipif(is_missing, reason=f"{library} is not installed: extra `{extra}`")
+
+
+needs = {"lm_eval": _needs("lm_eval", "eval"), "trl": _needs("trl", "trl")}
 
 
 def nothing(names: dict) -> None:
@@ -38,7 +42,7 @@ def nothing(names: dict) -> None:
 
 
 class Reader(NamedTuple):
-    """What a reader has before a block, told by a text that it alone contains, and what he must find after it."""
+    """What a reader has before a block, known by a text that it alone contains, and what must hold after it."""
 
     text: str
     before: Callable[[dict], None] = nothing
@@ -130,8 +134,8 @@ READERS = {
         Reader("SFTTrainer", needs="trl"),
         Reader("export_lora(model,", after=_is_served),
     ],
-    "docs/merging.md": [Reader("read_task_vectors", _has_two_loras, _merged_both)],
-    "docs/processes.md": [Reader("fully_shard(model,", _is_a_process, _saved_the_shards)],
+    "docs/tutorials/merging.md": [Reader("read_task_vectors", _has_two_loras, _merged_both)],
+    "docs/tutorials/several_processes.md": [Reader("fully_shard(model,", _is_a_process, _saved_the_shards)],
 }
 
 
@@ -142,7 +146,10 @@ def reader_of(block: Block) -> Reader:
     return found[0] if found else Reader("")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE])
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_its_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -158,16 +165,22 @@ def test_its_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch, offline):
             torch.distributed.destroy_process_group()
 
 
-def test_every_reader_finds_his_block_and_every_other_page_its_test():
-    read = [reader_of(block) for page in READERS for block in blocks(page, "python")]
-    assert [reader.text for reader in read if reader.text] == [own.text for owns in READERS.values() for own in owns]
-    assert [reader.needs for reader in read if reader.needs] == list(needs) and all(map(optional, needs))
+def test_every_reader_has_a_block_and_every_other_page_its_test():
+    needed = []
+    for page, readers in READERS.items():
+        found = [reader_of(block) for block in blocks(page, "python")]
+        assert [reader for reader in found if reader.text] == readers
+        needed += [reader.needs for reader in found if reader.needs]
+    assert needed == list(needs) and all(map(optional, needs))
     for page, test in ELSEWHERE.items():
         assert blocks(page, "python") and f'blocks("{page}", "python")' in (ROOT / test).read_text(), page
 
 
 def optional(library: str) -> Block:
-    (block,) = (own for page in READERS for own in blocks(page, "python") if reader_of(own).needs == library)
+    found = []
+    for page in READERS:
+        found += [block for block in blocks(page, "python") if reader_of(block).needs == library]
+    (block,) = found
     return block
 
 
@@ -215,11 +228,17 @@ def _asked(words: list[str]) -> list[str]:
     return [*words, "--help"] if words[1:3] == ["-m", "benchmarks"] and len(words) < 5 else words
 
 
-COMMANDS = [(str(block), words) for page in PAGES for block in blocks(page, "sh") for words in block.commands()]
-COMMANDS += [(page, _asked(words)) for page in PAGES for words in mentioned(page)]
+def _commands() -> list:
+    """A parameter for every command of a block or a text: where it is, and its words."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            found += [(str(block), words) for words in block.commands()]
+        found += [(page, _asked(words)) for words in mentioned(page)]
+    return [pytest.param(*own, id=f"{own[0]} {' '.join(own[1])[:40]}") for own in found]
 
 
-@pytest.mark.parametrize(("place", "words"), COMMANDS, ids=[f"{place} {' '.join(own)[:40]}" for place, own in COMMANDS])
+@pytest.mark.parametrize(("place", "words"), _commands())
 def test_a_command_is_understood(place, words, capsys):
     assert fault(words) == "", capsys.readouterr().err
 
@@ -237,7 +256,7 @@ def test_a_command_is_understood(place, words, capsys):
         ("make demos", "the Makefile has no demos"),
         (".venv/bin/python -m benchmarks gpu", "the parser refuses"),  # it needs --out
         ("python -m benchmarks gpus --help", "the parser refuses"),
-        ("python -m tests.methods_pages", "there is no module tests.methods_pages to run"),
+        ("python -m docs.build.method", "there is no module docs.build.method to run"),
         ("python -m tests.integration.processes", "there is no module tests.integration.processes to run"),
         (
             "python -m tests.hardening.mutants tests/hardening/mutants/none.py",
@@ -246,23 +265,27 @@ def test_a_command_is_understood(place, words, capsys):
         ("NAME=1 curl https://example.org", "curl is no command that is known here"),
     ],
 )
-def test_a_wrong_command_is_told(line, wrong):
-    told = fault(line.split())
-    assert wrong in told and bool(wrong) == bool(told)
+def test_a_wrong_command_is_reported(line, wrong):
+    message = fault(line.split())
+    assert wrong in message and bool(wrong) == bool(message)
 
 
 def test_the_lines_of_task_files_are_read(tmp_path):
-    files = [block for page in PAGES for block in blocks(page, "json")]
-    for block in files:
-        faults: list[str] = []
-        (tmp_path / "task.jsonl").write_text(block.text)
-        assert len(read_examples(tmp_path / "task.jsonl", faults)) == block.text.count("\n") and not faults, block
-    assert files
+    read = 0
+    for page in PAGES:
+        for block in blocks(page, "json"):
+            faults: list[str] = []
+            (tmp_path / "task.jsonl").write_text(block.text)
+            assert len(read_examples(tmp_path / "task.jsonl", faults)) == block.text.count("\n") and not faults, block
+            read += 1
+    assert read
 
 
 def test_no_block_is_of_a_language_that_is_not_looked_at():
+    found = []
     for page in PAGES:
         own = blocks(page)
+        found += [block.language for block in own]
         assert {block.language for block in own} <= LANGUAGES, page
         assert len(FENCE.findall(text_of(page))) == 2 * len(own), (
             f"{page} has a fence that does not begin or end a block"
@@ -272,5 +295,4 @@ def test_no_block_is_of_a_language_that_is_not_looked_at():
                 assert not re.search(r"^(?:\$ |>>> |(?:\S*/)?mosld |make |import )", block.text, flags=re.MULTILINE), (
                     block
                 )
-    found = [block.language for page in PAGES for block in blocks(page)]
     assert found.count("python") >= 11 and found.count("sh") >= 14 and found.count("json") >= 1
