@@ -12,7 +12,7 @@ from . import presets  # noqa: E402  the modules below need the registration
 from .convert.export import export_lora  # noqa: E402
 from .convert.fixed_gates import LayerGates  # noqa: E402
 from .convert.import_lora import import_lora  # noqa: E402
-from .files.version import __version__  # noqa: E402
+from .files.version import __version__ as __version__  # noqa: E402
 from .layers.adapter import MoSLDAdapter  # noqa: E402
 from .layers.linear import MoSLDLinear  # noqa: E402
 from .layers.routing import forget_routing, set_routing  # noqa: E402
@@ -32,7 +32,6 @@ __all__ = [
     "MoSLDTrainer",
     "MoSLDTrainerMixin",
     "RouterStats",
-    "__version__",
     "balance_loss",
     "contrastive_loss",
     "export_lora",

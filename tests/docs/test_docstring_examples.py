@@ -12,7 +12,7 @@ import pytest
 import mosld
 import mosld.merging
 import mosld_kernels
-from mosld.mixture.spec import spec as mixture
+from mosld import mixture
 
 PACKAGES = (mosld_kernels, mosld, mosld.merging)
 OURS = ("mosld", "mosld_kernels")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_architecture import imported
+from tests.test_architecture import third_parties
 
 tomllib = pytest.importorskip("tomllib", reason="it is in the standard library from Python 3.11 on")
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ def test_every_dependency_has_a_tested_version_or_a_reason():
 
 
 def test_what_the_packages_import_is_declared():
-    found = {own for package in PACKAGES for path in (ROOT / package).rglob("*.py") for own in imported(path)}
+    found = {own for package in PACKAGES for path in (ROOT / package).rglob("*.py") for own in third_parties(path.read_text())}
     declared = {name(one) for one in PROJECT["dependencies"]}
     assert found - {*PACKAGES} == declared  # each of them is imported under its own name
 
