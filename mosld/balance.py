@@ -11,7 +11,7 @@ How the gradient arrives under activation checkpointing is `mosld.owed`'s.
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.reference import top_k_mask
+from mosld_kernels.gating import top_k_mask
 
 from .layer import MoSLDAdapter
 from .owed import KeptTensors, added

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.autograd import no_autocast
-from mosld_kernels.reference import largest
+from mosld_kernels.gating import largest
+from mosld_kernels.precision import no_autocast
 
 from .layer import MoSLDAdapter
 from .owed import KeptTensors, added

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.reference import largest
+from mosld_kernels.gating import largest
 
 from .layer import MoSLDAdapter, MoSLDLinear
 from .tuner import MoSLDLayer

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mosld_kernels.gating import top_p_gates
-from mosld_kernels.reference import gates_from_logits, router_dtype
+from mosld_kernels.gating import gates_from_logits, top_p_gates
+from mosld_kernels.precision import router_dtype
 
 if TYPE_CHECKING:
     from .layer import MoSLDAdapter

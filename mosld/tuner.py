@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mosld_kernels.dispatch import autocasts
+from mosld_kernels.precision import autocasts
 
 from .adapter_file import AdapterFileError, check_name
 from .block import BlockAdapter, check_block, is_block

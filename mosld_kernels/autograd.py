@@ -10,12 +10,13 @@ With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e,
 Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .precision import no_autocast
 
 
 class Inputs(NamedTuple):
@@ -92,13 +93,6 @@ def backward(
         if down_weight is not None:
             dx = steps.grad_x(dout, weight, dprojected, down_weight)
     return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
-
-
-def no_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Routing and the gradients of the adapter keep their dtypes inside the user's autocast, too."""
-    if not torch.amp.is_autocast_available(device):  # the meta device, for one
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 class MoSLDFunction(torch.autograd.Function):

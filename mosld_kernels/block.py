@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .autograd import no_autocast
+from .bits import draw_bits, zeroed
+from .precision import no_autocast, router_dtype
 from .products import add_mm, mm
-from .reference import router_dtype
-from .staged import _Down, _dropped, _Up, draw_bits, zeroed
+from .stages import Down, Up, drop_weight
 
 DOWN_STREAM = 2  # of the mask on A2; that of A1 and A3, one above the other, has stream 0
 
@@ -70,10 +70,10 @@ def down(
     from torch's generator. The logits are in float32 (float64 for float64 x).
     """
     keep = draw_bits(x, dropout_x) if dropout_x else None
-    both = _dropped(torch.cat((gate_a, up_a)), dropout_a, seed, 0, x.dtype)
+    both = drop_weight(torch.cat((gate_a, up_a)), dropout_a, seed, 0, x.dtype)
     router_weight = router_weight.to(x.dtype)
     if _by_hand(x):
-        _, z, logits = _Down.apply(x, both, router_weight, keep)  # pyright: ignore
+        _, z, logits = Down.apply(x, both, router_weight, keep)  # pyright: ignore
     else:
         z, logits = F.linear(zeroed(x, keep), both), F.linear(x, router_weight)
     if 0 < dropout_x < 1:
@@ -83,13 +83,13 @@ def down(
 
 def drop_down_a(down_a: Tensor, dropout_a: float, seed: Tensor | None) -> Tensor:
     """A2 with its elements dropped"""
-    return _dropped(down_a, dropout_a, seed, DOWN_STREAM, down_a.dtype)
+    return drop_weight(down_a, dropout_a, seed, DOWN_STREAM, down_a.dtype)
 
 
 def up(out: Tensor, mixed: Tensor, down_b: Tensor) -> Tensor:
     """out [T, D], mixed [T, E * R], down_b [D, E * R] -> out + mixed B2^T"""
     down_b = down_b.to(mixed.dtype)
-    update = _Up.apply(None, None, None, mixed, down_b) if _by_hand(mixed) else F.linear(mixed, down_b)
+    update = Up.apply(None, None, None, mixed, down_b) if _by_hand(mixed) else F.linear(mixed, down_b)
     return out + update  # pyright: ignore
 
 

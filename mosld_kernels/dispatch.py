@@ -14,13 +14,13 @@ from torch import Tensor
 
 from . import autograd
 from .autograd import Inputs, MoSLDFunction, Settings
-from .dropout import check_seed
+from .checks import check_input, check_mixing, check_seed
 from .limits import size_obstacle
-from .reference import check_mixing, expert_rank, router_dtype
+from .packing import expert_rank
+from .precision import FLOATS, autocasts, castable_dtypes, no_autocast, product_dtype, router_dtype
 
 BACKENDS = ("auto", "eager", "triton")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TRITON_FLOATS = FLOATS[1:]
+TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 try:
     TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
 except (ImportError, ValueError):  # ValueError: a stand-in for the module, without a specification
@@ -120,7 +120,7 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     _check_settings(settings)
     _check_tensors(inputs, settings)
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     _check_dtypes(inputs, dtype)
     # float: an integer scale would compile kernels of its own.
     backend = _choose_backend(inputs, dtype, settings.backend, settings.mixing)
@@ -135,24 +135,12 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
         out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
     else:
         # What is cast is cast: routing and products keep their dtypes, as they do in backward.
-        with autograd.no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+        with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
             if torch.is_grad_enabled():
                 out, logits = MoSLDFunction.apply(*inputs, *settings)
             else:  # a tenth of the time of a call with one token
                 out, logits, _, _ = autograd.forward(inputs, settings)
     return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Under autocast the base layer runs in the autocast dtype, as torch.nn.functional.linear does; float64 is left."""
-    autocast = autocasts(x) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; devices without it, such as meta, have none."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str, mixing: str) -> str:
@@ -212,8 +200,7 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         if tensor is not None or name not in ("weight", "bias", "seed"):
             _expect_dense(tensor, name)
-    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
-        raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
+    check_input(x)
     rows_rule = "[E * R, D_in]" if settings.mixing == "diagonal" else "[R, D_in]"
     if not (shared_a.dim() == expert_b.dim() == router_weight.dim() == 2):
         raise ValueError(
@@ -242,14 +229,12 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     if settings.dropout_p > 0:
         if seed is None:
             raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: an int64 tensor of shape [1]")
-        check_seed(seed)
-        if seed.device != x.device:
-            raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
+        check_seed(seed, x.device)
 
 
 def _check_dtypes(inputs: Inputs, dtype: torch.dtype) -> None:
     """dtype: of the products. Autocast casts to it what is a float of at most 32 bits; nothing else is cast."""
-    castable = TRITON_FLOATS if dtype != torch.float64 and autocasts(inputs.x) else (inputs.x.dtype,)
+    castable = castable_dtypes(inputs.x, dtype)
     for name, tensor in zip(Inputs._fields[:3], inputs, strict=False):
         if tensor is not None and tensor.dtype not in castable:
             raise ValueError(f"{name} must have x's dtype {inputs.x.dtype}, got {tensor.dtype}")
@@ -273,10 +258,6 @@ def _expect(tensor: Tensor, name: str, rule: str, shape: tuple[int, ...]) -> Non
         raise ValueError(f"{name} must be {rule} = {list(shape)}, got {list(tensor.shape)}")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
 @torch.library.custom_op("mosld::linear", mutates_args=())
 def _linear_op(
     x: Tensor,
@@ -294,7 +275,7 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out [T, D_out], logits [T, E], and for backward hidden [T, R or E * R], gates [T, E]"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    with autograd.no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend, mixing))
 
 
@@ -334,7 +315,7 @@ def _linear_backward_op(
     """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     settings = Settings(top_k, scale, dropout_p, backend, mixing)
-    with autograd.no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 

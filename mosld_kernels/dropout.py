@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .checks import check_seed
 from .philox import philox
 
 try:
@@ -121,9 +122,3 @@ def drop_elements(values: Tensor, keep: Tensor | None, p: float, dtype: torch.dt
     kept_share = 1 - p if p < 1 else 1.0  # p = 1 keeps nothing, so there is nothing to scale
     wide = values.to(torch.promote_types(values.dtype, dtype))
     return torch.where(keep, wide, 0.0).div_(kept_share).to(dtype)
-
-
-def check_seed(seed: Tensor) -> None:
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (1,):
-        got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise ValueError(f"seed must be an int64 tensor of shape [1], got {got}")

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     rows: Tensor  # [N, ROWS, R]
 
 
-def pays(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bool:
+def faster_than_dense(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bool:
     """Whether sorting beats a dense product for hidden [T, R]: decided by sizes, so it is the same in backward.
 
     Never with an A for each expert, whose dense products with A are as wide as those with B: not built.

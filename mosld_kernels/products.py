@@ -55,6 +55,19 @@ def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out)
 
 
+def dense_up(x: Tensor, weight: Tensor | None, bias: Tensor | None, mixed: Tensor, expert_b: Tensor) -> Tensor:
+    """x [T, D_in], weight [D_out, D_in], bias [D_out], mixed [T, E * R], expert_b [D_out, E * R]
+    -> out [T, D_out]: the base product and the update, the update alone without a weight"""
+    update = (mixed, expert_b.t())
+    return mm(*update, bias) if weight is None else mm_sum((x, weight.t()), update, bias, as_frozen=True)
+
+
+def grad_x(dout: Tensor, weight: Tensor | None, dprojected: Tensor, down_weight: Tensor) -> Tensor:
+    """dout [T, D_out], weight [D_out, D_in], dprojected [T, Z + E], down_weight [Z + E, D_in] -> dx [T, D_in]"""
+    update = (dprojected, down_weight)
+    return mm(*update) if weight is None else mm_sum((dout, weight), update)
+
+
 @functools.cache
 def lacks(dtype: torch.dtype) -> bool:
     """Whether this processor has no instructions for products in `dtype`, as far as torch uses them."""

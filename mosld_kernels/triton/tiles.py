@@ -89,7 +89,7 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
+def split_k(programs: int, steps: int, processors: int, most: int = 16) -> int:
     """Into how many planes a sum of `steps` steps is cut so that `programs` programs fill the chip's processors.
 
     Powers of two, every plane with at least two steps. Nine tenths of the processors are enough: another doubling
@@ -104,7 +104,7 @@ def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
 def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int) -> Row:
     """The first row that fits. A size that a launch does not have is 0."""
     sizes = dict(d_in_to=d_in, d_out_to=d_out, columns_to=columns, tokens_to=bucket(tokens))
-    for row in _candidates(arch, os.environ.get(VARIABLE)):
+    for row in rows_for(arch, os.environ.get(VARIABLE)):
         fits = all(getattr(row, bound) == 0 or size <= getattr(row, bound) for bound, size in sizes.items())
         if row.kernel == kernel and row.bytes in (0, element_bytes) and fits:
             return row
@@ -122,7 +122,7 @@ def _own_rows(path: str | None) -> list[Row]:
 
 
 @functools.cache
-def _candidates(arch: int, path: str | None) -> list[Row]:
+def rows_for(arch: int, path: str | None) -> list[Row]:
     own = [row for row in _own_rows(path) if row.arch in (0, arch)]
     return own + [row for row in ROWS if row.arch == arch] + [row for row in ROWS if row.arch == 0]
 

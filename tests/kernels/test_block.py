@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mosld_kernels.bits import draw_bits, unpacked
 from mosld_kernels.block import Inputs, Settings, block_mixture, down, drop_down_a, up
-from mosld_kernels.staged import draw_bits, unpacked
 from tests.accuracy import assert_no_less_accurate
 
 WIDE = torch.float64

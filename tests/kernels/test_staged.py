@@ -6,8 +6,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mosld_kernels import keep_mask, mixing
-from mosld_kernels.reference import gates_from_logits, router_dtype
-from mosld_kernels.staged import UP_STREAM, Dropout, draw_bits, staged_linear, unpacked, zeroed
+from mosld_kernels.bits import draw_bits, unpacked, zeroed
+from mosld_kernels.gating import gates_from_logits
+from mosld_kernels.precision import router_dtype
+from mosld_kernels.staged import UP_STREAM, Dropout, staged_linear
 from tests.accuracy import assert_no_less_accurate
 from tests.inputs import SHAPES, Shape, make_case
 from tests.runs import SEED
@@ -335,9 +337,9 @@ def test_an_x_without_gradient_costs_no_product_with_the_base(monkeypatch):
     case, large = make_case(ODD), []
     inputs = [tensor.clone().requires_grad_(i in (3, 4, 5)) for i, tensor in enumerate(case[:6])]
     y, _ = staged_linear(*inputs[:5], mix_of(ODD), scale=1.5, router_weight=inputs[5])
-    from mosld_kernels import staged
+    from mosld_kernels import stages
 
-    monkeypatch.setattr(staged, "mm", lambda a, b, mm=staged.mm: large.append((a.shape, b.shape)) or mm(a, b))
+    monkeypatch.setattr(stages, "mm", lambda a, b, mm=stages.mm: large.append((a.shape, b.shape)) or mm(a, b))
     y.backward(case.dout)
     assert large and all(inputs[1].shape != b for _, b in large)
 

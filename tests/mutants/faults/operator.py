@@ -19,7 +19,7 @@ FAULTS = [
     ),
     Fault(
         "bias_lost",
-        "mosld_kernels/eager.py",
+        "mosld_kernels/products.py",
         "mm_sum((x, weight.t()), update, bias, as_frozen=True)",
         "mm_sum((x, weight.t()), update, as_frozen=True)",
         "an adapted layer loses its bias",
@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "base_product_as_any_other",
-        "mosld_kernels/eager.py",
+        "mosld_kernels/products.py",
         "mm_sum((x, weight.t()), update, bias, as_frozen=True)",
         "mm_sum((x, weight.t()), update, bias)",
         "on AMD processors a fresh layer is no longer the frozen one bit for bit",
@@ -83,11 +83,11 @@ FAULTS = [
     ),
     Fault(
         "same_a_for_every_expert",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/packing.py",
         "        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))",
         "        return hidden.unflatten(-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
         "with an A for each expert, experts read rows of each other's A",
-        ("tests/kernels/test_reference.py",),
+        OPERATOR,
     ),
     Fault(
         "staged_scale_forgotten",
@@ -99,7 +99,7 @@ FAULTS = [
     ),
     Fault(
         "router_reads_dropped_input",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "                logits = mm(x, router_weight.t())\n",
         "                logits = mm(zeroed(x, keep), router_weight.t())\n",
         "dropout on the input changes whom the router chooses",

@@ -125,7 +125,7 @@ FAULTS = [
     ),
     Fault(
         "experts_that_do_not_exist",
-        "mosld_kernels/triton/up.py",
+        "mosld_kernels/triton/experts.py",
         "    return e * R + r, (e < E) & (r < R)",
         "    return e * R + r, r < R",
         "where the last block of experts is not full, B's gradient is overwritten by nonsense",
