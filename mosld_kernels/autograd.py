@@ -6,8 +6,8 @@ anything of size [T, D_out] or [T, E, D_out].
     dB = dy^T h                       [dA~ | dWr] = [dz | dl]^T x        dA = keep * dA~ / (1 - p)
     dx = dy W0 + dz A~ + dl Wr
 
-With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e, z_e>, dz_e = s g_e u_e; all else is the same.
-Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
+With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e, z_e>, dz_e = s g_e u_e; all else is the
+same. Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
 """
 
 from typing import Any, NamedTuple
@@ -114,4 +114,5 @@ class MoSLDFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         with no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
-        return *grads, None, *(None for _ in ctx.settings)  # the seed's and the settings'
+        # The seed and the settings have none.
+        return *grads, *[None] * (1 + len(ctx.settings))

@@ -7,7 +7,7 @@ DIGITS = 24  # of the binary fraction 1 - p: as exact as float32
 
 
 def draw_bits(x: Tensor, p: float) -> Tensor:
-    """A mask for x [T, D] drawn from torch's generator -> uint8, eight elements a byte: each bit is 1 with probability 1 - p
+    """A mask for x [T, D] from torch's generator -> uint8, eight elements a byte; a bit is 1 with probability 1 - p
 
     From random words, one for each binary digit of 1 - p, 64 elements at a time: w | r has probability (P(w) + 1) / 2,
     w & r has P(w) / 2. A tenth of the time that drawing a number for every element takes on a CPU.
@@ -18,7 +18,8 @@ def draw_bits(x: Tensor, p: float) -> Tensor:
         while level % 2 == 0:  # a last digit of 0 does nothing to a word of zeros
             level, digits = level // 2, digits - 1
         for digit in range(digits):
-            # Not randint_like: torch.compile takes two such calls with the same arguments for one, and their masks would be equal.
+            # Not randint_like: torch.compile takes two such calls with the same arguments for one, and their masks
+            # would be equal.
             random = torch.randint(-(2**63), 2**63 - 1, words.shape, device=x.device)
             words = words | random if level >> digit & 1 else words & random
     return words.view(torch.uint8)

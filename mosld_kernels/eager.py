@@ -1,10 +1,10 @@
 """The steps (down, mix, up and their gradients) as torch products: the path for CPU and for whatever Triton cannot run.
 
-T tokens, D_in and D_out features, R rank, E experts, K chosen, Z columns of `hidden`, one a row of A: Z is R with mixing
-"expand" (one A for all experts) and E * R with "diagonal" (one for each). `down_weight` is A with its dropout applied above the
-router's weight, [Z + E, D_in], so that one pass over x gives both projections. Products run in x's dtype; routing
-and everything of size [T, E] or [T, R] runs in float32 (float64 where x is float64) and is rounded once. On a CPU,
-mixtures with very many experts take the steps of `grouped` instead of a dense product with [T, E * R].
+T tokens, D_in and D_out features, R rank, E experts, K chosen, Z columns of `hidden`, one a row of A: Z is R with
+mixing "expand" (one A for all experts) and E * R with "diagonal" (one for each). `down_weight` is A with its dropout
+applied above the router's weight, [Z + E, D_in], so that one pass over x gives both projections. Products run in x's
+dtype; routing and everything of size [T, E] or [T, R] runs in float32 (float64 where x is float64) and is rounded once.
+On a CPU, mixtures with very many experts take the steps of `grouped` instead of a dense product with [T, E * R].
 """
 
 import torch
@@ -44,8 +44,8 @@ def prepare(
 def down(
     x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | grouped.Rows]:
-    """x [T, D_in], down_weight [Z + E, D_in], rows = Z
-    -> hidden [T, Z], logits [T, E], gates [T, E], and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z -> hidden [T, Z], logits [T, E], gates [T, E],
+    and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
     projected = mm(x, down_weight.t())
     hidden = projected[:, :rows].contiguous()
     logits = projected[:, rows:].to(router_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""The experts' products over tokens sorted by expert, on a CPU: for mixtures so wide that a dense product is mostly zeros.
+"""The experts' products over tokens sorted by expert, on a CPU: for mixtures whose dense product is mostly zeros.
 
-Each pair of a token and an expert it chose has a row. The rows of one expert lie together, in blocks of `ROWS`, the last
-of them padded; so every block has one expert, and T K / ROWS + E blocks are enough whatever was chosen.
+Each pair of a token and an expert it chose has a row. The rows of one expert lie together, in blocks of `ROWS`, the
+last of them padded; so every block has one expert, and T K / ROWS + E blocks are enough whatever was chosen.
 
     rows  = s g_e z of each pair, zeros in padding     [N, ROWS, R]
     h B^T = the sum over a token's K pairs of rows B_e^T
@@ -133,8 +133,10 @@ def grad_expert_b(dout: Tensor, mixed: Rows, experts: int, dtype: torch.dtype) -
 
 
 def _slices(features: int, p: Plan, rank: int, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the features, each with memory for its rows [N, ROWS, features] and experts [N, features, R] in `like`'s
-    dtype: the same memory each time, since fresh memory costs more than the products."""
+    """Slices of the features, each with memory for its rows [N, ROWS, features] and experts [N, features, R].
+
+    In the dtype of `like`, and the same memory each time, since fresh memory costs more than the products.
+    """
     blocks = len(p.expert)
     of_feature = blocks * (ROWS + rank)
     width = min(features, max(LEAST_SLICE, SLICE_BYTES // (of_feature * like.element_size()) // 32 * 32))

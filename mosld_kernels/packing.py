@@ -1,4 +1,4 @@
-"""How the experts lie in A and in hidden: with mixing "expand" they share R rows, with "diagonal" each has R of its own.
+"""How the experts lie in A and in hidden: with mixing "expand" they share R rows, with "diagonal" each has its own R.
 
 A [R, D_in], hidden [T, R]      or      A [E * R, D_in], hidden [T, E * R], expert e at rows e * R to e * R + R - 1
 """

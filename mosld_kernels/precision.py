@@ -33,7 +33,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def castable_dtypes(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes that the base layer may have beside x where products run in `dtype`: x's own, or what autocast casts."""
+    """The dtypes that the base layer may have where products run in `dtype`: x's own, or what autocast casts."""
     return AUTOCAST_FLOATS if dtype != torch.float64 and autocasts(x) else (x.dtype,)
 
 

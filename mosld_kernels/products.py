@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
-# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times MKL's,
-# at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
+# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times
+# MKL's, at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
 LONGEST_SUM = 384
 
 
@@ -32,7 +32,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def mm_sum(
     large: tuple[Tensor, Tensor], small: tuple[Tensor, Tensor], bias: Tensor | None = None, as_frozen: bool = False
 ) -> Tensor:
-    """large [M, S] x [S, N], small [M, s] x [s, N] with s far below S, bias [N] -> the sum of both products and the bias
+    """large [M, S] x [S, N], small [M, s] x [s, N] with s far below S, bias [N] -> both products and the bias, added
 
     as_frozen: with a small product of zeros the result is bit for bit that of torch.nn.functional.linear.
     """

@@ -34,12 +34,12 @@ WORD = 0xFFFFFFFF  # the low 32 bits
 
 
 def _words(seed: Tensor, count: int) -> Tensor:
-    """int64 [count, 4]: Philox-4x32-10 (Salmon et al., 2011) of the key `seed` and the counters (0 to count - 1, 0, 0, 0)"""
+    """int64 [count, 4]: Philox-4x32-10 (Salmon et al., 2011) of the key `seed` and the counters (n, 0, 0, 0)"""
     first_key, second_key = seed & WORD, (seed >> 32) & WORD
     a = torch.arange(count, device=seed.device)
     b, c, d = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
     for _ in range(10):
-        # Products of two 32-bit words wrap around in int64; shifted and cut to 32 bits, their halves are right all the same.
+        # Products of two 32-bit words wrap around in int64; shifted and cut to 32 bits, their halves are right anyway.
         left, right = a * 0xD2511F53, c * 0xCD9E8D57
         a, b = ((right >> 32) & WORD) ^ b ^ first_key, right & WORD
         c, d = ((left >> 32) & WORD) ^ d ^ second_key, left & WORD
@@ -48,7 +48,7 @@ def _words(seed: Tensor, count: int) -> Tensor:
 
 
 def _dropped(shared_a: Tensor, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """A~ in `dtype`: element n in row-major order is kept where its word, number n of the stream, is at least p * 2^32"""
+    """A~ in `dtype`: element n, row after row, is kept where word n of the stream is at least p * 2^32."""
     words = _words(seed, -(-shared_a.numel() // 4)).flatten()[: shared_a.numel()]
     keep = words.view_as(shared_a) >= round(p * 2**32)
     wide = shared_a.to(torch.promote_types(shared_a.dtype, dtype))

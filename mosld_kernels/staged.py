@@ -25,12 +25,12 @@ UP_STREAM = 1  # of the mask on B; that of A has stream 0
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probabilities in [0, 1] of dropping elements of A, of B, of x before A, and of z. All scale what stays by 1 / (1 - p)."""
+    """Probabilities in [0, 1] of dropping elements. All scale what stays by 1 / (1 - p)."""
 
-    down: float = 0.0
-    up: float = 0.0
-    x: float = 0.0
-    z: float = 0.0
+    down: float = 0.0  # of A
+    up: float = 0.0  # of B
+    x: float = 0.0  # of x before A
+    z: float = 0.0  # of z
 
     def __post_init__(self):
         for name, p in vars(self).items():
@@ -53,17 +53,26 @@ def staged_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """A linear layer with any mixture beside it: y = x W0^T + b0 + s mix(x~ A~^T, x Wr^T) B~^T.
 
-    x: [..., D_in]. weight: [D_out, D_in], the base layer, or None for the update alone. bias: [D_out] or None. Both in
-        x's dtype.
-    down_weight: [R_in, D_in], every row of every A once. up_weight: [D_out, R_out]. router_weight: [n, D_in] or None.
-        They are cast to x's dtype, and their gradients come back in their own.
-    mix: (z [..., R_in], router logits [..., n] or None) -> h [..., R_out], both in the routing's dtype (float32, or
-        float64 for float64 x). It must treat tokens apart if the layer shall; see `mosld_kernels.mixing`.
-    dropout: where it falls. seed: int64 [1], needed for dropout on elements of A or B, whose masks are pure functions
-        of it; those on x and z are drawn from torch's generator.
+    The adapter's weights are cast to x's dtype, and their gradients come back in their own.
 
-    returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and the router logits [..., n] or None.
-    raises ValueError for shapes and values that do not fit, with the rule and the value.
+    Args:
+        x: [..., D_in].
+        weight: [D_out, D_in], the base layer in x's dtype, or None for the update alone.
+        bias: [D_out] or None, in x's dtype.
+        down_weight: [R_in, D_in], every row of every A once.
+        up_weight: [D_out, R_out].
+        mix: (z [..., R_in], router logits [..., n] or None) -> h [..., R_out], both in the routing's dtype (float32, or
+            float64 for float64 x). It must treat tokens apart if the layer shall; see `mosld_kernels.mixing`.
+        scale: s = alpha / R.
+        router_weight: [n, D_in] or None.
+        dropout: where it falls. Masks on x and z are drawn from torch's generator.
+        seed: int64 [1], needed for dropout on elements of A or B, whose masks are pure functions of it.
+
+    Returns:
+        y [..., D_out] in x's dtype (the autocast dtype under autocast), and the router logits [..., n] or None.
+
+    Raises:
+        ValueError: for shapes and values that do not fit, with the rule and the value.
     """
     dropout = dropout or Dropout()
     dtype = product_dtype(x)
@@ -71,39 +80,45 @@ def staged_linear(
     _check_kinds(x, weight, bias, down_weight, up_weight, router_weight, dtype)
     _check_seed(x, dropout, seed)
     with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
-        x = x.to(dtype)
         down_weight = drop_weight(down_weight, dropout.down, seed, 0, dtype)
         up_weight = drop_weight(up_weight, dropout.up, seed, UP_STREAM, dtype)
-        if router_weight is not None:
-            router_weight = router_weight.to(dtype)
-        if weight is not None:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        keep = draw_bits(x, dropout.x) if dropout.x else None
-        by_products = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
-        if by_products:
-            x, z, logits = Down.apply(x, down_weight, router_weight, keep)  # pyright: ignore
-        else:
-            z = F.linear(zeroed(x, keep), down_weight)
-            logits = None if router_weight is None else F.linear(x, router_weight)
-        routed = router_dtype(dtype)
-        if logits is not None:
-            logits = logits.to(routed).view(*leading, logits.shape[1])
-        z = z.to(routed).view(*leading, z.shape[1])
-        if 0 < dropout.x < 1:
-            z = z / (1 - dropout.x)  # the scale of what stays of x, on the smaller side of the product
-        z = F.dropout(z, dropout.z)
-        h = (scale * mix(z, logits)).to(dtype)
-        if h.shape != (*leading, up_weight.shape[1]):
-            raise ValueError(
-                f"mix must return [..., R_out] = {[*leading, up_weight.shape[1]]} for up_weight "
-                f"{list(up_weight.shape)}, got {list(h.shape)}"
-            )
-        h = h.reshape(-1, h.shape[-1])
-        if by_products:
-            out = Up.apply(x, weight, bias, h, up_weight)
-        else:
-            out = F.linear(h, up_weight) if weight is None else F.linear(x, weight, bias) + F.linear(h, up_weight)
+        # What is cast is cast here: from now on everything but the mixing is in the products' dtype.
+        x = x.to(dtype)
+        weight = None if weight is None else weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        router_weight = None if router_weight is None else router_weight.to(dtype)
+        return _products(x, weight, bias, down_weight, up_weight, router_weight, mix, scale, dropout)
+
+
+def _products(x, weight, bias, down_weight, up_weight, router_weight, mix: Mix, scale: float, dropout: Dropout):
+    """All in one dtype, x [..., D_in] -> y [..., D_out], router logits [..., n] or None"""
+    leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    keep = draw_bits(x, dropout.x) if dropout.x else None
+    # torch.compile and tensors without memory want operators that they know.
+    by_products = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    if by_products:
+        x, z, logits = Down.apply(x, down_weight, router_weight, keep)  # pyright: ignore
+    else:
+        z = F.linear(zeroed(x, keep), down_weight)
+        logits = None if router_weight is None else F.linear(x, router_weight)
+    routed = router_dtype(x.dtype)
+    if logits is not None:
+        logits = logits.to(routed).view(*leading, logits.shape[1])
+    z = z.to(routed).view(*leading, z.shape[1])
+    if 0 < dropout.x < 1:
+        z = z / (1 - dropout.x)  # the scale of what stays of x, on the smaller side of the product
+    z = F.dropout(z, dropout.z)
+    h = (scale * mix(z, logits)).to(x.dtype)
+    if h.shape != (*leading, up_weight.shape[1]):
+        raise ValueError(
+            f"mix must return [..., R_out] = {[*leading, up_weight.shape[1]]} for up_weight "
+            f"{list(up_weight.shape)}, got {list(h.shape)}"
+        )
+    h = h.reshape(-1, h.shape[-1])
+    if by_products:
+        out = Up.apply(x, weight, bias, h, up_weight)
+    else:
+        out = F.linear(h, up_weight) if weight is None else F.linear(x, weight, bias) + F.linear(h, up_weight)
     return out.view(*leading, out.shape[1]), logits  # pyright: ignore
 
 
@@ -125,7 +140,7 @@ def _check_shapes(x, weight, bias, down_weight, up_weight, router_weight) -> Non
 
 
 def _check_kinds(x, weight, bias, down_weight, up_weight, router_weight, dtype: torch.dtype) -> None:
-    """dtype: of the products. Autocast casts x and the base to it from a float of at most 32 bits; nothing else is cast."""
+    """dtype: of the products. Autocast casts x and the base to it from floats of at most 32 bits, and nothing else."""
     castable = castable_dtypes(x, dtype)
     base = {"weight": weight, "bias": bias}
     adapter = {"down_weight": down_weight, "up_weight": up_weight, "router_weight": router_weight}

@@ -2,9 +2,9 @@
 
     z = x~ A~^T     l = x Wr^T     Down          y = x W0^T + b0 + h B~^T     Up
 
-What they save for backward is x, h and the two adapter weights; of a dropout on x one bit an element, of one on a weight
-the seed. The gradient of x is accumulated by the products themselves: `Down` hands x on to `Up`, so that what `Up` has for
-x arrives in `Down`'s backward.
+What they save for backward is x, h and the two adapter weights; of a dropout on x one bit an element, of one on a
+weight the seed. The gradient of x is accumulated by the products themselves: `Down` hands x on to `Up`, so that what
+`Up` has for x arrives in `Down`'s backward.
 """
 
 import torch
@@ -35,10 +35,16 @@ class Down(torch.autograd.Function):
             both = mm(x, torch.cat((down_weight, router_weight)).t())
             z, logits = both[:, :rows].contiguous(), both[:, rows:].contiguous()
         x = x.view_as(x)
-        # An output asks for a gradient when any input does. What would arrive for these reaches nobody, and the one of x
-        # costs a product with the base weight.
-        asked = ((x, needs_x), (z, needs_x or needs_down), (logits, needs_x or needs_router))
-        ctx.mark_non_differentiable(*(out for out, needed in asked if out is not None and not needed))
+        # An output asks for a gradient when any input does. What would arrive for these reaches nobody, and the one of
+        # x costs a product with the base weight.
+        unneeded = []
+        if not needs_x:
+            unneeded.append(x)
+            if not needs_down:
+                unneeded.append(z)
+            if logits is not None and not needs_router:
+                unneeded.append(logits)
+        ctx.mark_non_differentiable(*unneeded)
         return x, z, logits
 
     @staticmethod

@@ -2,9 +2,9 @@
 
     hidden [T, Z]    logits [T, E]    gates [T, E]    mixed[t, e * R + r] = scale * gates[t, e] * hidden[t, r]
 
-Z, the rows of A, is R; with an A for each expert (DIAGONAL) it is E * R, and hidden[t, e * R + r] stands in the last formula.
-With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program writes its
-partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
+Z, the rows of A, is R; with an A for each expert (DIAGONAL) it is E * R, and hidden[t, e * R + r] stands in the last
+formula. With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program
+writes its partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -122,7 +122,8 @@ def _down_sum_kernel(
 def down(
     x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, D_in], down_weight [Z + E, D_in], rows = Z -> hidden [T, Z], logits [T, E], gates [T, E], mixed [T, E * R]"""
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z
+    -> hidden [T, Z], logits [T, E], gates [T, E], mixed [T, E * R]"""
     (tokens, d_in), experts, diagonal = x.shape, len(down_weight) - rows, mixing == "diagonal"
     hidden = x.new_empty(tokens, rows)
     logits = x.new_empty(tokens, experts, dtype=torch.float32)

@@ -1,7 +1,9 @@
 """The adapter in the products' dtype, written once so that no product redraws or recasts it.
 
-    down_weight = [keep * A / (1 - p) ; router_weight]     [Z + E, D_in]    Z rows of A: R, or E * R with an A for each expert
+    down_weight = [keep * A / (1 - p) ; router_weight]     [Z + E, D_in]
     expert_b    = expert_b                                 [D_out, E * R], written only where its dtype differs
+
+Z, the rows of A, is R; with an A for each expert it is E * R.
 
 One Philox call an element here costs less than one per program of the pass over x, which would read the mask as often
 as there are tiles of tokens; and the product that gives dx reads down_weight anyway.

@@ -38,9 +38,9 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """For `kernel`, on architecture `arch` (80, 90, 100; 0 for any) and elements of `bytes` bytes (2 or 4), up to the
-    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others. Where every expert has
-    an A, E * R stands for R in the first two, and 2 E * R for E * R in the others, padded as in `..limits` but in
-    "grad_down"."""
+    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others. Where every
+    expert has an A, E * R stands for R in the first two, and 2 E * R for E * R in the others, padded as in `..limits`
+    but in "grad_down"."""
 
     kernel: str
     tile: Tile
@@ -105,10 +105,17 @@ def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: in
     """The first row that fits. A size that a launch does not have is 0."""
     sizes = dict(d_in_to=d_in, d_out_to=d_out, columns_to=columns, tokens_to=bucket(tokens))
     for row in rows_for(arch, os.environ.get(VARIABLE)):
-        fits = all(getattr(row, bound) == 0 or size <= getattr(row, bound) for bound, size in sizes.items())
-        if row.kernel == kernel and row.bytes in (0, element_bytes) and fits:
+        if row.kernel == kernel and row.bytes in (0, element_bytes) and _fits(row, sizes):
             return row
     raise ValueError(f"no tile row fits {kernel} on sm_{arch} with {sizes} and {element_bytes}-byte elements")
+
+
+def _fits(row: Row, sizes: dict[str, int]) -> bool:
+    for name, size in sizes.items():
+        bound = getattr(row, name)
+        if bound and size > bound:
+            return False
+    return True
 
 
 def check_file() -> None:
@@ -123,8 +130,10 @@ def _own_rows(path: str | None) -> list[Row]:
 
 @functools.cache
 def rows_for(arch: int, path: str | None) -> list[Row]:
+    """All rows for an architecture, in the order in which they are tried."""
     own = [row for row in _own_rows(path) if row.arch in (0, arch)]
-    return own + [row for row in ROWS if row.arch == arch] + [row for row in ROWS if row.arch == 0]
+    # A stable sort: the rows for this architecture, then those for any, each in the order of the file.
+    return own + sorted((row for row in ROWS if row.arch in (0, arch)), key=lambda row: row.arch == 0)
 
 
 def read_rows(path: str) -> list[Row]:

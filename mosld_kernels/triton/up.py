@@ -3,8 +3,8 @@
     dgates_e = scale * <u_e, hidden>        dhidden = scale * sum_e gates_e u_e
     dlogits  = gates * (dgates - sum_e gates_e dgates_e), plus what arrives for the logits
 
-With an A for each expert (DIAGONAL) hidden and dhidden are [T, E * R], dgates_e = scale * <u_e, hidden_e>, dhidden_e = scale
-* gates_e u_e: nothing is summed over experts, and dhidden is stored as soon as its block of experts is done.
+With an A for each expert (DIAGONAL) hidden and dhidden are [T, E * R], dgates_e = scale * <u_e, hidden_e>, dhidden_e =
+scale * gates_e u_e: nothing is summed over experts, and dhidden is stored as soon as its block of experts is done.
 
 Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over blocks of experts one after the other
 and reads its rows of dout again for each: by then the arithmetic takes longer than the reading. dhidden and dgates are

@@ -58,7 +58,7 @@ def by_loops(inputs: Inputs, settings: Settings, keeps: list[Tensor]) -> tuple[T
 
 
 def run(function, inputs: Inputs, dhidden: Tensor, dmixed: Tensor, settings, *more) -> dict[str, Tensor]:
-    """Outputs and gradients; that of the gates through the softmax or sigmoid that made them, which is how gates come."""
+    """Outputs and gradients; that of the gates through the softmax or sigmoid that made them, as gates come."""
     to_one = settings.sums_to_one
     logits = (inputs.weights.log() if to_one else inputs.weights.logit()).requires_grad_()
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs[:7]]

@@ -71,7 +71,9 @@ def test_wide_mixtures_are_sorted_in_all_three_places_and_narrow_ones_are_not(mo
 def test_nothing_is_sorted_elsewhere_than_on_a_cpu_nor_without_tokens():
     hidden = torch.empty(4096, 8, device="meta")
     assert not grouped.faster_than_dense(hidden, 64, 2) and grouped.faster_than_dense(torch.empty(4096, 8), 64, 2)
-    assert not grouped.faster_than_dense(torch.empty(0, 8), 64, 2) and not grouped.faster_than_dense(torch.empty(1, 8), 64, 2)
+    assert not grouped.faster_than_dense(torch.empty(0, 8), 64, 2) and not grouped.faster_than_dense(
+        torch.empty(1, 8), 64, 2
+    )
 
 
 def test_another_default_device_changes_nothing():

@@ -1,4 +1,4 @@
-"""The three stages against plain torch in float64: values and all gradients, every site of dropout, and what is saved."""
+"""The three stages against plain torch in float64: values, all gradients, every site of dropout, what is saved."""
 
 import pytest
 import torch
@@ -170,7 +170,8 @@ def test_adapters_in_another_dtype_than_the_model_lose_nothing(model, adapter, s
     case = make_case(shape, torch.bfloat16)
     truth, eager = run(plain, case, shape, SITES[sites]), run(plain, case.to(model), shape, SITES[sites])
     mixed = case.to(model)._replace(
-        shared_a=case.shared_a.to(adapter), expert_b=case.expert_b.to(adapter), router_weight=case.router_weight.to(adapter)
+        shared_a=case.shared_a.to(adapter), expert_b=case.expert_b.to(adapter),
+        router_weight=case.router_weight.to(adapter),
     )  # fmt: skip
     ours = run(staged_linear, mixed, shape, SITES[sites])
     assert ours["y"].dtype == model and ours["ddown_weight"].dtype == adapter
@@ -480,7 +481,10 @@ def good(**changes):
         ({"bias": torch.ones(4)}, r"bias must be \[D_out\] = \[5\], got \[4\]"),
         ({"weight": torch.ones(5, 4).double()}, "weight must have x's dtype torch.float32, got torch.float64"),
         ({"bias": torch.ones(5).half()}, "bias must have x's dtype torch.float32, got torch.float16"),
-        ({"down_weight": torch.ones(2, 4, dtype=torch.int32)}, "down_weight must be a floating-point tensor, got torch.int32"),
+        (
+            {"down_weight": torch.ones(2, 4, dtype=torch.int32)},
+            "down_weight must be a floating-point tensor, got torch.int32",
+        ),
         ({"up_weight": torch.ones(5, 6, device="meta")}, "up_weight must be on x's device cpu, got meta"),
         ({"seed": None}, "needs a seed: an int64 tensor"),
         ({"seed": torch.tensor([1.0])}, "seed must be an int64 tensor"),

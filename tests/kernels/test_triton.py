@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: values and all gradients against float64, masks, bad input, what is run."""
+"""The Triton kernels in Triton's interpreter: values and gradients against float64, masks, bad input, what is run."""
 
 import contextlib
 import json

@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "kept_input_not_scaled",
         "mosld_kernels/staged.py",
-        "            z = z / (1 - dropout.x)  #",
-        "            pass  #",
+        "        z = z / (1 - dropout.x)  #",
+        "        pass  #",
         "with dropout on the input the update is smaller in training than in use",
         STAGED,
     ),

@@ -1,4 +1,4 @@
-"""Forward: the fused operator, the sorted path of wide mixtures, the three stages, mixing matrices, gate functions, blocks."""
+"""Forward: the fused operator, wide mixtures sorted by expert, the three stages, mixing matrices, gates, blocks."""
 
 from tests.mutants.fault import Fault
 
@@ -85,15 +85,16 @@ FAULTS = [
         "same_a_for_every_expert",
         "mosld_kernels/packing.py",
         "        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))",
-        "        return hidden.unflatten(-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
+        "        return hidden.unflatten("
+        "-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
         "with an A for each expert, experts read rows of each other's A",
         OPERATOR,
     ),
     Fault(
         "staged_scale_forgotten",
         "mosld_kernels/staged.py",
-        "        h = (scale * mix(z, logits)).to(dtype)",
-        "        h = mix(z, logits).to(dtype)",
+        "    h = (scale * mix(z, logits)).to(x.dtype)",
+        "    h = mix(z, logits).to(x.dtype)",
         "the sibling methods' updates are not scaled by alpha / r",
         STAGED,
     ),
@@ -188,8 +189,8 @@ FAULTS = [
     Fault(
         "update_alone_in_the_wrong_dtype",
         "mosld_kernels/dispatch.py",
-        '        cast = {name: getattr(inputs, name) for name in ("x", "weight", "bias")}',
-        '        cast = {name: getattr(inputs, name) for name in ("x", "weight")}',
+        '        for name in ("x", "weight", "bias"):',
+        '        for name in ("x", "weight"):',
         "a layer with a bias breaks or changes dtype inside autocast",
         OPERATOR,
     ),

@@ -1,4 +1,4 @@
-"""Who is chosen and how much they count: top-k, renormalisation, temperature, tasks, what the caller gives, statistics."""
+"""Who is chosen and how much they count: top-k, renormalisation, temperature, tasks, gates from outside, statistics."""
 
 from tests.mutants.fault import Fault
 
