@@ -86,6 +86,7 @@ def backward(
         dexpert_b = steps.grad_expert_b(dout, hidden, gates, top_k, scale, expert_b.dtype, mixing)
     if needs_x or needs_a or needs_router:
         dtype = shared_a.dtype
+        # Made again rather than saved: it costs a pass over A and the router, not over x.
         down_weight, expert_b, keep = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype, needs_x)
         dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, top_k, scale, mixing)
         if needs_a or needs_router:

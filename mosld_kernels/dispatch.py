@@ -152,7 +152,8 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     if dtype != x.dtype or autocasts(x):  # casts are the first thing that runs
         cast = {}
         for name in ("x", "weight", "bias"):
-            if (tensor := getattr(inputs, name)) is not None:
+            tensor = getattr(inputs, name)
+            if tensor is not None:
                 cast[name] = tensor.to(dtype)
         inputs = inputs._replace(**cast)
     leading = x.shape[:-1]

@@ -60,8 +60,8 @@ def faster_than_dense(hidden: Tensor, experts: int, top_k: int, mixing: str = "e
 @functools.cache
 def _has_matrix_unit() -> bool:
     """AMX multiplies bfloat16 so fast that memory is the cost, and zeros are free."""
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and asked()
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return is_supported is not None and is_supported()
 
 
 def plan(gates: Tensor, top_k: int) -> Plan:
@@ -72,11 +72,13 @@ def plan(gates: Tensor, top_k: int) -> Plan:
     pairs = torch.zeros(experts, dtype=torch.int64, device=gates.device).scatter_add_(
         0, expert, torch.ones_like(expert)
     )
+    # An expert's blocks begin where those of the expert before it end, so its rows move up by the padding so far.
     blocks = (pairs + ROWS - 1) // ROWS
     last = blocks.cumsum(0)
     shift = (last - blocks) * ROWS - (pairs.cumsum(0) - pairs)  # of an expert's rows against its sorted pairs
     row = torch.arange(len(expert), device=gates.device) + shift[expert]
     place = torch.empty_like(row).scatter_(0, pair, row)
+    # As many blocks as any choice can need, so that no size depends on values; those left over belong to the last expert.
     count = -(-tokens * top_k // ROWS) + experts
     token = torch.zeros(count * ROWS, dtype=torch.int64, device=gates.device).scatter_(0, row, pair // top_k)
     of_block = torch.searchsorted(last, torch.arange(count, device=gates.device), right=True).clamp_(max=experts - 1)

@@ -77,8 +77,9 @@ def lacks(dtype: torch.dtype) -> bool:
     }
     if dtype not in supported:
         return False
-    asked = getattr(torch.ops.mkldnn, supported[dtype], None)
-    return asked is not None and not asked()
+    # Where torch has no such question (a build without oneDNN), it has no faster product to choose either.
+    is_supported = getattr(torch.ops.mkldnn, supported[dtype], None)
+    return is_supported is not None and not is_supported()
 
 
 def _onednn_is_faster(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,7 @@ def expert_columns(first_expert, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.con
     Padding the rank inside each expert lets a tile [., E_BLOCK * R_PAD] be viewed as [., E_BLOCK, R_PAD].
     """
     c = tl.arange(0, E_BLOCK * R_PAD)
-    if R == R_PAD:  # said apart, so that the compiler sees neighbours and loads them together
+    if R == R_PAD:  # a case of its own, so that the compiler sees neighbours and loads them together
         columns = first_expert * R + c
         return columns, columns < E * R
     e, r = first_expert + c // R_PAD, c % R_PAD

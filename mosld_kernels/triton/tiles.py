@@ -24,11 +24,11 @@ class Tile(NamedTuple):
     columns: int  # at most this many; the rest goes to further blocks. `down` always takes all.
     warps: int
     stages: int
-    # Of one thread at most, as the compiler is told: left alone, it spills to fit more programs on a multiprocessor.
+    # Of one thread at most, a limit for the compiler: left alone, it spills to fit more programs on a multiprocessor.
     registers: int = 255
 
     def options(self) -> dict[str, int]:
-        """What a launch tells the compiler."""
+        """The compiler's options of a launch."""
         return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
 
     def blocks(self, tokens: int) -> int:
