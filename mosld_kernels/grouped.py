@@ -78,7 +78,7 @@ def plan(gates: Tensor, top_k: int) -> Plan:
     shift = (last - blocks) * ROWS - (pairs.cumsum(0) - pairs)  # of an expert's rows against its sorted pairs
     row = torch.arange(len(expert), device=gates.device) + shift[expert]
     place = torch.empty_like(row).scatter_(0, pair, row)
-    # As many blocks as any choice can need, so that no size depends on values; those left over belong to the last expert.
+    # As many blocks as any choice can need, so that no size depends on values; the last expert has those left over.
     count = -(-tokens * top_k // ROWS) + experts
     token = torch.zeros(count * ROWS, dtype=torch.int64, device=gates.device).scatter_(0, row, pair // top_k)
     of_block = torch.searchsorted(last, torch.arange(count, device=gates.device), right=True).clamp_(max=experts - 1)

@@ -77,7 +77,7 @@ def lacks(dtype: torch.dtype) -> bool:
     }
     if dtype not in supported:
         return False
-    # Where torch has no such question (a build without oneDNN), it has no faster product to choose either.
+    # A torch that cannot be asked keeps its own products.
     is_supported = getattr(torch.ops.mkldnn, supported[dtype], None)
     return is_supported is not None and not is_supported()
 
