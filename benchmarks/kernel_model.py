@@ -44,10 +44,10 @@ def cuts_of(p: Problem, arch: int, processors: int) -> Cuts:
     b_programs = -(-p.D_out // b.features) * -(-columns // b.columns)
     adapter_programs = -(-p.D_in // adapter.features) * -(-projected // adapter.columns)
     return Cuts(
-        tiles.planes(down.blocks(p.T), -(-p.D_in // down.features), processors),
-        tiles.planes(up.blocks(p.T), -(-p.D_out // up.features), processors),
-        tiles.planes(b_programs, b.blocks(p.T), processors),
-        tiles.planes(adapter_programs, adapter.blocks(p.T), processors),
+        tiles.split_k(down.blocks(p.T), -(-p.D_in // down.features), processors),
+        tiles.split_k(up.blocks(p.T), -(-p.D_out // up.features), processors),
+        tiles.split_k(b_programs, b.blocks(p.T), processors),
+        tiles.split_k(adapter_programs, adapter.blocks(p.T), processors),
         up.columns,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mosld_kernels import eager
-from mosld_kernels.reference import gates_from_logits
+from mosld_kernels.gating import gates_from_logits
 
 from . import cpu_model
 from .compare import DROPOUT, inputs_of, timing_row

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mosld import MoSLDLinear
 from mosld_kernels import reference
+from mosld_kernels.precision import router_dtype
 
 from .optional_peers import OPTIONAL, Absent
 
@@ -79,7 +80,7 @@ class ReferenceLayer(nn.Module):
 
 
 def _wide(logits: Tensor) -> Tensor:
-    return logits.to(reference.router_dtype(logits.dtype))
+    return logits.to(router_dtype(logits.dtype))
 
 
 class ConcatenatedProduct(nn.Module):

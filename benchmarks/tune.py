@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mosld_kernels import reference
+from mosld_kernels.gating import gates_from_logits
 from mosld_kernels.triton import down, down_backward, grad_expert_b, tiles, up_backward
 from mosld_kernels.triton.launch import properties
 from mosld_kernels.triton.tiles import KERNELS, Row, Tile
@@ -62,7 +62,7 @@ def launch_of(case: Case, device: torch.device) -> tuple[Launch, Tensor]:
         seed = torch.tensor([1234567], device=device)
         return lambda: down_backward(dprojected, x, seed, DROPOUT, R, torch.float32), x
     dout, hidden = random(T, D_out).to(dtype), random(T, R).to(dtype)
-    gates = reference.gates_from_logits(random(T, E), K)
+    gates = gates_from_logits(random(T, E), K)
     if case.kernel == "grad_expert_b":
         return lambda: (grad_expert_b(dout, hidden, gates, K, SCALE, torch.float32),), dout
     expert_b, dlogits = random(D_out, E * R).to(dtype), random(T, E)
@@ -172,7 +172,7 @@ def run(
 def rows(measured: Sequence[Measurement]) -> list[Row]:
     """What a file for MOSLD_TILES holds after these measurements; those of one GPU."""
     arch = measured[0].case.arch
-    return file_rows(choose(measured), tiles._candidates(arch, os.environ.get("MOSLD_TILES")), arch)
+    return file_rows(choose(measured), tiles.rows_for(arch, os.environ.get("MOSLD_TILES")), arch)
 
 
 def as_json(row: Row) -> dict:

@@ -16,8 +16,8 @@ from unittest import mock
 
 from tqdm.auto import tqdm
 
+from mosld_kernels.limits import padded
 from mosld_kernels.triton import tiles
-from mosld_kernels.triton.launch import padded
 from mosld_kernels.triton.tiles import Row, Tile
 
 from . import compiled, recorded
@@ -166,8 +166,8 @@ def candidates(case: Case) -> list[Tile]:
 @contextlib.contextmanager
 def forced(row: Row) -> Iterator[None]:
     """Inside, `row` is looked at before all others, those of MOSLD_TILES included. What `tiles` has cached stays."""
-    behind = tiles._candidates
-    with mock.patch.object(tiles, "_candidates", lambda arch, path: [row, *behind(arch, path)]):
+    behind = tiles.rows_for
+    with mock.patch.object(tiles, "rows_for", lambda arch, path: [row, *behind(arch, path)]):
         yield
 
 

@@ -6,16 +6,17 @@ anything of size [T, D_out] or [T, E, D_out].
     dB = dy^T h                       [dA~ | dWr] = [dz | dl]^T x        dA = keep * dA~ / (1 - p)
     dx = dy W0 + dz A~ + dl Wr
 
-With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e, z_e>, dz_e = s g_e u_e; all else is the same.
-Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
+With mixing "diagonal" (an A for each expert) z is [T, E, R], and dg_e = s <u_e, z_e>, dz_e = s g_e u_e; all else is the
+same. Below, "R or E * R" are the rows of A: R shared ones, or R for each expert.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .precision import no_autocast
 
 
 class Inputs(NamedTuple):
@@ -85,6 +86,7 @@ def backward(
         dexpert_b = steps.grad_expert_b(dout, hidden, gates, top_k, scale, expert_b.dtype, mixing)
     if needs_x or needs_a or needs_router:
         dtype = shared_a.dtype
+        # Made again rather than saved: it costs a pass over A and the router, not over x.
         down_weight, expert_b, keep = steps.prepare(shared_a, router_weight, expert_b, seed, p, x.dtype, needs_x)
         dprojected = steps.up_backward(dout, expert_b, hidden, gates, dlogits, top_k, scale, mixing)
         if needs_a or needs_router:
@@ -92,13 +94,6 @@ def backward(
         if down_weight is not None:
             dx = steps.grad_x(dout, weight, dprojected, down_weight)
     return [dx, dweight, dbias, dshared_a, dexpert_b, drouter]
-
-
-def no_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Routing and the gradients of the adapter keep their dtypes inside the user's autocast, too."""
-    if not torch.amp.is_autocast_available(device):  # the meta device, for one
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 class MoSLDFunction(torch.autograd.Function):
@@ -120,4 +115,5 @@ class MoSLDFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         with no_autocast(hidden.device.type):  # routing stays in float32 inside the user's autocast, too
             grads = backward(dout, dlogits, hidden, gates, Inputs(*inputs), ctx.settings, needs)
-        return *grads, None, *(None for _ in ctx.settings)  # the seed's and the settings'
+        # The seed and the settings have none.
+        return *grads, *[None] * (1 + len(ctx.settings))

@@ -1,6 +1,7 @@
 """A mixture of whole SwiGLU feed-forward blocks over one frozen block: the part between the base products.
 
-    g = W1 x, u = W3 x     [T, F]   of the frozen block, once for all experts          z1, z3 = A1 x~, A3 x~   [T, E * R]
+    g  = W1 x,  u  = W3 x     [T, F]       of the frozen block, once for all experts
+    z1 = A1 x~, z3 = A3 x~    [T, E * R]
     for each of a token's K experts e, with gate w_k:
         h_k = act(g + s B1_e z1_e) * (u + s B3_e z3_e)                                  [T, F]
     hidden = sum_k w_k h_k                             [T, F]       for one product with W2, which is linear
@@ -8,10 +9,10 @@
 
     y = W2 hidden + B2 mixed
 
-Experts are picked by zeroing the places of z1 and z3 that belong to others, so each slot k is two skinny products and no token
-is sorted or gathered. Of the size [T, F] backward keeps g and u alone, and a bit an element and slot where h is dropped.
-Where the gates sum to one, hidden is h_1 + sum_{k>1} w_k (h_k - h_1): while all experts are equal, as at the start, that is
-the frozen block's own to the last bit.
+Experts are picked by zeroing the places of z1 and z3 that belong to others, so each slot k is two skinny products and
+no token is sorted or gathered. Of the size [T, F] backward keeps g and u alone, and a bit an element and slot where h
+is dropped. Where the gates sum to one, hidden is h_1 + sum_{k>1} w_k (h_k - h_1): while all experts are equal, as at
+the start, that is the frozen block's own to the last bit.
 """
 
 from collections.abc import Callable
@@ -22,37 +23,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .autograd import no_autocast
+from .bits import draw_bits, zeroed
+from .precision import no_autocast, router_dtype
 from .products import add_mm, mm
-from .reference import router_dtype
-from .staged import _Down, _dropped, _Up, draw_bits, zeroed
+from .stages import Down, Up, drop_weight
 
 DOWN_STREAM = 2  # of the mask on A2; that of A1 and A3, one above the other, has stream 0
 
 
 class Settings(NamedTuple):
-    """act: elementwise. rank: R. scale: s. sums_to_one: whether the gates of every token do. dropout_p: of h before A2."""
-
-    act: Callable[[Tensor], Tensor]
-    rank: int
-    scale: float
-    sums_to_one: bool = True
-    dropout_p: float = 0.0
+    act: Callable[[Tensor], Tensor]  # elementwise
+    rank: int  # R
+    scale: float  # s
+    sums_to_one: bool = True  # whether the gates of every token do
+    dropout_p: float = 0.0  # of h before A2
 
 
 class Inputs(NamedTuple):
-    """gate, up [T, F]: g and u. z_gate, z_up [T, E * R]. gate_b, up_b [F, E * R]: B1, B3. down_a [E * R, F]: A2.
-    weights [T, K]: the gates. chosen int64 [T, K]: whose they are, no expert twice. The others are in one dtype."""
+    """All but `chosen` and `weights` are in one dtype."""
 
-    gate: Tensor
-    up: Tensor
-    z_gate: Tensor
-    z_up: Tensor
-    gate_b: Tensor
-    up_b: Tensor
-    down_a: Tensor
-    weights: Tensor
-    chosen: Tensor
+    gate: Tensor  # [T, F], g
+    up: Tensor  # [T, F], u
+    z_gate: Tensor  # [T, E * R], z1
+    z_up: Tensor  # [T, E * R], z3
+    gate_b: Tensor  # [F, E * R], B1
+    up_b: Tensor  # [F, E * R], B3
+    down_a: Tensor  # [E * R, F], A2
+    weights: Tensor  # [T, K], the gates
+    chosen: Tensor  # int64 [T, K], whose they are, no expert twice
 
 
 def down(
@@ -66,14 +64,15 @@ def down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, D], gate_a and up_a [E * R, D], router_weight [E, D] -> z_gate, z_up [T, E * R], router logits [T, E]
 
-    dropout_a: on elements of the A's, whose mask is a pure function of `seed`, int64 [1]. dropout_x: on x before them, drawn
-    from torch's generator. The logits are in float32 (float64 for float64 x).
+    dropout_a: on elements of the A's, whose mask is a pure function of `seed`, int64 [1].
+    dropout_x: on x before them, drawn from torch's generator.
+    The logits are in float32 (float64 for float64 x).
     """
     keep = draw_bits(x, dropout_x) if dropout_x else None
-    both = _dropped(torch.cat((gate_a, up_a)), dropout_a, seed, 0, x.dtype)
+    both = drop_weight(torch.cat((gate_a, up_a)), dropout_a, seed, 0, x.dtype)
     router_weight = router_weight.to(x.dtype)
     if _by_hand(x):
-        _, z, logits = _Down.apply(x, both, router_weight, keep)  # pyright: ignore
+        _, z, logits = Down.apply(x, both, router_weight, keep)  # pyright: ignore
     else:
         z, logits = F.linear(zeroed(x, keep), both), F.linear(x, router_weight)
     if 0 < dropout_x < 1:
@@ -83,13 +82,13 @@ def down(
 
 def drop_down_a(down_a: Tensor, dropout_a: float, seed: Tensor | None) -> Tensor:
     """A2 with its elements dropped"""
-    return _dropped(down_a, dropout_a, seed, DOWN_STREAM, down_a.dtype)
+    return drop_weight(down_a, dropout_a, seed, DOWN_STREAM, down_a.dtype)
 
 
 def up(out: Tensor, mixed: Tensor, down_b: Tensor) -> Tensor:
     """out [T, D], mixed [T, E * R], down_b [D, E * R] -> out + mixed B2^T"""
     down_b = down_b.to(mixed.dtype)
-    update = _Up.apply(None, None, None, mixed, down_b) if _by_hand(mixed) else F.linear(mixed, down_b)
+    update = Up.apply(None, None, None, mixed, down_b) if _by_hand(mixed) else F.linear(mixed, down_b)
     return out + update  # pyright: ignore
 
 
@@ -130,9 +129,9 @@ def _place(inputs: Inputs, settings: Settings, k: int) -> Tensor:
 
 def _expert(inputs: Inputs, settings: Settings, place: Tensor) -> tuple[Tensor, Tensor]:
     """-> what goes into the activation and what it is multiplied with, each [T, F]"""
-    both = (inputs.gate, inputs.z_gate, inputs.gate_b), (inputs.up, inputs.z_up, inputs.up_b)
-    g, u = (_plus(base, torch.where(place, settings.scale * z, 0.0), b.t()) for base, z, b in both)
-    return g, u
+    z_gate = torch.where(place, settings.scale * inputs.z_gate, 0.0)
+    z_up = torch.where(place, settings.scale * inputs.z_up, 0.0)
+    return _plus(inputs.gate, z_gate, inputs.gate_b.t()), _plus(inputs.up, z_up, inputs.up_b.t())
 
 
 def _drop(h: Tensor, bits: list[Tensor], k: int, settings: Settings) -> Tensor:
@@ -171,10 +170,13 @@ class _Block(torch.autograd.Function):
         dhidden = torch.zeros_like(inputs.gate) if dhidden is None else dhidden
         dmixed = torch.zeros_like(inputs.z_gate) if dmixed is None else settings.scale * dmixed
         grads = [torch.zeros_like(tensor) for tensor in inputs[:-2]]
-        sums, slots = Inputs._make((*grads, inputs.weights, inputs.chosen)), range(inputs.chosen.shape[1])
+        sums = Inputs._make((*grads, inputs.weights, inputs.chosen))
+        dweights = []
         with no_autocast(dhidden.device.type):
-            dweights = [_slot_backward(inputs, settings, bits, k, dhidden, dmixed, sums) for k in slots]
-        return None, *grads, torch.stack(dweights, dim=1), None, *(None for _ in bits)
+            for k in range(inputs.chosen.shape[1]):
+                dweights.append(_slot_backward(inputs, settings, bits, k, dhidden, dmixed, sums))
+        # The settings, the experts' indices and the masks have none.
+        return None, *grads, torch.stack(dweights, dim=1), None, *[None] * len(bits)
 
 
 def _slot_backward(
@@ -182,8 +184,8 @@ def _slot_backward(
 ) -> Tensor:
     """Adds the k-th expert's share to `grads`, in place; -> the gradient of its gate [T]
 
-    That is of sum_k w_k h_k also where the gates sum to one and forward wrote it otherwise: the two differ by a number that
-    all gates of a token have in common, which no change of gates that sum to one notices.
+    That is of sum_k w_k h_k also where the gates sum to one and forward wrote it otherwise: the two differ by a number
+    that all gates of a token have in common, which no change of gates that sum to one notices.
     """
     place, weight = _place(inputs, settings, k), inputs.weights[:, k : k + 1]
     g, u = _expert(inputs, settings, place)
@@ -200,11 +202,10 @@ def _slot_backward(
     dh = _drop(mm(dplaced, inputs.down_a), bits, k, settings).add_(weight * dhidden)
     (dg,) = torch.autograd.grad(activated, g, dh * u)
     du = dh.mul_(activated.detach())
-    for d, dbase, z, b, dz, db in (
-        (dg, grads.gate, inputs.z_gate, inputs.gate_b, grads.z_gate, grads.gate_b),
-        (du, grads.up, inputs.z_up, inputs.up_b, grads.z_up, grads.up_b),
-    ):
-        dbase.add_(d)
-        dz.add_(torch.where(place, settings.scale * mm(d, b), 0.0))
-        add_mm(db, d.t(), torch.where(place, settings.scale * z, 0.0))
+    grads.gate.add_(dg)
+    grads.z_gate.add_(torch.where(place, settings.scale * mm(dg, inputs.gate_b), 0.0))
+    add_mm(grads.gate_b, dg.t(), torch.where(place, settings.scale * inputs.z_gate, 0.0))
+    grads.up.add_(du)
+    grads.z_up.add_(torch.where(place, settings.scale * mm(du, inputs.up_b), 0.0))
+    add_mm(grads.up_b, du.t(), torch.where(place, settings.scale * inputs.z_up, 0.0))
     return dweight

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from . import autograd
 from .autograd import Inputs, MoSLDFunction, Settings
-from .dropout import check_seed
+from .checks import check_input, check_mixing, check_seed
 from .limits import size_obstacle
-from .reference import check_mixing, expert_rank, router_dtype
+from .packing import expert_rank
+from .precision import FLOATS, autocasts, castable_dtypes, no_autocast, product_dtype, router_dtype
 
 BACKENDS = ("auto", "eager", "triton")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TRITON_FLOATS = FLOATS[1:]
+TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 try:
     TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it and does not import it
 except (ImportError, ValueError):  # ValueError: a stand-in for the module, without a specification
@@ -47,32 +47,39 @@ def mosld_linear(
 ) -> tuple[Tensor, Tensor]:
     """A frozen linear layer with a mixture of LoRA experts that share A: y = x W0^T + b0 + s sum_k g_k B_k A~ x.
 
-    x: [..., D_in]; any leading shape, also with no tokens; float32, bfloat16, float16 or float64.
-    weight: [D_out, D_in] and bias: [D_out] or None, the base layer, in x's dtype.
-    shared_a: [R, D_in], the shared down-projection A; with mixing "diagonal" [E * R, D_in], an A for each expert:
-        `shared_a.view(E, R, D_in)[e]` is expert e's.
-    expert_b: [D_out, E * R], the experts' up-projections side by side; `expert_b.view(D_out, E, R)[:, e]` is expert e.
-    router_weight: [E, D_in], no bias. The three adapter tensors share one dtype, which may differ from x's: they are
-        cast to it, and their gradients come back in their own.
-    top_k: experts chosen per token, K in [1, E]; equal logits go to the lower index.
-    scale: s = alpha / R.
-    dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2), one mask for all tokens; for all
-        experts too where they share A, else over the elements of all A's, `keep_mask(seed, (E * R, D_in), dropout_p)`.
-    seed: int64 [1] on x's device, needed when dropout_p > 0: the mask is a pure function of it. Draw it with torch's
-        generator, as in `torch.randint(2**62, (1,), device=x.device)`.
-    backend: "eager" (torch products, any device), "triton" (kernels for NVIDIA GPUs from compute capability 8.0; x and
-        adapters in float32, bfloat16 or float16, R up to 128, E up to 64, with mixing "diagonal" E * R up to 128, each
-        rounded up to a power of two; raises where it cannot run; on CPU tensors it runs only under Triton's
-        interpreter, TRITON_INTERPRET=1) or "auto" (Triton where it runs on a GPU, else eager). float32 products follow
-        torch's float32 matmul precision: TF32 only where it was asked for.
-    mixing: "expand" (one A for all experts: y = x W0^T + b0 + s sum_k g_k B_k A~ x) or "diagonal" (an A for each, as in
-        MoLA, LoRAMoE and MoELoRA: y = x W0^T + b0 + s sum_k g_k B_k A~_k x).
+    The three adapter tensors (shared_a, expert_b, router_weight) share one dtype, which may differ from x's: they are
+    cast to it, and their gradients come back in their own. float32 products follow torch's float32 matmul precision:
+    TF32 only where it was asked for.
 
-    returns y [..., D_out] in x's dtype (the autocast dtype under autocast) and router_logits [..., E] in float32
-        (float64 for float64 x); both carry gradients for x, the adapter tensors, and weight and bias where they
-        require one.
-    raises ValueError for shapes, dtypes, devices or values that do not fit, with the rule and the value, and
-        RuntimeError for a backend that cannot run here.
+    Args:
+        x: [..., D_in] in float32, bfloat16, float16 or float64. Any leading shape, also with no tokens.
+        weight: [D_out, D_in], the base layer, in x's dtype.
+        bias: [D_out] or None, in x's dtype.
+        shared_a: [R, D_in], the shared down-projection A. With mixing "diagonal" [E * R, D_in], an A for each expert:
+            `shared_a.view(E, R, D_in)[e]` is expert e's.
+        expert_b: [D_out, E * R], the experts' up-projections side by side: `expert_b.view(D_out, E, R)[:, e]` is
+            expert e's.
+        router_weight: [E, D_in], no bias.
+        top_k: experts chosen per token, K in [1, E]. Equal logits go to the lower index.
+        scale: s = alpha / R.
+        dropout_p: probability in [0, 1] of dropping an element of A (MoSLD's Eq. 2). The mask is one for all tokens,
+            `keep_mask(seed, shared_a.shape, dropout_p)`: for all experts too where they share A.
+        seed: int64 [1] on x's device, needed when dropout_p > 0. The mask is a pure function of it. Draw it with
+            torch's generator, as in `torch.randint(2**62, (1,), device=x.device)`.
+        backend: "eager" (torch products, any device), "triton" (kernels for NVIDIA GPUs) or "auto" (Triton where it
+            runs on a GPU, else eager). "triton" needs compute capability 8.0, x and adapters in float32, bfloat16 or
+            float16, R up to 128, E up to 64, and with mixing "diagonal" E * R up to 128, each rounded up to a power of
+            two. On CPU tensors it runs only under Triton's interpreter, TRITON_INTERPRET=1.
+        mixing: "expand" (one A for all experts) or "diagonal" (an A for each, as in MoLA, LoRAMoE and MoELoRA:
+            y = x W0^T + b0 + s sum_k g_k B_k A~_k x).
+
+    Returns:
+        y [..., D_out] in x's dtype (the autocast dtype under autocast), and router_logits [..., E] in float32 (float64
+        for float64 x). Both carry gradients for x, the adapter tensors, and weight and bias where they require one.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values that do not fit, with the rule and the value.
+        RuntimeError: for a backend that cannot run here.
 
     >>> import torch
     >>> from mosld_kernels import mosld_linear, reference
@@ -103,7 +110,24 @@ def mosld_delta(
 ) -> tuple[Tensor, Tensor]:
     """The update alone, s sum_k g_k B_k A~ x, for a base layer that is not a plain weight.
 
-    Arguments, shapes, results and errors are those of `mosld_linear` without weight and bias.
+    Args:
+        x: [..., D_in].
+        shared_a: [R, D_in], or [E * R, D_in] with mixing "diagonal".
+        expert_b: [D_out, E * R].
+        router_weight: [E, D_in].
+        top_k: K in [1, E].
+        scale: s = alpha / R.
+        dropout_p: probability in [0, 1] of dropping an element of A.
+        seed: int64 [1], needed when dropout_p > 0.
+        backend: "auto", "eager" or "triton".
+        mixing: "expand" or "diagonal". All ten are as in `mosld_linear`.
+
+    Returns:
+        The update [..., D_out] in x's dtype (the autocast dtype under autocast), and router_logits [..., E].
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values that do not fit, with the rule and the value.
+        RuntimeError: for a backend that cannot run here.
 
     >>> import torch
     >>> from mosld_kernels import mosld_delta
@@ -120,14 +144,18 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     _check_settings(settings)
     _check_tensors(inputs, settings)
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     _check_dtypes(inputs, dtype)
     # float: an integer scale would compile kernels of its own.
     backend = _choose_backend(inputs, dtype, settings.backend, settings.mixing)
     settings = settings._replace(scale=float(settings.scale), backend=backend)
     if dtype != x.dtype or autocasts(x):  # casts are the first thing that runs
-        cast = {name: getattr(inputs, name) for name in ("x", "weight", "bias")}
-        inputs = inputs._replace(**{name: t.to(dtype) for name, t in cast.items() if t is not None})
+        cast = {}
+        for name in ("x", "weight", "bias"):
+            tensor = getattr(inputs, name)
+            if tensor is not None:
+                cast[name] = tensor.to(dtype)
+        inputs = inputs._replace(**cast)
     leading = x.shape[:-1]
     inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))
     # Tensors without memory (fake ones) and other subclasses go the dispatcher's way, which knows what to do with them.
@@ -135,24 +163,12 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
         out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
     else:
         # What is cast is cast: routing and products keep their dtypes, as they do in backward.
-        with autograd.no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+        with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
             if torch.is_grad_enabled():
                 out, logits = MoSLDFunction.apply(*inputs, *settings)
             else:  # a tenth of the time of a call with one token
                 out, logits, _, _ = autograd.forward(inputs, settings)
     return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Under autocast the base layer runs in the autocast dtype, as torch.nn.functional.linear does; float64 is left."""
-    autocast = autocasts(x) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; devices without it, such as meta, have none."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str, mixing: str) -> str:
@@ -182,8 +198,10 @@ def _triton_obstacle(inputs: Inputs, dtype: torch.dtype, mixing: str) -> str | N
     if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not _interprets()):
         return f"it needs an NVIDIA GPU, got x on {device} (cpu only with TRITON_INTERPRET=1, which is slow)"
     if _interprets():
-        wrong = [used for used in (dtype, shared_a.dtype) if used not in INTERPRETED_FLOATS]
-        return f"Triton's interpreter is wrong in {wrong[0]}; float32 and float16 are right there" if wrong else None
+        for used in (dtype, shared_a.dtype):
+            if used not in INTERPRETED_FLOATS:
+                return f"Triton's interpreter is wrong in {used}; float32 and float16 are right there"
+        return None
     properties = torch.cuda.get_device_properties(device)  # of all ways to ask, the one torch.compile folds
     if torch.version.hip or properties.major < LEAST_CAPABILITY:
         found = f"{properties.name} of {properties.major}.{properties.minor}"
@@ -212,8 +230,7 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         if tensor is not None or name not in ("weight", "bias", "seed"):
             _expect_dense(tensor, name)
-    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in FLOATS:
-        raise ValueError(f"x must be a floating-point [..., D_in] with D_in at least 1, got {_describe(x)}")
+    check_input(x)
     rows_rule = "[E * R, D_in]" if settings.mixing == "diagonal" else "[R, D_in]"
     if not (shared_a.dim() == expert_b.dim() == router_weight.dim() == 2):
         raise ValueError(
@@ -242,14 +259,12 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     if settings.dropout_p > 0:
         if seed is None:
             raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: an int64 tensor of shape [1]")
-        check_seed(seed)
-        if seed.device != x.device:
-            raise ValueError(f"seed must be on x's device {x.device}, got {seed.device}")
+        check_seed(seed, x.device)
 
 
 def _check_dtypes(inputs: Inputs, dtype: torch.dtype) -> None:
     """dtype: of the products. Autocast casts to it what is a float of at most 32 bits; nothing else is cast."""
-    castable = TRITON_FLOATS if dtype != torch.float64 and autocasts(inputs.x) else (inputs.x.dtype,)
+    castable = castable_dtypes(inputs.x, dtype)
     for name, tensor in zip(Inputs._fields[:3], inputs, strict=False):
         if tensor is not None and tensor.dtype not in castable:
             raise ValueError(f"{name} must have x's dtype {inputs.x.dtype}, got {tensor.dtype}")
@@ -273,10 +288,6 @@ def _expect(tensor: Tensor, name: str, rule: str, shape: tuple[int, ...]) -> Non
         raise ValueError(f"{name} must be {rule} = {list(shape)}, got {list(tensor.shape)}")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
 @torch.library.custom_op("mosld::linear", mutates_args=())
 def _linear_op(
     x: Tensor,
@@ -294,7 +305,7 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> out [T, D_out], logits [T, E], and for backward hidden [T, R or E * R], gates [T, E]"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
-    with autograd.no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         return autograd.forward(inputs, Settings(top_k, scale, dropout_p, backend, mixing))
 
 
@@ -331,10 +342,10 @@ def _linear_backward_op(
     mixing: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out."""
+    """The needed gradients of x, weight, bias, shared_a, expert_b, router_weight, in that order, the others left out"""
     inputs = Inputs(x, weight, bias, shared_a, expert_b, router_weight, seed)
     settings = Settings(top_k, scale, dropout_p, backend, mixing)
-    with autograd.no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         grads = autograd.backward(dout, dlogits, hidden, gates, inputs, settings, tuple(needs))
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 
@@ -358,7 +369,8 @@ def _backward(ctx, dout, dlogits, dhidden, dgates):
     hidden, gates, *tensors = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:6]]
     grads = iter(torch.ops.mosld.linear_backward(dout, dlogits, hidden, gates, *tensors, *ctx.settings, needs))
-    return *(next(grads) if need else None for need in needs), None, *(None for _ in ctx.settings)
+    of_tensors = [next(grads) if need else None for need in needs]
+    return *of_tensors, *[None] * (1 + len(ctx.settings))  # the seed and the settings have none
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .checks import check_seed
 from .philox import philox
 
 try:
@@ -24,12 +25,18 @@ except ImportError:  # torch runs without NumPy, and so does the operator
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0, stream_id: int = 0) -> Tensor:
     """The dropout mask on the elements of A, True where an element is kept.
 
-    seed: int64 [1], on the device where the mask is wanted.
-    shape: (R, D_in).
-    p: probability of dropping an element, in [0, 1].
-    layer_id, stream_id: salts in [0, 2^32) that give independent masks for the same seed.
-    returns: bool [R, D_in].
-    raises ValueError for a seed that is not one int64, a shape that is not two sizes, or p outside [0, 1].
+    Args:
+        seed: int64 [1], on the device where the mask is wanted.
+        shape: (R, D_in).
+        p: probability of dropping an element, in [0, 1].
+        layer_id: a salt in [0, 2^32). Another one gives an independent mask for the same seed.
+        stream_id: a second salt of the same kind.
+
+    Returns:
+        bool [R, D_in].
+
+    Raises:
+        ValueError: for a seed that is not one int64, a shape that is not two sizes, or p outside [0, 1].
 
     >>> import torch
     >>> from mosld_kernels import keep_mask
@@ -61,7 +68,8 @@ def _on_this_host(seed: Tensor) -> bool:
     return type(seed) is Tensor and seed.device.type == "cpu" and _get_current_dispatch_mode() is None
 
 
-# With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into it.
+# With few tokens drawing the mask is the longest step, and backward wants it again. 32 MiB at most; nobody writes into
+# it.
 @functools.lru_cache(maxsize=512)
 def _remembered(seed: int, rows: int, cols: int, limit: int) -> Tensor:
     assert numpy_mask is not None
@@ -121,9 +129,3 @@ def drop_elements(values: Tensor, keep: Tensor | None, p: float, dtype: torch.dt
     kept_share = 1 - p if p < 1 else 1.0  # p = 1 keeps nothing, so there is nothing to scale
     wide = values.to(torch.promote_types(values.dtype, dtype))
     return torch.where(keep, wide, 0.0).div_(kept_share).to(dtype)
-
-
-def check_seed(seed: Tensor) -> None:
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (1,):
-        got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise ValueError(f"seed must be an int64 tensor of shape [1], got {got}")

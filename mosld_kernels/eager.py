@@ -1,10 +1,10 @@
 """The steps (down, mix, up and their gradients) as torch products: the path for CPU and for whatever Triton cannot run.
 
-T tokens, D_in and D_out features, R rank, E experts, K chosen, Z columns of `hidden`, one a row of A: Z is R with mixing
-"expand" (one A for all experts) and E * R with "diagonal" (one for each). `down_weight` is A with its dropout applied above the
-router's weight, [Z + E, D_in], so that one pass over x gives both projections. Products run in x's dtype; routing
-and everything of size [T, E] or [T, R] runs in float32 (float64 where x is float64) and is rounded once. On a CPU,
-mixtures with very many experts take the steps of `grouped` instead of a dense product with [T, E * R].
+T tokens, D_in and D_out features, R rank, E experts, K chosen, Z columns of `hidden`, one a row of A: Z is R with
+mixing "expand" (one A for all experts) and E * R with "diagonal" (one for each). `down_weight` is A with its dropout
+applied above the router's weight, [Z + E, D_in], so that one pass over x gives both projections. Products run in x's
+dtype; routing and everything of size [T, E] or [T, R] runs in float32 (float64 where x is float64) and is rounded once.
+On a CPU, mixtures with very many experts take the steps of `grouped` instead of a dense product with [T, E * R].
 """
 
 import torch
@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from . import grouped
 from .dropout import draw_keep, drop_elements
-from .products import mm, mm_sum
-from .reference import by_expert, gates_from_logits, router_dtype
+from .gating import gates_from_logits
+from .packing import by_expert
+from .precision import router_dtype
+from .products import dense_up, grad_x, mm
 
+__all__ = ["down", "down_backward", "grad_expert_b", "grad_x", "mix", "prepare", "up", "up_backward"]
 FEW_TOKENS = 512  # up to so many, turning dB around takes longer than the product
 
 
@@ -41,8 +44,8 @@ def prepare(
 def down(
     x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | grouped.Rows]:
-    """x [T, D_in], down_weight [Z + E, D_in], rows = Z
-    -> hidden [T, Z], logits [T, E], gates [T, E], and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z -> hidden [T, Z], logits [T, E], gates [T, E],
+    and what `up` takes: mixed [T, E * R], or its rows sorted by expert"""
     projected = mm(x, down_weight.t())
     hidden = projected[:, :rows].contiguous()
     logits = projected[:, rows:].to(router_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
@@ -53,7 +56,7 @@ def down(
 def mix(hidden: Tensor, gates: Tensor, top_k: int, scale: float, mixing: str) -> Tensor | grouped.Rows:
     """hidden [T, Z], gates [T, E] -> scale * gate * hidden, rounded once: [T, E * R], or its rows sorted by expert"""
     experts = gates.shape[1]
-    if grouped.pays(hidden, experts, top_k, mixing):
+    if grouped.faster_than_dense(hidden, experts, top_k, mixing):
         return grouped.mix(hidden, gates, top_k, scale)
     return ((scale * gates).unsqueeze(2) * by_expert(hidden, experts, mixing)).flatten(1).to(hidden.dtype)
 
@@ -62,8 +65,7 @@ def up(x: Tensor, weight: Tensor | None, bias: Tensor | None, mixed: Tensor | gr
     """x [T, D_in], weight [D_out, D_in], bias [D_out], mixed as `mix` returned it, expert_b [D_out, E * R]
     -> out [T, D_out]: the base product and the update, the update alone without a weight"""
     if isinstance(mixed, Tensor):
-        update = (mixed, expert_b.t())
-        return mm(*update, bias) if weight is None else mm_sum((x, weight.t()), update, bias, as_frozen=True)
+        return dense_up(x, weight, bias, mixed, expert_b)
     out = x.new_zeros(len(x), len(expert_b)) if weight is None else F.linear(x, weight, bias)
     return grouped.add_up(out, mixed, expert_b)
 
@@ -81,7 +83,7 @@ def up_backward(
     """dout [T, D_out], expert_b [D_out, E * R], hidden [T, Z], gates [T, E], dlogits [T, E] or None
     -> dprojected [T, Z + E] = [dhidden | dlogits] in dout's dtype"""
     experts = gates.shape[1]
-    if grouped.pays(hidden, experts, top_k, mixing):
+    if grouped.faster_than_dense(hidden, experts, top_k, mixing):
         dhidden, drouted = grouped.up_backward(dout, expert_b, hidden, gates, top_k, scale)
     else:
         u = mm(dout, expert_b).to(gates.dtype).view(*gates.shape, expert_b.shape[1] // experts)  # [T, E, R]
@@ -127,9 +129,3 @@ def down_backward(
     # Copies, so that the two gradients share no storage: an optimiser or a collective may work on each in place.
     da = ddown[:rows].clone() if keep is None else ddown[:rows]  # dropping copies by itself
     return drop_elements(da, keep, p, dtype), ddown[rows:].to(dtype, copy=True)
-
-
-def grad_x(dout: Tensor, weight: Tensor | None, dprojected: Tensor, down_weight: Tensor) -> Tensor:
-    """dout [T, D_out], weight [D_out, D_in], dprojected [T, Z + E], down_weight [Z + E, D_in] -> dx [T, D_in]"""
-    update = (dprojected, down_weight)
-    return mm(*update) if weight is None else mm_sum((dout, weight), update)

@@ -1,7 +1,7 @@
-"""The experts' products over tokens sorted by expert, on a CPU: for mixtures so wide that a dense product is mostly zeros.
+"""The experts' products over tokens sorted by expert, on a CPU: for mixtures whose dense product is mostly zeros.
 
-Each pair of a token and an expert it chose has a row. The rows of one expert lie together, in blocks of `ROWS`, the last
-of them padded; so every block has one expert, and T K / ROWS + E blocks are enough whatever was chosen.
+Each pair of a token and an expert it chose has a row. The rows of one expert lie together, in blocks of `ROWS`, the
+last of them padded; so every block has one expert, and T K / ROWS + E blocks are enough whatever was chosen.
 
     rows  = s g_e z of each pair, zeros in padding     [N, ROWS, R]
     h B^T = the sum over a token's K pairs of rows B_e^T
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     rows: Tensor  # [N, ROWS, R]
 
 
-def pays(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bool:
+def faster_than_dense(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bool:
     """Whether sorting beats a dense product for hidden [T, R]: decided by sizes, so it is the same in backward.
 
     Never with an A for each expert, whose dense products with A are as wide as those with B: not built.
@@ -61,8 +61,8 @@ def pays(hidden: Tensor, experts: int, top_k: int, mixing: str = "expand") -> bo
 @functools.cache
 def _has_matrix_unit() -> bool:
     """AMX multiplies bfloat16 so fast that memory is the cost, and zeros are free."""
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and asked()
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return is_supported is not None and is_supported()
 
 
 def plan(gates: Tensor, top_k: int) -> Plan:
@@ -73,11 +73,13 @@ def plan(gates: Tensor, top_k: int) -> Plan:
     pairs = torch.zeros(experts, dtype=torch.int64, device=gates.device).scatter_add_(
         0, expert, torch.ones_like(expert)
     )
+    # An expert's blocks begin where those of the expert before it end, so its rows move up by the padding so far.
     blocks = (pairs + ROWS - 1) // ROWS
     last = blocks.cumsum(0)
     shift = (last - blocks) * ROWS - (pairs.cumsum(0) - pairs)  # of an expert's rows against its sorted pairs
     row = torch.arange(len(expert), device=gates.device) + shift[expert]
     place = torch.empty_like(row).scatter_(0, pair, row)
+    # As many blocks as any choice can need, so that no size depends on values; the last expert has those left over.
     count = -(-tokens * top_k // ROWS) + experts
     token = torch.zeros(count * ROWS, dtype=torch.int64, device=gates.device).scatter_(0, row, pair // top_k)
     of_block = torch.searchsorted(last, torch.arange(count, device=gates.device), right=True).clamp_(max=experts - 1)
@@ -134,8 +136,10 @@ def grad_expert_b(dout: Tensor, mixed: Rows, experts: int, dtype: torch.dtype) -
 
 
 def _slices(features: int, p: Plan, rank: int, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the features, each with memory for its rows [N, ROWS, features] and experts [N, features, R] in `like`'s
-    dtype: the same memory each time, since fresh memory costs more than the products."""
+    """Slices of the features, each with memory for its rows [N, ROWS, features] and experts [N, features, R].
+
+    In the dtype of `like`, and the same memory each time, since fresh memory costs more than the products.
+    """
     blocks = len(p.expert)
     of_feature = blocks * (ROWS + rank)
     width = min(features, max(LEAST_SLICE, SLICE_BYTES // (of_feature * like.element_size()) // 32 * 32))

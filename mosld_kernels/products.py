@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
-# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times MKL's,
-# at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
+# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times
+# MKL's, at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
 LONGEST_SUM = 384
 
 
@@ -33,7 +33,7 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def mm_sum(
     large: tuple[Tensor, Tensor], small: tuple[Tensor, Tensor], bias: Tensor | None = None, as_frozen: bool = False
 ) -> Tensor:
-    """large [M, S] x [S, N], small [M, s] x [s, N] with s far below S, bias [N] -> the sum of both products and the bias
+    """large [M, S] x [S, N], small [M, s] x [s, N] with s far below S, bias [N] -> both products and the bias, added
 
     as_frozen: with a small product of zeros the result is bit for bit that of torch.nn.functional.linear.
     """
@@ -56,6 +56,19 @@ def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out)
 
 
+def dense_up(x: Tensor, weight: Tensor | None, bias: Tensor | None, mixed: Tensor, expert_b: Tensor) -> Tensor:
+    """x [T, D_in], weight [D_out, D_in], bias [D_out], mixed [T, E * R], expert_b [D_out, E * R]
+    -> out [T, D_out]: the base product and the update, the update alone without a weight"""
+    update = (mixed, expert_b.t())
+    return mm(*update, bias) if weight is None else mm_sum((x, weight.t()), update, bias, as_frozen=True)
+
+
+def grad_x(dout: Tensor, weight: Tensor | None, dprojected: Tensor, down_weight: Tensor) -> Tensor:
+    """dout [T, D_out], weight [D_out, D_in], dprojected [T, Z + E], down_weight [Z + E, D_in] -> dx [T, D_in]"""
+    update = (dprojected, down_weight)
+    return mm(*update) if weight is None else mm_sum((dout, weight), update)
+
+
 @functools.cache
 def lacks(dtype: torch.dtype) -> bool:
     """Whether this processor has no instructions for products in `dtype`, as far as torch uses them."""
@@ -65,8 +78,9 @@ def lacks(dtype: torch.dtype) -> bool:
     }
     if dtype not in supported:
         return False
-    asked = getattr(torch.ops.mkldnn, supported[dtype], None)
-    return asked is not None and not asked()
+    # A torch that cannot be asked keeps its own products.
+    is_supported = getattr(torch.ops.mkldnn, supported[dtype], None)
+    return is_supported is not None and not is_supported()
 
 
 def _onednn_is_faster(a: Tensor, b: Tensor) -> bool:

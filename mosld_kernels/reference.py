@@ -13,11 +13,14 @@ With mixing "diagonal" every expert has an A of its own, and only their gates mi
 
 The first is Eq. 1 to 3 of MoSLD (arXiv 2412.08946) with the down-projection shared: softmax, top-k and renormalisation
 together equal the softmax over the K largest logits. `shared_a` is A in both; `.view(E, R, D_in)[e]` is expert e's.
+Nothing here is shared with what it judges but the checks of arguments, which compute nothing: the mask is drawn from a
+Philox of its own, and top-k is a plain sort.
 
 >>> import torch
 >>> from mosld_kernels import reference
->>> x, a, b, router = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 3.0]]), torch.zeros(2, 2)
->>> reference.mosld_linear(x, torch.zeros(1, 2), None, a, b, router, top_k=2, scale=1.0)[0]  # (1 + 3) / 2 * (1 + 2)
+>>> x, a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+>>> weight, router = torch.zeros(1, 2), torch.zeros(2, 2)
+>>> reference.mosld_linear(x, weight, None, a, b, router, top_k=2, scale=1.0)[0]  # (1 + 3) / 2 * (1 + 2)
 tensor([[6.]])
 """
 
@@ -25,117 +28,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dropout import draw_keep, drop_elements
+from .checks import check_dropout, check_mixing
 
-MIXINGS = ("expand", "diagonal")  # one A for all experts, or one for each
-MOST_MAXIMA = 4  # K up to which K maxima beat a sort
-FEWEST_LOGITS = 2048  # below, the number of calls is the cost, and a sort is one call
+WORD = 0xFFFFFFFF  # the low 32 bits
 
 
-def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
-    """logits [..., E] -> bool [..., E], True at the K largest of each token; equal logits go to the lower index.
-
-    >>> import torch
-    >>> from mosld_kernels.reference import top_k_mask
-    >>> top_k_mask(torch.tensor([1.0, 3.0, 3.0, 3.0]), top_k=2)
-    tensor([False,  True,  True, False])
-    """
-    # torch.topk leaves the order of equal values open, a stable sort does not.
-    order = logits.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
-
-
-def gates_from_logits(logits: Tensor, top_k: int) -> Tensor:
-    """logits [..., E] -> gates [..., E]: the softmax over the K largest, exact zeros elsewhere.
-
-    >>> import torch
-    >>> from mosld_kernels.reference import gates_from_logits
-    >>> gates_from_logits(torch.tensor([1.0, 3.0, 0.0, 3.0]), top_k=2)
-    tensor([0.0000, 0.5000, 0.0000, 0.5000])
-    """
-    if top_k == logits.shape[-1]:
-        return _softmax(logits).contiguous()
-    values, chosen = largest(logits, top_k)
-    # Added, not stored: a token with K - 1 finite logits may have an index twice, the second time with gate zero.
-    # In place, because on CPU fresh memory costs more than what is done with it.
-    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add_(-1, chosen, _softmax(values))
+def _words(seed: Tensor, count: int) -> Tensor:
+    """int64 [count, 4]: Philox-4x32-10 (Salmon et al., 2011) of the key `seed` and the counters (n, 0, 0, 0)"""
+    first_key, second_key = seed & WORD, (seed >> 32) & WORD
+    a = torch.arange(count, device=seed.device)
+    b, c, d = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
+    for _ in range(10):
+        # Products of two 32-bit words wrap around in int64; shifted and cut to 32 bits, their halves are right anyway.
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b = ((right >> 32) & WORD) ^ b ^ first_key, right & WORD
+        c, d = ((left >> 32) & WORD) ^ d ^ second_key, left & WORD
+        first_key, second_key = (first_key + 0x9E3779B9) & WORD, (second_key + 0xBB67AE85) & WORD
+    return torch.stack((a, b, c, d), dim=1)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension, run along the tokens: on CPU ten times faster than along a handful of experts."""
-    if logits.numel() < FEWEST_LOGITS:
-        return logits.softmax(dim=-1)
-    return logits.movedim(-1, 0).softmax(dim=0).movedim(0, -1)
-
-
-def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """logits [..., E] -> the K largest [..., K] and their indices; equal logits go to the lower index.
-
-    >>> import torch
-    >>> from mosld_kernels.reference import largest
-    >>> largest(torch.tensor([1.0, 3.0, 2.0, 3.0]), top_k=3)
-    (tensor([3., 3., 2.]), tensor([1, 3, 2]))
-    """
-    if top_k > MOST_MAXIMA or logits.numel() < FEWEST_LOGITS:
-        values, chosen = logits.sort(dim=-1, descending=True, stable=True)
-        return values[..., :top_k], chosen[..., :top_k]
-    # torch.max promises the first of equal values. K maxima take a third of a sort's time at E = 8, a sixth at 64.
-    left, values, chosen = logits, [], []
-    for place in range(top_k):
-        if place:
-            left = left.scatter(-1, chosen[-1], float("-inf"))
-        value, index = left.max(dim=-1, keepdim=True)
-        values.append(value)
-        chosen.append(index)
-    return torch.cat(values, dim=-1), torch.cat(chosen, dim=-1)
-
-
-def router_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Routing is done in float32, or in float64 where x is float64.
-
-    >>> import torch
-    >>> from mosld_kernels.reference import router_dtype
-    >>> router_dtype(torch.bfloat16), router_dtype(torch.float64)
-    (torch.float32, torch.float64)
-    """
-    return torch.promote_types(dtype, torch.float32)
-
-
-def check_mixing(mixing: object) -> None:
-    """raises ValueError for a mixing that the operator does not have.
-
-    >>> from mosld_kernels.reference import check_mixing
-    >>> check_mixing("core")
-    Traceback (most recent call last):
-    ValueError: mixing must be one of expand, diagonal, got 'core'
-    """
-    if mixing not in MIXINGS:
-        raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {mixing!r}")
-
-
-def expert_rank(rows: int, experts: int, mixing: str) -> int:
-    """R, the rank of one expert, where A has `rows` rows: R of them, or E * R with an A for each expert.
-
-    >>> from mosld_kernels.reference import expert_rank
-    >>> expert_rank(8, experts=4, mixing="expand"), expert_rank(8, experts=4, mixing="diagonal")
-    (8, 2)
-    """
-    return rows // experts if mixing == "diagonal" else rows
-
-
-def by_expert(hidden: Tensor, experts: int, mixing: str) -> Tensor:
-    """hidden [..., R] -> [..., 1, R], the same for all experts; or hidden [..., E * R] -> [..., E, R], each expert's
-
-    >>> import torch
-    >>> from mosld_kernels.reference import by_expert
-    >>> hidden = torch.arange(4)
-    >>> by_expert(hidden, experts=2, mixing="expand"), by_expert(hidden, experts=2, mixing="diagonal")
-    (tensor([[0, 1, 2, 3]]), tensor([[0, 1],
-            [2, 3]]))
-    """
-    if mixing == "diagonal":
-        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))
-    return hidden.unsqueeze(-2)
+def _dropped(shared_a: Tensor, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """A~ in `dtype`: element n, row after row, is kept where word n of the stream is at least p * 2^32."""
+    words = _words(seed, -(-shared_a.numel() // 4)).flatten()[: shared_a.numel()]
+    keep = words.view_as(shared_a) >= round(p * 2**32)
+    wide = shared_a.to(torch.promote_types(shared_a.dtype, dtype))
+    share = 1 - p if p < 1 else 1.0  # p = 1 keeps nothing
+    return (torch.where(keep, wide, 0.0) / share).to(dtype)
 
 
 def mosld_delta(
@@ -160,12 +78,17 @@ def mosld_delta(
     (tensor([[60.]]), tensor([[0., 1.]]))
     """
     check_mixing(mixing)
-    keep = draw_keep(seed, shared_a.shape, dropout_p)
-    hidden = F.linear(x, drop_elements(shared_a, keep, dropout_p, x.dtype))
-    logits = F.linear(x, router_weight.to(x.dtype)).to(router_dtype(x.dtype))
-    gates = gates_from_logits(logits, top_k).to(x.dtype)
-    mixed = scale * (gates.unsqueeze(-1) * by_expert(hidden, gates.shape[-1], mixing)).flatten(-2)
-    return F.linear(mixed, expert_b.to(x.dtype)), logits
+    check_dropout(dropout_p, seed)
+    a = shared_a.to(x.dtype) if seed is None or dropout_p == 0 else _dropped(shared_a, seed, dropout_p, x.dtype)
+    z = F.linear(x, a)
+    # Routing runs in float32 at least: experts that are close must not tie.
+    logits = F.linear(x, router_weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+    ordered, experts = logits.sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower index
+    gates = torch.zeros_like(logits).scatter(-1, experts[..., :top_k], ordered[..., :top_k].softmax(-1)).to(x.dtype)
+    num_experts, rank = len(router_weight), expert_b.shape[1] // len(router_weight)
+    z = z.unflatten(-1, (num_experts, rank)) if mixing == "diagonal" else z.unsqueeze(-2)  # [..., E or 1, R]
+    h = scale * (gates.unsqueeze(-1) * z).flatten(-2)
+    return F.linear(h, expert_b.to(x.dtype)), logits
 
 
 def mosld_linear(
@@ -183,13 +106,34 @@ def mosld_linear(
     backend: str = "reference",
     mixing: str = "expand",
 ) -> tuple[Tensor, Tensor]:
-    """y and the router logits. Arguments and shapes as in `mosld_kernels.mosld_linear`; `backend` is ignored.
+    """The formula: y = x W0^T + b0 + h B^T. Differentiable in every tensor, in any floating-point dtype.
+
+    Args:
+        x: [..., D_in].
+        weight: [D_out, D_in], the base layer, in x's dtype.
+        bias: [D_out] or None.
+        shared_a: [R, D_in], or [E * R, D_in] with mixing "diagonal".
+        expert_b: [D_out, E * R].
+        router_weight: [E, D_in].
+        top_k: experts chosen per token, K in [1, E].
+        scale: s = alpha / R.
+        dropout_p: probability of dropping an element of A.
+        seed: int64 [1], which decides the mask; needed when dropout_p > 0.
+        backend: ignored. It is here so that the formula can stand wherever `mosld_kernels.mosld_linear` does.
+        mixing: "expand" or "diagonal".
+
+    Returns:
+        y [..., D_out] in x's dtype, and the router logits [..., E] in float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: for a mixing that does not exist, dropout_p outside [0, 1], or dropout without a valid seed.
 
     >>> import torch
     >>> from mosld_kernels.reference import mosld_linear
     >>> x, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([5.0])
     >>> shared_a, expert_b, router_weight = torch.ones(1, 2), torch.tensor([[1.0, 3.0]]), torch.zeros(2, 2)
-    >>> mosld_linear(x, weight, bias, shared_a, expert_b, router_weight, top_k=2, scale=1.0)  # 1 + 5 + (1 + 3) / 2 * (1 + 2)
+    >>> adapter = shared_a, expert_b, router_weight
+    >>> mosld_linear(x, weight, bias, *adapter, top_k=2, scale=1.0)  # 1 + 5 + (1 + 3) / 2 * (1 + 2)
     (tensor([[12.]]), tensor([[0., 0.]]))
     """
     delta, logits = mosld_delta(

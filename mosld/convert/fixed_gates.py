@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mosld_kernels.reference import router_dtype
+from mosld_kernels.precision import router_dtype
 
 from ..layers.adapter import MoSLDAdapter
 from ..mixture.gates import Routing, eval_gates, gates_without_logits

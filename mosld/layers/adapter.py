@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mosld_kernels import mosld_delta, mosld_linear
-from mosld_kernels.autograd import no_autocast
+from mosld_kernels.precision import no_autocast
 from mosld_kernels.staged import Dropout, staged_linear
 
 from ..mixture.gates import Routing, apply_gate, gates_without_logits, router_logits, task_ids

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mosld_kernels import block
-from mosld_kernels.autograd import no_autocast
-from mosld_kernels.dispatch import autocasts
-from mosld_kernels.gating import top_p_gates
-from mosld_kernels.reference import largest
+from mosld_kernels.gating import largest, top_p_gates
+from mosld_kernels.precision import autocasts, no_autocast
 
 from ..mixture.spec import BLOCK_PARTS
 from .adapter import AdapterWeight, MoSLDAdapter, init_weight

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.reference import largest
+from mosld_kernels.gating import largest
 
 from .adapter import MoSLDAdapter
 from .host import running_adapters

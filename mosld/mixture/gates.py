@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from mosld_kernels.gating import top_p_gates
-from mosld_kernels.reference import gates_from_logits, router_dtype
+from mosld_kernels.gating import gates_from_logits, top_p_gates
+from mosld_kernels.precision import router_dtype
 
 
 @dataclass(frozen=True)

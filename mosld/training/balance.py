@@ -11,7 +11,7 @@ How the gradient arrives under activation checkpointing is `mosld.layers.deferre
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.reference import top_k_mask
+from mosld_kernels.gating import top_k_mask
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added

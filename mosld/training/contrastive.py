@@ -9,8 +9,8 @@ Their gradients arrive as those of the balance loss do, under accumulation and a
 import torch
 from torch import Tensor, nn
 
-from mosld_kernels.autograd import no_autocast
-from mosld_kernels.reference import largest
+from mosld_kernels.gating import largest
+from mosld_kernels.precision import no_autocast
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added

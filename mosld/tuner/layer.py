@@ -5,7 +5,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
-from mosld_kernels.dispatch import autocasts
+from mosld_kernels.precision import autocasts
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.feed_forward import BlockAdapter

@@ -6,11 +6,11 @@ results, so that one closed form drives either. Importing this package imports T
     up        one pass over dout: dhidden and dlogits; u = dout B stays in registers       up.py
     gram      one pass over dout or x: the gradients of B, and of A and the router         gram.py
 
-`up` and `grad_x` are those of `..eager`: products of torch's library, which accumulate the base product onto the small one.
+`up` and `grad_x` are those of `..products`: torch's own, which accumulate the base product onto the small one.
 No atomics and no traffic between programs: what is summed across programs goes through planes, added in a fixed order.
 """
 
-from ..eager import grad_x
+from ..products import grad_x
 from .down import down
 from .gram import down_backward, grad_expert_b
 from .prepare import prepare

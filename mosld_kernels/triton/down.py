@@ -2,9 +2,9 @@
 
     hidden [T, Z]    logits [T, E]    gates [T, E]    mixed[t, e * R + r] = scale * gates[t, e] * hidden[t, r]
 
-Z, the rows of A, is R; with an A for each expert (DIAGONAL) it is E * R, and hidden[t, e * R + r] stands in the last formula.
-With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program writes its
-partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
+Z, the rows of A, is R; with an A for each expert (DIAGONAL) it is E * R, and hidden[t, e * R + r] stands in the last
+formula. With few tokens there are too few programs to fill the chip: then D_in is split into planes, each program
+writes its partial sums to its own plane in float32, and a second kernel adds the planes in order and finishes.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..limits import diagonal_columns
-from .launch import cdiv, on, padded, planes_for, precision, tile_for
+from ..limits import diagonal_columns, padded
+from .launch import cdiv, on, precision, split_k_for, tile_for
 
 
 @triton.jit
@@ -122,28 +122,32 @@ def _down_sum_kernel(
 def down(
     x: Tensor, down_weight: Tensor, rows: int, top_k: int, scale: float, mixing: str = "expand"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, D_in], down_weight [Z + E, D_in], rows = Z -> hidden [T, Z], logits [T, E], gates [T, E], mixed [T, E * R]"""
+    """x [T, D_in], down_weight [Z + E, D_in], rows = Z
+    -> hidden [T, Z], logits [T, E], gates [T, E], mixed [T, E * R]"""
     (tokens, d_in), experts, diagonal = x.shape, len(down_weight) - rows, mixing == "diagonal"
-    hidden, mixed = x.new_empty(tokens, rows), x.new_empty(tokens, rows if diagonal else experts * rows)
-    logits, gates = (x.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
+    hidden = x.new_empty(tokens, rows)
+    logits = x.new_empty(tokens, experts, dtype=torch.float32)
+    gates = torch.empty_like(logits)
+    mixed = x.new_empty(tokens, rows if diagonal else experts * rows)
     held = (diagonal_columns(rows // experts, experts) if diagonal else rows) + experts
     tile = tile_for("down", tokens, d_in, 0, held, x)
-    blocks, steps = cdiv(tokens, tile.tokens), cdiv(d_in, tile.features)
-    planes = planes_for(tile.blocks(tokens), steps, x)
-    partial = x.new_empty(planes, tokens, rows + experts, dtype=torch.float32) if planes > 1 else logits
-    results, sizes = (
-        (hidden, logits, gates, mixed),
-        (rows, experts, diagonal, top_k, padded(rows, 16), padded(experts, 16)),
-    )
+    steps = cdiv(d_in, tile.features)
+    split_k = split_k_for(tile.blocks(tokens), steps, x)
+    partial = x.new_empty(split_k, tokens, rows + experts, dtype=torch.float32) if split_k > 1 else logits
+    stride_x_t, stride_x_d = x.stride()
+    # What both kernels are given alike.
+    shared = dict(
+        hidden_ptr=hidden, logits_ptr=logits, gates_ptr=gates, mixed_ptr=mixed, planes_ptr=partial,
+        T=tokens, scale=scale, PLANES=split_k, Z=rows, E=experts, DIAGONAL=diagonal, TOP_K=top_k,
+        Z_PAD=padded(rows, 16), E_PAD=padded(experts, 16),
+    )  # fmt: skip
     with on(x):
-        _down_kernel[(blocks, planes)](
-            x, down_weight, *results, partial, tokens, d_in, *x.stride(), scale,
-            cdiv(steps, planes) * tile.features, planes, *sizes, tile.tokens, tile.features, precision(),
-            **tile.options(),
+        _down_kernel[(cdiv(tokens, tile.tokens), split_k)](
+            x_ptr=x, down_weight_ptr=down_weight, D_IN=d_in, stride_x_t=stride_x_t, stride_x_d=stride_x_d,
+            span=cdiv(steps, split_k) * tile.features, BLOCK_T=tile.tokens, BLOCK_D=tile.features,
+            PRECISION=precision(), **shared, **tile.options(),
         )  # fmt: skip
-        if planes > 1:
+        if split_k > 1:
             block_t = 16
-            _down_sum_kernel[(cdiv(tokens, block_t),)](
-                partial, *results, tokens, scale, planes, *sizes, block_t, num_warps=4
-            )
-    return results
+            _down_sum_kernel[(cdiv(tokens, block_t),)](BLOCK_T=block_t, num_warps=4, **shared)
+    return hidden, logits, gates, mixed

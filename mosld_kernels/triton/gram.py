@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold, triton_keep
-from ..reference import expert_rank
-from .launch import cdiv, on, padded, planes_for, precision, tile_for
-from .up import _expert_columns, expert_block, held_columns
+from ..limits import padded
+from ..packing import expert_rank
+from .experts import expert_blocks, expert_columns, held_columns
+from .launch import cdiv, on, precision, split_k_for, tile_for
 
 keep_elements = triton_keep()
 
@@ -62,7 +63,7 @@ def _gram_kernel(
     df, dt = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_T)
     if EXPANDS:
         first_expert = tl.program_id(0) * E_BLOCK
-        columns, exists = _expert_columns(first_expert, R, E, R_PAD, E_BLOCK)
+        columns, exists = expert_columns(first_expert, R, E, R_PAD, E_BLOCK)
         e, r = first_expert + tl.arange(0, E_BLOCK), tl.arange(0, R_PAD)
     else:
         columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -137,33 +138,38 @@ def _gram(
     (tokens, features), expands = left.shape, gates is not None
     rows = experts * rank if diagonal else rank
     columns = experts * rank if expands else rows + experts
-    d_in, d_out = (0, features) if expands else (features, 0)
-    kernel, held = ("grad_expert_b", held_columns(rank, experts, diagonal)) if expands else ("grad_down", columns)
-    tile = tile_for(kernel, tokens, d_in, d_out, held, left)
     if expands:
-        rank_padded, e_block, column_blocks = expert_block(rank, experts, tile.columns, diagonal)
+        tile = tile_for("grad_expert_b", tokens, 0, features, held_columns(rank, experts, diagonal), left)
+        rank_padded, e_block, column_blocks = expert_blocks(rank, experts, tile.columns, diagonal)
         block_c = rank_padded * e_block
     else:
+        tile = tile_for("grad_down", tokens, features, 0, columns, left)
         rank_padded, e_block, block_c = 1, 1, min(padded(columns, 16), tile.columns)
         column_blocks = cdiv(columns, block_c)
-    blocks, steps = cdiv(features, tile.features), cdiv(tokens, tile.tokens)
-    planes = planes_for(blocks * column_blocks, tile.blocks(tokens), left)
-    partial = left.new_empty(planes, features, columns, dtype=torch.float32) if planes > 1 else left
-    drop = (threshold(p), 1 - p if p < 1 else 1.0)
-    seed = seed if p and seed is not None else left
+    feature_blocks, steps = cdiv(features, tile.features), cdiv(tokens, tile.tokens)
+    split_k = split_k_for(feature_blocks * column_blocks, tile.blocks(tokens), left)
+    partial = left.new_empty(split_k, features, columns, dtype=torch.float32) if split_k > 1 else left
+    stride_left_t, stride_left_f = left.stride()
+    b_or_a, router = grads
+    # What both kernels are given alike. Where nothing is dropped, `left` stands in for the seed.
+    shared = dict(
+        b_or_a_ptr=b_or_a, router_ptr=router, planes_ptr=partial, seed_ptr=seed if p and seed is not None else left,
+        F=features, limit=threshold(p), kept_share=1 - p if p < 1 else 1.0, PLANES=split_k,
+        EXPANDS=expands, DROPS=p > 0,
+    )  # fmt: skip
     with on(left):
-        _gram_kernel[(column_blocks, blocks, planes)](
-            left, right, gates if expands else right, *grads, partial, seed,
-            tokens, features, *left.stride(), scale, cdiv(steps, planes) * tile.tokens, *drop, planes,
-            rank, experts, rank_padded, e_block, block_c, expands, diagonal, p > 0,
-            tile.tokens, tile.features, precision(), **tile.options(),
+        _gram_kernel[(column_blocks, feature_blocks, split_k)](
+            left_ptr=left, right_ptr=right, gates_ptr=gates if expands else right,
+            T=tokens, stride_left_t=stride_left_t, stride_left_f=stride_left_f, scale=scale,
+            span=cdiv(steps, split_k) * tile.tokens, R=rank, E=experts, R_PAD=rank_padded, E_BLOCK=e_block,
+            BLOCK_C=block_c, DIAGONAL=diagonal, BLOCK_T=tile.tokens, BLOCK_F=tile.features, PRECISION=precision(),
+            **shared, **tile.options(),
         )  # fmt: skip
-        if planes > 1:
+        if split_k > 1:
             block_f, block_c = 64, 16
             _gram_sum_kernel[(cdiv(features, block_f), cdiv(columns, block_c))](
-                partial, *grads, seed, features, *drop, planes, columns, rows, expands, p > 0, block_f, block_c,
-                num_warps=4,
-            )  # fmt: skip
+                C=columns, Z=rows, BLOCK_F=block_f, BLOCK_C=block_c, num_warps=4, **shared
+            )
 
 
 def grad_expert_b(
@@ -189,6 +195,7 @@ def down_backward(
     """dprojected [T, Z + E], x [T, D_in], keep as `prepare` returned it, rows = Z
     -> dshared_a [Z, D_in], drouter_weight [E, D_in], both in `dtype`"""
     features, experts = x.shape[1], dprojected.shape[1] - rows
-    dshared_a, drouter = (x.new_empty(length, features, dtype=dtype) for length in (rows, experts))
+    dshared_a = x.new_empty(rows, features, dtype=dtype)
+    drouter = x.new_empty(experts, features, dtype=dtype)
     _gram(x, dprojected, None, (dshared_a, drouter), rows, experts, seed=keep, p=p)  # to the sum a row of A is a row
     return dshared_a, drouter

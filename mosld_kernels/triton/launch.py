@@ -6,10 +6,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..limits import padded
 from . import tiles
 
-__all__ = ["cdiv", "on", "padded", "planes_for", "precision", "properties", "tile_for"]
 INTERPRETED_ARCH = 80
 INTERPRETED_PROCESSORS = 4
 
@@ -38,9 +36,10 @@ def tile_for(kernel: str, tokens: int, d_in: int, d_out: int, columns: int, tens
     return tiles.pick(kernel, arch, tokens, d_in, d_out, columns, tensor.element_size()).tile
 
 
-def planes_for(programs: int, steps: int, tensor: Tensor) -> int:
+def split_k_for(programs: int, steps: int, tensor: Tensor) -> int:
+    """Into how many planes of partial sums a launch cuts its sum; see `tiles.split_k`."""
     _, processors = properties(tensor.device)
-    return tiles.planes(programs, steps, processors)
+    return tiles.split_k(programs, steps, processors)
 
 
 def precision() -> str:

@@ -1,7 +1,9 @@
 """The adapter in the products' dtype, written once so that no product redraws or recasts it.
 
-    down_weight = [keep * A / (1 - p) ; router_weight]     [Z + E, D_in]    Z rows of A: R, or E * R with an A for each expert
+    down_weight = [keep * A / (1 - p) ; router_weight]     [Z + E, D_in]
     expert_b    = expert_b                                 [D_out, E * R], written only where its dtype differs
+
+Z, the rows of A, is R; with an A for each expert it is E * R.
 
 One Philox call an element here costs less than one per program of the pass over x, which would read the mask as often
 as there are tiles of tokens; and the product that gives dx reads down_weight anyway.
@@ -58,16 +60,20 @@ def prepare(
     and what `down_backward` wants to know of the kept elements of A: here the seed, to draw them again"""
     tiles.check_file()  # here, because this is the first launch of a call
     shared_a, router_weight, expert_b = shared_a.contiguous(), router_weight.contiguous(), expert_b.contiguous()
-    casts = expert_b.dtype != dtype
+    casts_b = expert_b.dtype != dtype
     rows, d_in = len(shared_a) + len(router_weight), shared_a.shape[1]
     down_weight = shared_a.new_empty(rows, d_in, dtype=dtype) if needs_down else None
-    cast_b = torch.empty_like(expert_b, dtype=dtype) if casts else expert_b
-    sizes = [tensor.numel() for tensor in (shared_a, router_weight)] if needs_down else [0, 0]
-    sizes.append(expert_b.numel() if casts else 0)
-    if sum(sizes):
+    cast_b = torch.empty_like(expert_b, dtype=dtype) if casts_b else expert_b
+    # What is not to be written has size 0 in the launch, and any tensor stands in for it.
+    a_size, router_size = (shared_a.numel(), router_weight.numel()) if needs_down else (0, 0)
+    b_size = expert_b.numel() if casts_b else 0
+    size = a_size + router_size + b_size
+    if size:
         with on(shared_a):
-            _prepare_kernel[(cdiv(sum(sizes), BLOCK),)](
-                shared_a, router_weight, expert_b, seed if p else shared_a, cast_b if down_weight is None else down_weight,
-                cast_b, *sizes, threshold(p), 1 - p if p < 1 else 1.0, p > 0, casts, BLOCK, num_warps=4,
+            _prepare_kernel[(cdiv(size, BLOCK),)](
+                shared_a_ptr=shared_a, router_ptr=router_weight, expert_b_ptr=expert_b,
+                seed_ptr=seed if p else shared_a, down_weight_ptr=cast_b if down_weight is None else down_weight,
+                cast_b_ptr=cast_b, A_SIZE=a_size, ROUTER_SIZE=router_size, B_SIZE=b_size, limit=threshold(p),
+                kept_share=1 - p if p < 1 else 1.0, DROPS=p > 0, CASTS_B=casts_b, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return down_weight, cast_b, seed

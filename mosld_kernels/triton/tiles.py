@@ -24,11 +24,11 @@ class Tile(NamedTuple):
     columns: int  # at most this many; the rest goes to further blocks. `down` always takes all.
     warps: int
     stages: int
-    # Of one thread at most, as the compiler is told: left alone, it spills to fit more programs on a multiprocessor.
+    # Of one thread at most, a limit for the compiler: left alone, it spills to fit more programs on a multiprocessor.
     registers: int = 255
 
     def options(self) -> dict[str, int]:
-        """What a launch tells the compiler."""
+        """The compiler's options of a launch."""
         return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
 
     def blocks(self, tokens: int) -> int:
@@ -38,9 +38,9 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """For `kernel`, on architecture `arch` (80, 90, 100; 0 for any) and elements of `bytes` bytes (2 or 4), up to the
-    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others. Where every expert has
-    an A, E * R stands for R in the first two, and 2 E * R for E * R in the others, padded as in `..limits` but in
-    "grad_down"."""
+    given sizes (0 for any). `columns_to` bounds R + E for "down" and "grad_down", E * R for the others. Where every
+    expert has an A, E * R stands for R in the first two, and 2 E * R for E * R in the others, padded as in `..limits`
+    but in "grad_down"."""
 
     kernel: str
     tile: Tile
@@ -89,7 +89,7 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
+def split_k(programs: int, steps: int, processors: int, most: int = 16) -> int:
     """Into how many planes a sum of `steps` steps is cut so that `programs` programs fill the chip's processors.
 
     Powers of two, every plane with at least two steps. Nine tenths of the processors are enough: another doubling
@@ -104,11 +104,18 @@ def planes(programs: int, steps: int, processors: int, most: int = 16) -> int:
 def pick(kernel: str, arch: int, tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int) -> Row:
     """The first row that fits. A size that a launch does not have is 0."""
     sizes = dict(d_in_to=d_in, d_out_to=d_out, columns_to=columns, tokens_to=bucket(tokens))
-    for row in _candidates(arch, os.environ.get(VARIABLE)):
-        fits = all(getattr(row, bound) == 0 or size <= getattr(row, bound) for bound, size in sizes.items())
-        if row.kernel == kernel and row.bytes in (0, element_bytes) and fits:
+    for row in rows_for(arch, os.environ.get(VARIABLE)):
+        if row.kernel == kernel and row.bytes in (0, element_bytes) and _fits(row, sizes):
             return row
     raise ValueError(f"no tile row fits {kernel} on sm_{arch} with {sizes} and {element_bytes}-byte elements")
+
+
+def _fits(row: Row, sizes: dict[str, int]) -> bool:
+    for name, size in sizes.items():
+        bound = getattr(row, name)
+        if bound and size > bound:
+            return False
+    return True
 
 
 def check_file() -> None:
@@ -122,9 +129,11 @@ def _own_rows(path: str | None) -> list[Row]:
 
 
 @functools.cache
-def _candidates(arch: int, path: str | None) -> list[Row]:
+def rows_for(arch: int, path: str | None) -> list[Row]:
+    """All rows for an architecture, in the order in which they are tried."""
     own = [row for row in _own_rows(path) if row.arch in (0, arch)]
-    return own + [row for row in ROWS if row.arch == arch] + [row for row in ROWS if row.arch == 0]
+    # A stable sort: the rows for this architecture, then those for any, each in the order of the file.
+    return own + sorted((row for row in ROWS if row.arch in (0, arch)), key=lambda row: row.arch == 0)
 
 
 def read_rows(path: str) -> list[Row]:

@@ -3,8 +3,8 @@
     dgates_e = scale * <u_e, hidden>        dhidden = scale * sum_e gates_e u_e
     dlogits  = gates * (dgates - sum_e gates_e dgates_e), plus what arrives for the logits
 
-With an A for each expert (DIAGONAL) hidden and dhidden are [T, E * R], dgates_e = scale * <u_e, hidden_e>, dhidden_e = scale
-* gates_e u_e: nothing is summed over experts, and dhidden is stored as soon as its block of experts is done.
+With an A for each expert (DIAGONAL) hidden and dhidden are [T, E * R], dgates_e = scale * <u_e, hidden_e>, dhidden_e =
+scale * gates_e u_e: nothing is summed over experts, and dhidden is stored as soon as its block of experts is done.
 
 Where u [BLOCK_T, E, R] does not fit the registers, the same program goes over blocks of experts one after the other
 and reads its rows of dout again for each: by then the arithmetic takes longer than the reading. dhidden and dgates are
@@ -18,26 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, float32
 
-from ..eager import up
-from ..limits import diagonal_columns
-from ..reference import expert_rank
-from .launch import cdiv, on, padded, planes_for, precision, tile_for
+from ..limits import padded
+from ..packing import expert_rank
+from ..products import dense_up as up  # a product of torch's library here as well
+from .experts import expert_blocks, expert_columns, held_columns
+from .launch import cdiv, on, precision, split_k_for, tile_for
 
-__all__ = ["up", "up_backward"]  # `up` is a product of torch's library here as well
-
-
-@triton.jit
-def _expert_columns(first_expert, R: tl.constexpr, E: tl.constexpr, R_PAD: tl.constexpr, E_BLOCK: tl.constexpr):
-    """-> columns [E_BLOCK * R_PAD] of a packed [., E * R] matrix that hold E_BLOCK experts, and which of them exist.
-
-    Padding the rank inside each expert lets a tile [., E_BLOCK * R_PAD] be viewed as [., E_BLOCK, R_PAD].
-    """
-    c = tl.arange(0, E_BLOCK * R_PAD)
-    if R == R_PAD:  # said apart, so that the compiler sees neighbours and loads them together
-        columns = first_expert * R + c
-        return columns, columns < E * R
-    e, r = first_expert + c // R_PAD, c % R_PAD
-    return e * R + r, (e < E) & (r < R)
+__all__ = ["up", "up_backward"]
 
 
 @triton.jit
@@ -80,7 +67,7 @@ def _up_backward_kernel(
     dgates = tl.zeros((BLOCK_T, E_BLOCKS_PAD, E_BLOCK), tl.float32)
 
     for b in range(E_BLOCKS):
-        columns, exists = _expert_columns(b * E_BLOCK, R, E, R_PAD, E_BLOCK)
+        columns, exists = expert_columns(b * E_BLOCK, R, E, R_PAD, E_BLOCK)
         dout_tile = dout_ptr + first_t * D_OUT + first_o + dt[:, None] * D_OUT + do[None, :]
         b_tile = expert_b_ptr + (first_o + do)[:, None] * (E * R) + columns[None, :]
         u = tl.zeros((BLOCK_T, E_BLOCK * R_PAD), tl.float32)
@@ -140,19 +127,6 @@ def _up_backward_sum_kernel(
     )  # fmt: skip
 
 
-def expert_block(rank: int, experts: int, columns: int, diagonal: bool) -> tuple[int, int, int]:
-    """-> R_PAD, experts in one tile of `columns` columns, and how many such tiles hold all experts"""
-    rank_padded = padded(rank, 4 if diagonal else 16)
-    # At least 16 columns: `tl.dot` takes no fewer.
-    block = max(min(padded(experts), columns // rank_padded), 16 // rank_padded, 1)
-    return rank_padded, block, cdiv(experts, block)
-
-
-def held_columns(rank: int, experts: int, diagonal: bool) -> int:
-    """What decides on the tile of a step with E * R columns: with an A for each expert it holds as many of hidden."""
-    return 2 * diagonal_columns(rank, experts) if diagonal else experts * rank
-
-
 def up_backward(
     dout: Tensor,
     expert_b: Tensor,
@@ -169,21 +143,28 @@ def up_backward(
     rank, diagonal = expert_rank(rows, experts, mixing), mixing == "diagonal"
     dprojected = dout.new_empty(tokens, rows + experts)
     tile = tile_for("up_backward", tokens, 0, d_out, held_columns(rank, experts, diagonal), dout)
-    rank_padded, block, blocks = expert_block(rank, experts, tile.columns, diagonal)
+    columns = expert_blocks(rank, experts, tile.columns, diagonal)
     steps = cdiv(d_out, tile.features)
-    planes = planes_for(tile.blocks(tokens), steps, dout)
-    partial = dout.new_empty(planes, tokens, rows + experts, dtype=float32) if planes > 1 else gates
-    has_dlogits, dlogits = dlogits is not None, gates if dlogits is None else dlogits.contiguous()
+    split_k = split_k_for(tile.blocks(tokens), steps, dout)
+    partial = dout.new_empty(split_k, tokens, rows + experts, dtype=float32) if split_k > 1 else gates
+    # A kernel that does not look at a tensor still wants one in its place: gates stand in.
+    has_dlogits = dlogits is not None
+    dlogits = gates if dlogits is None else dlogits.contiguous()
     with on(dout):
-        _up_backward_kernel[(cdiv(tokens, tile.tokens), planes)](
-            dout, expert_b, hidden, gates, dlogits, dprojected, partial,
-            tokens, d_out, scale, cdiv(steps, planes) * tile.features, planes, rank, experts, rank_padded,
-            block, blocks, padded(blocks), diagonal, has_dlogits, tile.tokens, tile.features, precision(), **tile.options(),
+        _up_backward_kernel[(cdiv(tokens, tile.tokens), split_k)](
+            dout_ptr=dout, expert_b_ptr=expert_b, hidden_ptr=hidden, gates_ptr=gates, dlogits_ptr=dlogits,
+            dprojected_ptr=dprojected, planes_ptr=partial,
+            T=tokens, D_OUT=d_out, scale=scale, span=cdiv(steps, split_k) * tile.features, PLANES=split_k,
+            R=rank, E=experts, R_PAD=columns.rank_padded,
+            E_BLOCK=columns.experts, E_BLOCKS=columns.blocks, E_BLOCKS_PAD=padded(columns.blocks),
+            DIAGONAL=diagonal, HAS_DLOGITS=has_dlogits,
+            BLOCK_T=tile.tokens, BLOCK_O=tile.features, PRECISION=precision(), **tile.options(),
         )  # fmt: skip
-        if planes > 1:
+        if split_k > 1:
             block_t = 16
             _up_backward_sum_kernel[(cdiv(tokens, block_t),)](
-                partial, gates, dlogits, dprojected, tokens, planes, rows, experts, padded(rows, 16), padded(experts, 16),
-                has_dlogits, block_t, num_warps=4, maxnreg=128,
+                planes_ptr=partial, gates_ptr=gates, dlogits_ptr=dlogits, dprojected_ptr=dprojected,
+                T=tokens, PLANES=split_k, Z=rows, E=experts, Z_PAD=padded(rows, 16), E_PAD=padded(experts, 16),
+                HAS_DLOGITS=has_dlogits, BLOCK_T=block_t, num_warps=4, maxnreg=128,
             )  # fmt: skip
     return dprojected

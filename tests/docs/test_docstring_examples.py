@@ -115,7 +115,7 @@ def test_the_names_are_those_that_one_would_look_for():
         assert f"mosld.presets.{name}" in names
     assert names >= {
         "mosld.MoSLDLinear.from_linear", "mosld.MoSLDLinear.shared_a", "mosld.MoSLDTrainerMixin.train",
-        "mosld.RouterStats.dead", "mosld_kernels.reference.top_k_mask", "mosld.merging.METHODS",
+        "mosld.RouterStats.dead", "mosld_kernels.reference.mosld_delta", "mosld.merging.METHODS",
     }  # fmt: skip
     assert "mosld.MoSLDLinear.extra_repr" not in names and "mosld.MoSLDTrainerMixin.log" not in names  # others' own
     assert len(names) == len(PUBLIC)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mosld_kernels.bits import draw_bits, unpacked
 from mosld_kernels.block import Inputs, Settings, block_mixture, down, drop_down_a, up
-from mosld_kernels.staged import draw_bits, unpacked
 from tests.helpers.accuracy import assert_no_less_accurate
 
 WIDE = torch.float64
@@ -58,7 +58,7 @@ def by_loops(inputs: Inputs, settings: Settings, keeps: list[Tensor]) -> tuple[T
 
 
 def run(function, inputs: Inputs, dhidden: Tensor, dmixed: Tensor, settings, *more) -> dict[str, Tensor]:
-    """Outputs and gradients; that of the gates through the softmax or sigmoid that made them, which is how gates come."""
+    """Outputs and gradients; that of the gates through the softmax or sigmoid that made them, as gates come."""
     to_one = settings.sums_to_one
     logits = (inputs.weights.log() if to_one else inputs.weights.logit()).requires_grad_()
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs[:7]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mosld_kernels import grouped, mosld_linear, reference
+from mosld_kernels import gating, grouped, mosld_linear, reference
 from tests.helpers.inputs import SHAPES, Shape, make_case
 from tests.helpers.runs import SEED, assert_accurate, run
 
@@ -14,7 +14,7 @@ SOME = [shape for shape in SHAPES if shape.T]
 @pytest.fixture
 def always(monkeypatch):
     """Sorted whatever the sizes, in many slices of features, the last one narrower."""
-    monkeypatch.setattr(grouped, "pays", lambda *sizes: True)
+    monkeypatch.setattr(grouped, "faster_than_dense", lambda *sizes: True)
     monkeypatch.setattr(grouped, "SLICE_BYTES", 0)
     monkeypatch.setattr(grouped, "LEAST_SLICE", 7)
 
@@ -43,7 +43,7 @@ def test_every_pair_has_a_row_in_a_block_of_its_expert(monkeypatch, rows):
     logits = torch.randn(50, 6)
     logits[:, 4] = -100.0  # an expert that nobody chose
     logits[:, 1] += 3  # and one that most did
-    gates = reference.gates_from_logits(logits, 2)
+    gates = gating.gates_from_logits(logits, 2)
     p = grouped.plan(gates, 2)
     assert len(p.token) == len(p.expert) * rows and len(p.expert) == -(-50 * 2 // rows) + 6
     assert len(p.place.unique()) == 100  # no two pairs share a row
@@ -70,8 +70,10 @@ def test_wide_mixtures_are_sorted_in_all_three_places_and_narrow_ones_are_not(mo
 
 def test_nothing_is_sorted_elsewhere_than_on_a_cpu_nor_without_tokens():
     hidden = torch.empty(4096, 8, device="meta")
-    assert not grouped.pays(hidden, 64, 2) and grouped.pays(torch.empty(4096, 8), 64, 2)
-    assert not grouped.pays(torch.empty(0, 8), 64, 2) and not grouped.pays(torch.empty(1, 8), 64, 2)
+    assert not grouped.faster_than_dense(hidden, 64, 2) and grouped.faster_than_dense(torch.empty(4096, 8), 64, 2)
+    assert not grouped.faster_than_dense(torch.empty(0, 8), 64, 2) and not grouped.faster_than_dense(
+        torch.empty(1, 8), 64, 2
+    )
 
 
 def test_another_default_device_changes_nothing():
@@ -87,8 +89,8 @@ def test_a_matrix_unit_makes_dense_bfloat16_cheaper(monkeypatch):
     hidden = torch.empty(4096, 8, dtype=torch.bfloat16)
     for unit in (True, False):
         monkeypatch.setattr(grouped, "_has_matrix_unit", lambda unit=unit: unit)
-        assert grouped.pays(hidden, 64, 2) == (not unit)
-        assert grouped.pays(hidden.float(), 64, 2)
+        assert grouped.faster_than_dense(hidden, 64, 2) == (not unit)
+        assert grouped.faster_than_dense(hidden.float(), 64, 2)
 
 
 def test_what_is_saved_is_small_and_the_bits_repeat():

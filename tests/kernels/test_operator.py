@@ -6,14 +6,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
-from mosld_kernels import mosld_delta, mosld_linear, reference
+from mosld_kernels import checks, mosld_delta, mosld_linear, reference
 from mosld_kernels.eager import FEW_TOKENS
 from tests.helpers.accuracy import assert_no_less_accurate
 from tests.helpers.inputs import DIAGONAL_SHAPES, SHAPES, Shape, make_case
 from tests.helpers.runs import NAMES, PLACES, SEED, assert_accurate, run
 
 
-@pytest.fixture(params=reference.MIXINGS)
+@pytest.fixture(params=checks.MIXINGS)
 def mixing(request):
     return request.param
 

@@ -1,4 +1,4 @@
-"""The three stages against plain torch in float64: values and all gradients, every site of dropout, and what is saved."""
+"""The three stages against plain torch in float64: values, all gradients, every site of dropout, what is saved."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mosld_kernels import keep_mask, mixing
-from mosld_kernels.reference import gates_from_logits, router_dtype
-from mosld_kernels.staged import UP_STREAM, Dropout, draw_bits, staged_linear, unpacked, zeroed
+from mosld_kernels.bits import draw_bits, unpacked, zeroed
+from mosld_kernels.gating import gates_from_logits
+from mosld_kernels.precision import router_dtype
+from mosld_kernels.staged import UP_STREAM, Dropout, staged_linear
 from tests.helpers.accuracy import assert_no_less_accurate
 from tests.helpers.inputs import SHAPES, Shape, make_case
 from tests.helpers.runs import SEED
@@ -168,7 +170,8 @@ def test_adapters_in_another_dtype_than_the_model_lose_nothing(model, adapter, s
     case = make_case(shape, torch.bfloat16)
     truth, eager = run(plain, case, shape, SITES[sites]), run(plain, case.to(model), shape, SITES[sites])
     mixed = case.to(model)._replace(
-        shared_a=case.shared_a.to(adapter), expert_b=case.expert_b.to(adapter), router_weight=case.router_weight.to(adapter)
+        shared_a=case.shared_a.to(adapter), expert_b=case.expert_b.to(adapter),
+        router_weight=case.router_weight.to(adapter),
     )  # fmt: skip
     ours = run(staged_linear, mixed, shape, SITES[sites])
     assert ours["y"].dtype == model and ours["ddown_weight"].dtype == adapter
@@ -335,9 +338,9 @@ def test_an_x_without_gradient_costs_no_product_with_the_base(monkeypatch):
     case, large = make_case(ODD), []
     inputs = [tensor.clone().requires_grad_(i in (3, 4, 5)) for i, tensor in enumerate(case[:6])]
     y, _ = staged_linear(*inputs[:5], mix_of(ODD), scale=1.5, router_weight=inputs[5])
-    from mosld_kernels import staged
+    from mosld_kernels import stages
 
-    monkeypatch.setattr(staged, "mm", lambda a, b, mm=staged.mm: large.append((a.shape, b.shape)) or mm(a, b))
+    monkeypatch.setattr(stages, "mm", lambda a, b, mm=stages.mm: large.append((a.shape, b.shape)) or mm(a, b))
     y.backward(case.dout)
     assert large and all(inputs[1].shape != b for _, b in large)
 
@@ -478,7 +481,10 @@ def good(**changes):
         ({"bias": torch.ones(4)}, r"bias must be \[D_out\] = \[5\], got \[4\]"),
         ({"weight": torch.ones(5, 4).double()}, "weight must have x's dtype torch.float32, got torch.float64"),
         ({"bias": torch.ones(5).half()}, "bias must have x's dtype torch.float32, got torch.float16"),
-        ({"down_weight": torch.ones(2, 4, dtype=torch.int32)}, "down_weight must be a floating-point tensor, got torch.int32"),
+        (
+            {"down_weight": torch.ones(2, 4, dtype=torch.int32)},
+            "down_weight must be a floating-point tensor, got torch.int32",
+        ),
         ({"up_weight": torch.ones(5, 6, device="meta")}, "up_weight must be on x's device cpu, got meta"),
         ({"seed": None}, "needs a seed: an int64 tensor"),
         ({"seed": torch.tensor([1.0])}, "seed must be an int64 tensor"),

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: values and all gradients against float64, masks, bad input, what is run."""
+"""The Triton kernels in Triton's interpreter: values and gradients against float64, masks, bad input, what is run."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mosld_kernels
-from mosld_kernels import dispatch, mosld_delta, mosld_linear, reference
+from mosld_kernels import checks, dispatch, gating, mosld_delta, mosld_linear, reference
 from tests.helpers.inputs import KERNEL_SHAPES, SHAPES, Shape, make_case
 from tests.helpers.runs import PLACES, SEED, assert_accurate, run
 
@@ -48,7 +48,7 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=reference.MIXINGS)
+@pytest.fixture(params=checks.MIXINGS)
 def mixing(request):
     return request.param
 
@@ -114,7 +114,7 @@ def test_adapters_in_another_dtype(dtype, adapter_dtype, mixing):
 
 def planes_of(monkeypatch):
     """-> a list that gets each launch's kernel and the planes into which its sums are cut"""
-    cut, pick, count = [], tiles.pick, tiles.planes
+    cut, pick, count = [], tiles.pick, tiles.split_k
 
     def picked(kernel, *sizes):
         cut.append((kernel, 1))
@@ -125,7 +125,7 @@ def planes_of(monkeypatch):
         return cut[-1][1]
 
     monkeypatch.setattr(tiles, "pick", picked)
-    monkeypatch.setattr(tiles, "planes", counted)
+    monkeypatch.setattr(tiles, "split_k", counted)
     return cut
 
 
@@ -202,9 +202,9 @@ def test_tiles_follow_the_bucket_of_t_and_never_t_itself(tmp_path, monkeypatch):
         picked = [tiles.pick(kernel, 80, tokens, 4096, 4096, 128, 2).tile for tokens in (2049, 4096, 4097, 6000, 8192)]
         assert [own == tiles.Tile(**tile) for own in picked] == [True, True, False, False, False]
     assert [tiles.bucket(tokens) for tokens in (0, 1, 2, 3, 4096, 4097)] == [1, 1, 2, 4, 4096, 8192]
-    assert tiles.planes(programs=128, steps=64, processors=132) == 1
-    assert tiles.planes(programs=32, steps=64, processors=132) == 4
-    assert tiles.planes(programs=1, steps=5, processors=132) == 2  # never fewer than two steps in a plane
+    assert tiles.split_k(programs=128, steps=64, processors=132) == 1
+    assert tiles.split_k(programs=32, steps=64, processors=132) == 4
+    assert tiles.split_k(programs=1, steps=5, processors=132) == 2  # never fewer than two steps in a plane
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 5, 2**62, -3])
@@ -243,8 +243,8 @@ def test_equal_logits_go_to_the_lower_index():
     for top_k in range(1, 7):
         down_weight = torch.cat((torch.ones(2, 4), router))
         _, logits, gates, _ = down(x, down_weight, 2, top_k, 1.0)
-        torch.testing.assert_close(gates, reference.gates_from_logits(logits, top_k))
-        assert torch.equal(gates > 0, reference.top_k_mask(logits, top_k))
+        torch.testing.assert_close(gates, gating.gates_from_logits(logits, top_k))
+        assert torch.equal(gates > 0, gating.top_k_mask(logits, top_k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from mosld import MoSLDConfig, MoSLDLinear, presets, set_routing
 from mosld_kernels import keep_mask
-from mosld_kernels.staged import UP_STREAM, draw_bits, unpacked
+from mosld_kernels.bits import draw_bits, unpacked
+from mosld_kernels.staged import UP_STREAM
 from tests.mixture import naive
 
 BATCH, TOKENS, D_IN, D_OUT = 3, 4, 7, 5

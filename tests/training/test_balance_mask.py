@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosld import balance_loss, router_stats
 from mosld.layers.host import running_adapters
-from mosld_kernels.reference import top_k_mask
+from mosld_kernels.gating import top_k_mask
 from tests.training.test_balance import layers
 
 MASKS = {

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from mosld import MoSLDConfig, MoSLDTrainer, balance_loss
 from mosld.layers.host import running_adapters
-from mosld_kernels.reference import top_k_mask
+from mosld_kernels.gating import top_k_mask
 from tests.helpers.accuracy import assert_no_less_accurate, error
 from tests.helpers.models import perturb, tiny_llama, token_ids
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosld_kernels.reference import router_dtype
+from mosld_kernels.precision import router_dtype
 
 
 class Ball(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mosld_kernels import keep_mask
 from mosld_kernels.autograd import Inputs, Settings
-from mosld_kernels.reference import router_dtype
+from mosld_kernels.precision import router_dtype
 from tests.hardening.properties.balls import Ball, ball, exact, least, plus, product, rounded, times, total, unit
 
 GRADIENTS = ("x", "weight", "bias", "shared_a", "expert_b", "router_weight")  # in the order of Inputs

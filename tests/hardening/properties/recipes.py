@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mosld_kernels import grouped, mosld_delta, mosld_linear
 from mosld_kernels.autograd import Inputs, Settings
-from mosld_kernels.reference import router_dtype
+from mosld_kernels.precision import router_dtype
 from tests.hardening.properties.formula import GRADIENTS
 from tests.helpers.inputs import Shape
 
@@ -250,7 +250,7 @@ def sorted_by_expert(recipe: Recipe):
         yield
         return
     with (
-        mock.patch.object(grouped, "pays", lambda *sizes: True),
+        mock.patch.object(grouped, "faster_than_dense", lambda *sizes: True),
         mock.patch.object(grouped, "SLICE_BYTES", 0),
         mock.patch.object(grouped, "LEAST_SLICE", 7),
     ):

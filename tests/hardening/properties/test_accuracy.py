@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mosld_kernels import reference
+from mosld_kernels import gating, reference
 from tests.hardening.properties import recipes as made
 from tests.hardening.properties.formula import balls
 from tests.hardening.properties.profile import cases
@@ -33,9 +33,7 @@ def draw(recipe: Recipe) -> list[dict[str, Tensor]] | None:
         patch.setattr(made, "run", plain)
         theirs = call(recipe, tensors)
     exact = ours.inputs.x.double() @ ours.inputs.router_weight.double().t()
-    chosen = [
-        reference.top_k_mask(t, recipe.shape.K) for t in (exact, ours.results["logits"], theirs.results["logits"])
-    ]
+    chosen = [gating.top_k_mask(t, recipe.shape.K) for t in (exact, ours.results["logits"], theirs.results["logits"])]
     if not (torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])):
         return None
     truth = balls(ours.inputs, recipe.settings(), exact, ours.dout, ours.dlogits)

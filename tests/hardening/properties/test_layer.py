@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mosld import MoSLDLinear, balance_loss
 from mosld_kernels.autograd import Inputs
-from mosld_kernels.reference import router_dtype
+from mosld_kernels.precision import router_dtype
 from tests.hardening.properties.balls import Ball, ball, exact, outside, rounded, times
 from tests.hardening.properties.formula import balls, largest, softmax, through_softmax
 from tests.hardening.properties.profile import cases

@@ -38,7 +38,12 @@ def test_every_dependency_has_a_tested_version_or_a_reason():
 
 
 def test_what_the_packages_import_is_declared():
-    found = {own for package in PACKAGES for path in (ROOT / package).rglob("*.py") for own in third_parties(path.read_text())}
+    found = {
+        own
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for own in third_parties(path.read_text())
+    }
     declared = {name(one) for one in PROJECT["dependencies"]}
     assert found - {*PACKAGES} == declared  # each of them is imported under its own name
 

@@ -137,7 +137,7 @@ FAULTS = [
     ),
     Fault(
         "staged_a_dropped_by_another_stream",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "    return _DropElements.apply(values, p, seed, stream, dtype)",
         "    return _DropElements.apply(values, p, seed, stream + 1, dtype)",
         "the fused operator and the stages drop different elements for one seed",
@@ -145,7 +145,7 @@ FAULTS = [
     ),
     Fault(
         "digits_of_p_upside_down",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/bits.py",
         "            words = words | random if level >> digit & 1 else words & random",
         "            words = words & random if level >> digit & 1 else words | random",
         "input_dropout=0.1 drops nine tenths of the input",
@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "kept_input_not_scaled",
         "mosld_kernels/staged.py",
-        "            z = z / (1 - dropout.x)  #",
-        "            pass  #",
+        "        z = z / (1 - dropout.x)  #",
+        "        pass  #",
         "with dropout on the input the update is smaller in training than in use",
         STAGED,
     ),

@@ -76,7 +76,7 @@ FAULTS = [
     ),
     Fault(
         "base_passes_no_gradient",
-        "mosld_kernels/eager.py",
+        "mosld_kernels/products.py",
         "    return mm(*update) if weight is None else mm_sum((dout, weight), update)",
         "    return mm(*update)",
         "layers below an adapted one get the adapter's gradient alone",
@@ -156,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "a_learns_from_undropped_input",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "                ddown = mm(dz.t(), zeroed(x, keep))",
         "                ddown = mm(dz.t(), x)",
         "with dropout on the input A's gradient counts what was dropped",
@@ -164,7 +164,7 @@ FAULTS = [
     ),
     Fault(
         "dropped_input_gets_a_gradient",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "                own = zeroed(mm(dz, down_weight), keep)",
         "                own = mm(dz, down_weight)",
         "with dropout on the input, dropped elements pass a gradient on",
@@ -172,7 +172,7 @@ FAULTS = [
     ),
     Fault(
         "router_gradient_overwrites_dx",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "                dx = mm(dlogits, router_weight) if dx is None else add_mm(dx, dlogits, router_weight)",
         "                dx = mm(dlogits, router_weight)",
         "layers below get the router's gradient alone",
@@ -180,7 +180,7 @@ FAULTS = [
     ),
     Fault(
         "b_redrawn_from_another_stream",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "            keep = keep_mask(seed, dvalues.shape, ctx.p, stream_id=ctx.stream)",
         "            keep = keep_mask(seed, dvalues.shape, ctx.p)",
         "B's gradient has the mask of A",

@@ -1,4 +1,4 @@
-"""Forward: the fused operator, the sorted path of wide mixtures, the three stages, mixing matrices, gate functions, blocks."""
+"""Forward: the fused operator, wide mixtures sorted by expert, the three stages, mixing matrices, gates, blocks."""
 
 from tests.hardening.mutants.fault import Fault
 
@@ -19,7 +19,7 @@ FAULTS = [
     ),
     Fault(
         "bias_lost",
-        "mosld_kernels/eager.py",
+        "mosld_kernels/products.py",
         "mm_sum((x, weight.t()), update, bias, as_frozen=True)",
         "mm_sum((x, weight.t()), update, as_frozen=True)",
         "an adapted layer loses its bias",
@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "base_product_as_any_other",
-        "mosld_kernels/eager.py",
+        "mosld_kernels/products.py",
         "mm_sum((x, weight.t()), update, bias, as_frozen=True)",
         "mm_sum((x, weight.t()), update, bias)",
         "on AMD processors a fresh layer is no longer the frozen one bit for bit",
@@ -83,23 +83,24 @@ FAULTS = [
     ),
     Fault(
         "same_a_for_every_expert",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/packing.py",
         "        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))",
-        "        return hidden.unflatten(-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
+        "        return hidden.unflatten("
+        "-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
         "with an A for each expert, experts read rows of each other's A",
-        ("tests/kernels/test_reference.py",),
+        OPERATOR,
     ),
     Fault(
         "staged_scale_forgotten",
         "mosld_kernels/staged.py",
-        "        h = (scale * mix(z, logits)).to(dtype)",
-        "        h = mix(z, logits).to(dtype)",
+        "    h = (scale * mix(z, logits)).to(x.dtype)",
+        "    h = mix(z, logits).to(x.dtype)",
         "the sibling methods' updates are not scaled by alpha / r",
         STAGED,
     ),
     Fault(
         "router_reads_dropped_input",
-        "mosld_kernels/staged.py",
+        "mosld_kernels/stages.py",
         "                logits = mm(x, router_weight.t())\n",
         "                logits = mm(zeroed(x, keep), router_weight.t())\n",
         "dropout on the input changes whom the router chooses",
@@ -188,8 +189,8 @@ FAULTS = [
     Fault(
         "update_alone_in_the_wrong_dtype",
         "mosld_kernels/dispatch.py",
-        '        cast = {name: getattr(inputs, name) for name in ("x", "weight", "bias")}',
-        '        cast = {name: getattr(inputs, name) for name in ("x", "weight")}',
+        '        for name in ("x", "weight", "bias"):',
+        '        for name in ("x", "weight"):',
         "a layer with a bias breaks or changes dtype inside autocast",
         OPERATOR,
     ),

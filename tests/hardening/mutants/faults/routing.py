@@ -1,8 +1,8 @@
-"""Who is chosen and how much they count: top-k, renormalisation, temperature, tasks, what the caller gives, statistics."""
+"""Who is chosen and how much they count: top-k, renormalisation, temperature, tasks, gates from outside, statistics."""
 
 from tests.hardening.mutants.fault import Fault
 
-REFERENCE = ("tests/kernels/test_reference.py",)
+GATING = ("tests/kernels/test_gating.py",)
 EQUATIONS = ("tests/mixture/test_equations.py",)
 ROUTING = ("tests/layers/test_routing.py",)
 STATISTICS = ("tests/training/test_balance.py", "tests/training/test_balance_mask.py")
@@ -11,35 +11,35 @@ SKIPPED = ("tests/layers/test_skipped_layers.py",)
 FAULTS = [
     Fault(
         "not_renormalised",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/gating.py",
         "scatter_add_(-1, chosen, _softmax(values))",
         "scatter_add_(-1, chosen, _softmax(logits).gather(-1, chosen))",
         "the chosen experts' gates sum to less than one",
-        REFERENCE,
+        GATING,
     ),
     Fault(
         "ties_left_to_torch",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/gating.py",
         "        values, chosen = logits.sort(dim=-1, descending=True, stable=True)\n",
         "        values, chosen = logits.topk(top_k, dim=-1)\n",
         "which of two equal experts is chosen depends on the machine",
-        REFERENCE,
+        GATING,
     ),
     Fault(
         "third_maximum_repeats_the_second",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/gating.py",
         '            left = left.scatter(-1, chosen[-1], float("-inf"))',
         '            left = logits.scatter(-1, chosen[-1], float("-inf"))',
         "with three or four experts chosen of long batches the first is chosen again",
-        REFERENCE,
+        GATING,
     ),
     Fault(
         "one_expert_too_many",
-        "mosld_kernels/reference.py",
+        "mosld_kernels/gating.py",
         "scatter(-1, order[..., :top_k], True)",
         "scatter(-1, order[..., : top_k + 1], True)",
         "the balance loss counts an expert that was not chosen",
-        REFERENCE,
+        GATING,
     ),
     Fault(
         "temperature_upside_down",
