@@ -5,10 +5,17 @@ import os
 import sys
 from pathlib import Path
 
-from . import bench, calls, curves, gpu, kernels, layer, memory, processes, report, roofline, scaling, soak, training
-from .measure import Budget
-from .peers import PEERS, choose
-from .shapes import LAYERS
+from .cpu import calls, layer, memory, scaling, training
+from .cpu import steps as kernels
+from .gpu import run as gpu
+from .long import curves, soak
+from .model import methods as roofline
+from .model import processes
+from .peers.known import PEERS, choose
+from .report import bench
+from .report import page as report
+from .timing.shapes import LAYERS
+from .timing.timers import Budget
 
 
 def _budget(options: argparse.Namespace) -> Budget:
@@ -69,7 +76,7 @@ def _calls(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
-    from . import compiled  # here, because it imports Triton
+    from .compile import machine_code as compiled  # here, because it imports Triton
 
     return 1 if compiled.run(options.arch, options.quick, options.out) else 0
 
@@ -78,7 +85,7 @@ def _tune(options: argparse.Namespace) -> int:
     device = gpu.nvidia_gpu()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 interprets the kernels: unset it to measure them")
-    from . import tune  # here, because it imports Triton
+    from .tune import run as tune  # here, because it imports Triton
 
     return tune.main(options, device)
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from benchmarks import compiled
-from benchmarks.kernel_model import KernelRow, kernel_lines
+from benchmarks.compile import machine_code as compiled
+from benchmarks.model.kernels import KernelRow, kernel_lines
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/kernels.md").read_text()
@@ -27,8 +27,8 @@ def test_the_compile_table_is_that_of_the_committed_run():
 def test_the_model_is_that_of_the_code_and_of_the_committed_file():
     written = results("kernel_model.json")
     assert "\n".join(kernel_lines([KernelRow(**row) for row in written["kernels"]])) in PAGE
-    from benchmarks.kernel_model import Cuts, cuts_of, kernel_table
-    from benchmarks.roofline import DEVICES, Problem
+    from benchmarks.model.kernels import Cuts, cuts_of, kernel_table
+    from benchmarks.model.methods import DEVICES, Problem
 
     problem = Problem(DEVICES["H200"])
     assert Cuts(**written["cuts"]) == cuts_of(problem, 90, 132)

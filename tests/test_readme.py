@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import bench, report
+from benchmarks.report import bench
+from benchmarks.report import page as report
 from mosld import MoSLDConfig
 from mosld.cli import build_parser
 from mosld.results import table

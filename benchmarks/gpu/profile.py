@@ -1,0 +1,76 @@
+"""The kernels that one adapted layer runs on a GPU, in their order, each with its time as the profiler sees it.
+
+The profiler times kernels apart, so the gaps between them and the host's work are not in these times. The L2 cache is
+as the kernels before left it, as it is in training.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..timing.shapes import LayerShape
+from .layers import WithBackend, modules_for
+
+ROUNDS = 20
+
+
+def kernels(device: torch.device, shape: LayerShape, dtype: torch.dtype) -> list[dict]:
+    """-> rows of the Triton and the eager backend and the frozen layer, forward and backward, one a kernel.
+
+    position counts from 0 within the direction; `median_us` is over the rounds.
+    """
+    torch.manual_seed(0)
+    modules, rows = modules_for(shape, dtype, device), []
+    wanted = {"frozen linear": modules["frozen linear"]}
+    wanted.update({name: module for name, module in modules.items() if isinstance(module, WithBackend)})
+    x = torch.randn(shape.T, shape.D_in, device=device).to(dtype).requires_grad_()
+    dout = torch.randn(shape.T, shape.D_out, device=device).to(dtype)
+    for name, module in wanted.items():
+        for direction, run in _directions(module, x, dout).items():
+            rows += [{"name": name, "direction": direction, **row} for row in by_position(profiled(run), ROUNDS)]
+    return rows
+
+
+def _directions(module: nn.Module, x: torch.Tensor, dout: torch.Tensor) -> dict[str, Callable[[], object]]:
+    wanted, out = [x, *(p for p in module.parameters() if p.requires_grad)], module(x)
+    return {
+        "forward": lambda: module(x),
+        "backward": lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True),
+    }
+
+
+def profiled(run: Callable[[], object], rounds: int = ROUNDS) -> list[tuple[str, float]]:
+    """-> (kernel, us) of every kernel of `rounds` runs, in the order in which they started; nothing without a GPU"""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(rounds):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
+    on_gpu = [event for event in on_gpu if not getattr(event, "is_user_annotation", False)]
+    on_gpu.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us()) for event in on_gpu]
+
+
+def by_position(events: Sequence[tuple[str, float]], rounds: int) -> list[dict]:
+    """-> one row a kernel of a round. Where rounds differ from each other, one row a name, with its calls."""
+    count = len(events) // rounds
+    names = [name for name, _ in events]
+    if [*names[:count] * rounds] == names:
+        times = ([us for _, us in events[position::count]] for position in range(count))
+        return [
+            {"position": i, "kernel": names[i][:200], "median_us": statistics.median(us)} for i, us in enumerate(times)
+        ]
+    rows = []
+    for name in dict.fromkeys(names):
+        us = [time for other, time in events if other == name]
+        rows.append({"kernel": name[:200], "calls": len(us), "median_us": statistics.median(us)})
+    return rows

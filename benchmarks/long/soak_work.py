@@ -1,0 +1,181 @@
+"""The work of `python -m benchmarks soak`, each function in a process of its own: it writes what it saw into files."""
+
+import gc
+import json
+import math
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from mosld import MoSLDConfig, MoSLDTrainer
+
+from ..cpu.training import TARGETS, Size, base_model
+from ..timing import files as results
+from .small_runs import MODELS, Memory, live_tensors, memory, text
+
+ROWS = 512  # of training data
+LOGGED = 50  # steps between the Trainer's logs
+CHECKED = 10  # switches between forwards
+SAMPLES = 60  # of memory, over a run
+WARM_UP = 1 / 6  # of a run: after it memory must not grow
+FILLED = 40  # steps after which the operator's cache of 512 masks is full, with 14 layers
+
+
+class Samples:
+    """Memory in use, in bytes, at some of `total` steps; live tensors when the warm-up ends and at the end."""
+
+    def __init__(self, total: int, least: int = 1):
+        self.total, self.every = total, max(1, total // SAMPLES)
+        self.warm = min(total - 1, max(least, math.ceil(total * WARM_UP)))
+        self.rows: list[dict] = []
+
+    def take(self, step: int) -> None:
+        if step in (self.warm, self.total):
+            tensors = live_tensors()  # first, because it collects: garbage must not make what is compared with larger
+            self.rows.append({"step": step, **memory()._asdict(), "tensors": tensors})
+        elif step % self.every == 0:
+            self.rows.append({"step": step, **memory()._asdict()})
+
+    def summary(self) -> dict:
+        """What is judged: the greatest value after the warm-up over the one at its end, so that 0.01 is growth by 1 %."""
+        after = [row for row in self.rows if row["step"] >= self.warm]
+        start, end = after[0], after[-1]
+        return {
+            "warm_up": self.warm,
+            **{f"{kind}_warm": start[kind] for kind in (*Memory._fields, "tensors")},
+            **{f"{kind}_end": end[kind] for kind in (*Memory._fields, "tensors")},
+            **{f"{kind}_growth": max(row[kind] for row in after) / start[kind] - 1 for kind in Memory._fields},
+            "samples": self.rows,
+        }
+
+
+def configuration(size: Size, **changes) -> MoSLDConfig:
+    m = size.mixture
+    fields: dict[str, Any] = dict(r=m.r, alpha=2 * m.r, num_experts=m.num_experts, top_k=m.top_k, dropout=m.dropout)
+    return MoSLDConfig(**{**fields, "balance_coef": 1e-2, "target_modules": list(TARGETS["all"]), **changes})
+
+
+class _Trainer(MoSLDTrainer):
+    """Appends the loss of every step, unrounded, to a file, which a killed process leaves whole."""
+
+    losses: Path
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        with self.losses.open("a") as file:
+            file.write(json.dumps([self.state.global_step + 1, loss.item()]) + "\n")
+        return loss
+
+
+class _AtStep(TrainerCallback):
+    def __init__(self, after: Callable[[int], None]):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after(state.global_step)
+
+
+def _begin() -> None:
+    gc.freeze()  # what was imported: the collector would copy it into this process
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT calls what it was
+    transformers.logging.set_verbosity_error()
+
+
+def train(folder: Path, name: str, model: str, steps: int, save_every: int, killed_after: int | None = None) -> None:
+    """Train in `folder` to the end, or until SIGKILL ends the process after step `killed_after`, before it could be saved.
+
+    Goes on from the newest whole checkpoint in `folder` where there is one. Leaves NAME.losses, lines of [step, loss], and
+    at the end NAME.json with memory and seconds.
+    """
+    _begin()
+    samples, start = Samples(steps, FILLED), time.perf_counter()
+
+    def after(step: int) -> None:
+        if step == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        samples.take(step)
+
+    size = MODELS[model]
+    transformers.set_seed(7)
+    adapted = peft.get_peft_model(base_model(size), configuration(size))
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"), max_steps=steps, per_device_train_batch_size=size.batch,
+        learning_rate=2e-3, logging_steps=LOGGED, save_steps=save_every, save_total_limit=2, report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=7, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows: Any = [{"input_ids": row, "labels": row} for row in text(size, ROWS)]
+    trainer = _Trainer(model=cast(nn.Module, adapted), args=arguments, train_dataset=rows, callbacks=[_AtStep(after)])
+    trainer.losses = folder / f"{name}.losses"
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=True if list(folder.glob("checkpoints/checkpoint-*")) else None)
+    adapted.save_pretrained(str(folder / "adapter"))
+    seen = (
+        samples.summary() if samples.rows[0]["step"] <= samples.warm else {}
+    )  # one that was resumed later saw too little
+    results.write({"seconds": time.perf_counter() - start, **seen}, folder / f"{name}.json")
+
+
+def switch(folder: Path, name: str, model: str, switches: int) -> None:
+    """Switch between three adapters of different sizes; leaves NAME.json."""
+    _begin()
+    size, samples, start = MODELS[model], Samples(switches), time.perf_counter()
+    r, experts = size.mixture.r, size.mixture.num_experts
+    configs = {
+        "first": configuration(size),
+        "second": configuration(size, r=r // 2, num_experts=experts + 1),
+        "third": configuration(size, num_experts=experts - 1, target_modules=list(TARGETS["qv"])),
+    }
+    adapted = peft.PeftModel(base_model(size), configs["first"], adapter_name="first")
+    for other in ("second", "third"):
+        adapted.add_adapter(other, configs[other])
+    torch.manual_seed(1)
+    for parameter_name, parameter in adapted.named_parameters():
+        if "mosld_" in parameter_name:  # as if trained: B would be zero
+            parameter.data.normal_(std=0.2)
+    adapted.eval()
+    ids = text(size, 2)
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return adapted(input_ids=ids, use_cache=False).logits
+
+    expected = {}
+    for each in configs:
+        adapted.set_adapter(each)
+        expected[each] = logits()
+    names, checked, different, greatest = list(configs), dict.fromkeys(configs, 0), 0, 0.0
+    for number in range(1, switches + 1):
+        each = names[number % len(names)]
+        adapted.set_adapter(each)
+        if number % CHECKED == 0 or number > switches - len(names):
+            out = logits()
+            checked[each] += 1
+            different += not torch.equal(out, expected[each])
+            greatest = max(greatest, (out - expected[each]).abs().max().item())
+        if number in (samples.warm, samples.total):  # tensors are counted in the same state both times
+            adapted.set_adapter(names[0])
+            logits()
+        samples.take(number)
+    pairs = [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
+    result = {
+        "switches": switches,
+        "adapters": {each: {"forwards": checked[each]} for each in names},
+        "forwards": sum(checked.values()),
+        "forwards_that_differ": different,
+        "drift": greatest,
+        # What a switch that did nothing would have to hide: the adapters' outputs are far apart.
+        "least_distance": min((expected[one] - expected[other]).abs().max().item() for one, other in pairs),
+        "seconds": time.perf_counter() - start,
+        **samples.summary(),
+    }
+    results.write(result, folder / f"{name}.json")
