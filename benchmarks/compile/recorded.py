@@ -16,10 +16,9 @@ from mosld_kernels import autograd
 from mosld_kernels.triton import launch as launches_of
 from mosld_kernels.triton import tiles
 
-from ..timing.shapes import LayerShape
+from ..timing.shapes import DTYPES, LayerShape
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 
 
@@ -108,7 +107,9 @@ def launches(problem: Problem) -> tuple[list[Launch], list[Launch]]:
     dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     empty = functools.partial(torch.empty, device="meta")
     rows = E * R if problem.mixing == "diagonal" else R
-    a, b, router = (empty(size, dtype=adapter_dtype) for size in ((rows, D_in), (D_out, E * R), (E, D_in)))
+    a = empty(rows, D_in, dtype=adapter_dtype)
+    b = empty(D_out, E * R, dtype=adapter_dtype)
+    router = empty(E, D_in, dtype=adapter_dtype)
     x, weight, bias = empty(T, D_in, dtype=dtype), empty(D_out, D_in, dtype=dtype), empty(D_out, dtype=dtype)
     inputs = autograd.Inputs(x, weight, bias, a, b, router, empty(1, dtype=torch.int64))
     settings = autograd.Settings(K, 2.0, 0.1, "triton", problem.mixing)

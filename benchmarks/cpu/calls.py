@@ -1,21 +1,38 @@
-"""What a call costs beside its arithmetic: the operator through an autograd function, which eager mode uses, and through
-the registered operator, which torch.compile sees. One token and eight features, so that the arithmetic is next to nothing.
+"""What a call costs beside its arithmetic: the operator through an autograd function, which eager mode uses, and
+through the registered operator, which torch.compile sees. One token and eight features, so that the arithmetic is next
+to nothing.
 """
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import mosld_kernels
 from mosld_kernels import autograd
 
-from ..timing.timers import interleaved, machine
+from ..timing.machine import machine
+from ..timing.options import add_budget, add_out, budget_of
+from ..timing.timers import interleaved
 
 CALLS = 20  # in one timed run
 
 
-def run(rounds: int, out: Path | None) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks calls`."""
+    add_budget(parser, rounds=200, seconds=60)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    measure_and_write(budget_of(options).rounds, options.out)
+    return 0
+
+
+def measure_and_write(rounds: int, out: Path | None) -> dict:
     """Print microseconds a call, forward alone and with backward, on the CPU; write them to `out` as JSON."""
     result = {"machine": machine(), "rounds": rounds, "calls": measure(rounds)}
     print(f"{'':42}{'us a call':>12}{'20 % to 80 %':>18}")
@@ -31,25 +48,38 @@ def run(rounds: int, out: Path | None) -> dict:
 def measure(rounds: int) -> list[dict]:
     """-> rows with the median, 20th and 80th percentile in microseconds a call."""
     x, weight = torch.randn(1, 8, requires_grad=True), torch.randn(8, 8)
-    adapter = [torch.randn(size, requires_grad=True) for size in ((2, 8), (8, 4), (2, 8))]
+    shared_a = torch.randn(2, 8, requires_grad=True)
+    expert_b = torch.randn(8, 4, requires_grad=True)
+    router = torch.randn(2, 8, requires_grad=True)
+    adapter = (shared_a, expert_b, router)
     inputs = (x, weight, None, *adapter, None)
     settings = autograd.Settings(top_k=1, scale=1.0, dropout_p=0.0, backend="eager")
-    ways = {
+    ways: dict[str, Callable[[], Tensor]] = {
         "autograd function": lambda: autograd.MoSLDFunction.apply(*inputs, *settings)[0],
         "registered operator": lambda: torch.ops.mosld.linear(*inputs, *settings)[0],
         "public function (checks, then the first)": lambda: mosld_kernels.mosld_linear(
             x, weight, None, *adapter, top_k=1, scale=1.0
         )[0],
     }
-    wanted = [x, *adapter]
-    steps = {f"{name}, forward": call for name, call in ways.items()}
-    steps |= {
-        f"{name}, both": lambda call=call: torch.autograd.grad(call().sum(), wanted) for name, call in ways.items()
-    }
-    runs = {name: lambda step=step: [step() for _ in range(CALLS)] for name, step in steps.items()}
-    times = interleaved(runs, rounds, "calls")
-    micro = 1e3 / CALLS
-    return [
-        {"name": name, "median_us": micro * t.median_ms, "low_us": micro * t.low_ms, "high_us": micro * t.high_ms}
-        for name, t in times.items()
-    ]
+    runs = {}
+    for name, forward in ways.items():
+        runs[f"{name}, forward"] = _repeated(forward)
+    for name, forward in ways.items():
+        runs[f"{name}, both"] = _repeated(_with_backward(forward, [x, *adapter]))
+    rows = []
+    for name, timing in interleaved(runs, rounds, "calls").items():
+        times_ms = {"median_us": timing.median_ms, "low_us": timing.low_ms, "high_us": timing.high_ms}
+        rows.append({"name": name, **{key: 1e3 / CALLS * ms for key, ms in times_ms.items()}})
+    return rows
+
+
+def _with_backward(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(forward().sum(), wanted)
+
+
+def _repeated(call: Callable[[], object]) -> Callable[[], None]:
+    def run_calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return run_calls

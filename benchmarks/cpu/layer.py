@@ -1,19 +1,21 @@
 """Adapted linear layers beside their peers on the CPU: every chosen shape and dtype is one table of `compare`'s rows."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ..model import cpu as cpu_model
-from ..peers.compare import DROPOUT, compare
+from ..peers.compare import compare
 from ..peers.known import Builder
+from ..peers.options import add_peers, peers_of
 from ..timing.files import Writer
-from ..timing.shapes import LAYERS, LayerShape, named
-from ..timing.timers import Budget, machine
+from ..timing.machine import machine
+from ..timing.names import require_known
+from ..timing.options import add_budget, add_out, budget_of
+from ..timing.shapes import DROPOUT, DTYPES, LAYERS, LayerShape, named
+from ..timing.timers import Budget
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_STEP_S = 2.0  # of the frozen layer; beyond it a table would take minutes
 
 
@@ -26,44 +28,72 @@ class Table:
     keys: dict = field(default_factory=dict)  # put into the result as they are
 
 
-def run(tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, out: Path | None, verb="layer") -> dict:
+def layers(names: Sequence[str], dtypes: Sequence[str], training: bool = True) -> list[Table]:
+    """raises ValueError for a shape that does not exist, listing those that do."""
+    tables = []
+    for name, shape in named(LAYERS, names).items():
+        for dtype in dtypes:
+            tables.append(Table(name, shape, dtype, training))
+    return tables
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks layer`."""
+    parser.add_argument("--shape", nargs="+", default=["cpu-1024"], help=f"of {', '.join(LAYERS)} (default: cpu-1024)")
+    text = "of float32, bfloat16, float16 (default: the first two)"
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help=text)
+    parser.add_argument("--eval", action="store_true", help="forward in eval mode without gradients instead")
+    add_budget(parser, rounds=60, seconds=60)
+    add_peers(parser)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """raises ValueError for a shape, dtype or peer that does not exist, listing those that do."""
+    tables = layers(options.shape, options.dtype, training=not options.eval)
+    measure_tables(tables, peers_of(options), budget_of(options), options.out)
+    return 0
+
+
+def measure_tables(
+    tables: Sequence[Table], peers: Mapping[str, Builder], budget: Budget, out: Path | None, verb: str = "layer"
+) -> dict:
     """Measure the tables one after the other, print each, and write all that is measured to `out` after each.
 
     raises ValueError for a dtype that does not exist, listing those that do.
     """
-    unknown = [table.dtype for table in tables if table.dtype not in DTYPES]
-    if unknown:
-        raise ValueError(f"there is no {', '.join(unknown)}; there are: {', '.join(DTYPES)}")
+    dtypes = [table.dtype for table in tables]
+    require_known("", dtypes, DTYPES)
+    rates = cpu_model.rates_of(dtypes)
     settings = {"dropout": DROPOUT, **budget._asdict(), "peers": list(peers)}
-    settings["seconds"] = None if budget.seconds == float("inf") else budget.seconds
-    rates = {dtype: cpu_model.measure_rates(DTYPES[dtype]) for dtype in dict.fromkeys(t.dtype for t in tables)}
+    if budget.seconds == float("inf"):
+        settings["seconds"] = None  # JSON has no infinity
     head = {"verb": verb, "machine": machine(), "settings": settings}
-    writer = Writer({**head, "rates": {name: rate._asdict() for name, rate in rates.items()}, "tables": []}, out)
+    writer = Writer({**head, "rates": cpu_model.as_json(rates), "tables": []}, out)
     for table in tables:
-        p = cpu_model.problem(table.shape, rates[table.dtype], DTYPES[table.dtype])
-        entry = {"name": table.name, "shape": table.shape._asdict(), "dtype": table.dtype, **table.keys}
-        if not table.training:
-            entry["mode"] = "eval"
-        if 2 * p.base / 1e6 > LONGEST_STEP_S:
-            rate = rates[table.dtype].matmul_flops / 1e9
-            entry["left_out"] = (
-                f"{table.dtype} products run at {rate:.1f} GFLOP/s here: {2 * p.base / 1e6:.0f} s a step"
-            )
-            print(f"\n{table.name}, {table.dtype}: left out: {entry['left_out']}")
-        else:
-            label = f"{table.name} {table.dtype}"
-            rows = compare(peers, table.shape, DTYPES[table.dtype], budget, label, table.training)
-            cpu_model.add_predictions(rows, p)
-            entry["rows"] = rows
-            what = "forward + backward" if table.training else "forward, eval mode, no gradients"
-            print(f"\n{table.shape}, {table.dtype}: {what}\n{text(rows, 'both' if table.training else 'forward')}")
-        writer.add(entry)
+        writer.add(_measured(table, peers, budget, rates[table.dtype]))
     return writer.result
 
 
-def layers(names: Sequence[str], dtypes: Sequence[str], training: bool = True) -> list[Table]:
-    """raises ValueError for a shape that does not exist, listing those that do."""
-    return [Table(name, shape, dtype, training) for name, shape in named(LAYERS, names).items() for dtype in dtypes]
+def _measured(table: Table, peers: Mapping[str, Builder], budget: Budget, rates: cpu_model.Rates) -> dict:
+    """The table as the result file holds it, printed as well: its rows, or why it is left out."""
+    problem = cpu_model.problem(table.shape, rates, DTYPES[table.dtype])
+    entry = {"name": table.name, "shape": table.shape._asdict(), "dtype": table.dtype, **table.keys}
+    if not table.training:
+        entry["mode"] = "eval"
+    step_s = 2 * problem.base / 1e6
+    if step_s > LONGEST_STEP_S:
+        gflops = rates.matmul_flops / 1e9
+        entry["left_out"] = f"{table.dtype} products run at {gflops:.1f} GFLOP/s here: {step_s:.0f} s a step"
+        print(f"\n{table.name}, {table.dtype}: left out: {entry['left_out']}")
+        return entry
+    label = f"{table.name} {table.dtype}"
+    rows = compare(peers, table.shape, DTYPES[table.dtype], budget, label, table.training)
+    cpu_model.add_predictions(rows, problem)
+    entry["rows"] = rows
+    what, step = ("forward + backward", "both") if table.training else ("forward, eval mode, no gradients", "forward")
+    print(f"\n{table.shape}, {table.dtype}: {what}\n{text(rows, step)}")
+    return entry
 
 
 def text(rows: Sequence[dict], step: str = "both") -> str:

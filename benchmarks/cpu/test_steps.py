@@ -8,14 +8,17 @@ pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:20%
 import pytest
 import torch
 
-from ..timing.shapes import LAYERS
-from .steps import steps
-
-NAMES = [f"{step.direction} {step.name.strip()}" for step in steps(LAYERS["toy"], torch.float32)]
+from ..timing.shapes import LAYERS, LayerShape
+from .steps import Step, steps
 
 
-@pytest.mark.parametrize("name", NAMES)
+def named_steps(shape: LayerShape) -> dict[str, Step]:
+    """Direction and name, without the indentation of parts -> step."""
+    return {f"{step.direction} {step.name.strip()}": step for step in steps(shape, torch.float32)}
+
+
+@pytest.mark.parametrize("name", named_steps(LAYERS["toy"]))
 def test_step(benchmark, shape, name):
-    step = next(s for s in steps(shape, torch.float32) if f"{s.direction} {s.name.strip()}" == name)
+    step = named_steps(shape)[name]
     benchmark.group = step.direction
     assert benchmark(step.run) is not None

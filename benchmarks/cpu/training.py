@@ -4,8 +4,9 @@ Built from a configuration, so nothing is downloaded. The optimiser is left out:
 parameters alone. Every peer adapts the same linears of the same frozen weights.
 """
 
+import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..peers.compare import DROPOUT, describe, saved_bytes, timing_row
+from ..peers.compare import count_trainable, describe, saved_bytes, timing_row, trainable
 from ..peers.known import FROZEN, Builder, Mixture, build
+from ..peers.options import add_peers, peers_of
 from ..timing.files import Writer
-from ..timing.timers import Budget, Phases, interleaved, interleaved_phases, machine
+from ..timing.machine import machine
+from ..timing.names import require_known
+from ..timing.options import add_budget, add_out, budget_of
+from ..timing.shapes import DROPOUT
+from ..timing.timers import Budget, Phases, interleaved, interleaved_phases
 
 TARGETS = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -60,17 +66,27 @@ def base_model(size: Size) -> LlamaForCausalLM:
 
 def adapted(base: LlamaForCausalLM, peer: str, targets: str, mixture: Mixture) -> LlamaForCausalLM:
     """The base model with its targeted linears replaced by the peer's; the frozen weights are shared, not copied."""
-    model = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-    linears = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in TARGETS[targets]]
-    for path, linear in linears:
-        if peer != FROZEN:
-            model.set_submodule(path, build(peer, cast(nn.Linear, linear), mixture))
+    # What deepcopy finds in its memo it takes for copied already.
+    memo = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    model = copy.deepcopy(base, memo)
+    if peer != FROZEN:
+        for path, linear in targeted_linears(model, targets):
+            model.set_submodule(path, build(peer, linear, mixture))
     return model.train()
+
+
+def targeted_linears(model: nn.Module, targets: str) -> list[tuple[str, nn.Linear]]:
+    """Paths and modules of what `TARGETS[targets]` names; a list, so that the model may be changed meanwhile."""
+    found = []
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in TARGETS[targets]:
+            found.append((path, cast(nn.Linear, module)))
+    return found
 
 
 def step_of(model: nn.Module, tokens: Tensor) -> Phases:
     """-> the loss of the batch, and the gradients of what is trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trainable(model)
 
     def backward(loss: Tensor) -> None:
         for parameter in trained:
@@ -96,56 +112,85 @@ def generation_of(model: nn.Module, prompt: Tensor) -> Callable[[], list[int]]:
     return generate
 
 
-def run(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks training`."""
+    parser.add_argument("--size", nargs="+", default=["small"], help="of toy, small (default: small)")
+    parser.add_argument("--targets", default="all", help="all seven linears of a block, or qv (default: all)")
+    add_budget(parser, rounds=20, seconds=60)
+    add_peers(parser)
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """raises ValueError for a size, targets or peers that do not exist, listing those that do."""
+    measure_sizes(options.size, options.targets, peers_of(options), budget_of(options), options.out)
+    return 0
+
+
+def measure_sizes(
     sizes: Sequence[str], targets: str, peers: Mapping[str, Builder], budget: Budget, out: Path | None = None
 ) -> dict:
     """A table of the training step and one of generation for each size, written to `out` after each.
 
     raises ValueError for a size or targets that do not exist, listing those that do.
     """
-    unknown = [name for name in sizes if name not in SIZES]
-    if unknown:
-        raise ValueError(f"there is no size {', '.join(unknown)}; there are: {', '.join(SIZES)}")
+    require_known("size", sizes, SIZES)
     if targets not in TARGETS:
         raise ValueError(f"there are no targets {targets}; there are: {', '.join(TARGETS)}")
     settings = {"dropout": DROPOUT, "peers": list(peers), "prompt": PROMPT, "generated": NEW}
     writer = Writer({"verb": "training", "machine": machine(), "settings": settings, "tables": []}, out)
     for name in sizes:
-        torch._dynamo.reset()  # a compiled peer is compiled for these sizes, as in `compare`
+        # Without this a compiled peer would be compiled for any size once a second one comes, as in `compare`.
+        torch._dynamo.reset()
         size, base = SIZES[name], base_model(SIZES[name])
-        models, failures = {}, []
         tokens = torch.randint(size.vocabulary, (size.batch, size.length))
-        for peer in tqdm(peers, desc=f"{name} {targets}: peers", leave=False):
-            try:
-                model = adapted(base, peer, targets, size.mixture)
-                forward, backward = step_of(model, tokens)
-                backward(forward())
-                models[peer] = model
-            except Exception as failure:  # whatever a peer does wrong is a result
-                failures.append({"name": peer, "failure": describe(failure)})
-        facts = {**vars(size), "mixture": vars(size.mixture), "parameters": sum(p.numel() for p in base.parameters())}
+        models, failures = _models(
+            tqdm(peers, desc=f"{name} {targets}: peers", leave=False), base, targets, tokens, size
+        )
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        facts = {**vars(size), "mixture": vars(size.mixture), "parameters": parameters}
         head = {"name": name, "targets": targets, "dtype": "float32", "model": facts}
         rows = failures + training_rows(models, size, tokens, budget, f"{name} {targets}")
         print(f"\n{name} LLaMA, {targets} adapted: forward + backward of {tokens.numel()} tokens\n{text(rows, 'both')}")
         writer.add({**head, "kind": "training", "rows": rows})
-        rows = failures + generation_rows(models, tokens[:1, : min(PROMPT, size.length)], budget, f"{name} generation")
+        prompt = tokens[:1, : min(PROMPT, size.length)]
+        rows = failures + generation_rows(models, prompt, budget, f"{name} generation")
         print(f"\n{name} LLaMA, {targets} adapted: one token with a key-value cache\n{text(rows, 'token')}")
         writer.add({**head, "kind": "generation", "rows": rows})
     return writer.result
+
+
+def _models(
+    peers: Iterable[str], base: LlamaForCausalLM, targets: str, tokens: Tensor, size: Size
+) -> tuple[dict[str, nn.Module], list[dict]]:
+    """-> the adapted models that make a training step, and a row for each peer that does not."""
+    models: dict[str, nn.Module] = {}
+    failures = []
+    for peer in peers:
+        try:
+            model = adapted(base, peer, targets, size.mixture)
+            forward, backward = step_of(model, tokens)
+            backward(forward())
+            models[peer] = model
+        except Exception as failure:  # whatever a peer does wrong is a result
+            failures.append({"name": peer, "failure": describe(failure)})
+    return models, failures
 
 
 def training_rows(
     models: Mapping[str, nn.Module], size: Size, tokens: Tensor, budget: Budget, label: str
 ) -> list[dict]:
     rows = []
-    times = interleaved_phases({name: step_of(model, tokens) for name, model in models.items()}, budget, label)
+    candidates = {name: step_of(model, tokens) for name, model in models.items()}
+    times = interleaved_phases(candidates, budget, label)
     for name, by_step in times.items():
         for step, timing in by_step.items():
             row = {**timing_row(name, timing, times[FROZEN][step]), "step": step}
             if step == "both":
+                forward, _ = step_of(models[name], tokens)
                 row["tokens_per_s"] = 1e3 * tokens.numel() / timing.median_ms
-                row["parameters"] = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
-                row["saved_bytes"] = saved_bytes(step_of(models[name], tokens)[0], models[name], tokens)
+                row["parameters"] = count_trainable(models[name])
+                row["saved_bytes"] = saved_bytes(forward, models[name], tokens)
             rows.append(row)
     return rows
 
@@ -160,11 +205,13 @@ def generation_rows(models: Mapping[str, nn.Module], prompt: Tensor, budget: Bud
         except Exception as failure:  # whatever a peer does wrong is a result
             rows.append({"name": name, "failure": describe(failure)})
             del runs[name]
-    times = interleaved(runs, max(2, budget.rounds if budget.rounds < 10 else 10), label)
+    rounds = max(2, min(budget.rounds, 10))
+    times = interleaved(runs, rounds, label)
     for name, timing in times.items():
         row = timing_row(name, timing, times[FROZEN])
-        per_token = {key: row[key] / NEW for key in ("median_ms", "low_ms", "high_ms")}
-        rows.append({**row, **per_token, "step": "token", "tokens_per_s": 1e3 / per_token["median_ms"]})
+        for key in ("median_ms", "low_ms", "high_ms"):
+            row[key] /= NEW
+        rows.append({**row, "step": "token", "tokens_per_s": 1e3 / row["median_ms"]})
     return rows
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,22 +21,19 @@ MODELLED = {
 
 def draw(result: Mapping, folder: Path) -> list[str]:
     """-> the names of the pictures that the rows of `result` allow, written to `folder` as PNG"""
-    layers = {
-        p["name"].removeprefix("layer "): _ratios(p["rows"]) for p in result["parts"] if p["name"][:6] == "layer "
-    }
-    layers = {name: ratios for name, ratios in layers.items() if ratios}
-    drawn = []
+    layers = {}
+    for part in result["parts"]:
+        if part["name"].startswith("layer ") and (ratios := _ratios(part["rows"])):
+            layers[part["name"].removeprefix("layer ")] = ratios
+    pictures = {}
     if layers:
-        _save(_overhead(layers), folder / "overhead.png", drawn)
-    for name, ratios in layers.items():
-        if name == "gpu-4096 bfloat16" and set(MODELLED) & set(ratios):
-            _save(_beside_model(ratios, LAYERS["gpu-4096"], _device(result)), folder / "modelled.png", drawn)
-    return drawn
-
-
-def _save(figure: Figure, path: Path, drawn: list[str]) -> None:
-    figure.savefig(path, dpi=120)
-    drawn.append(path.name)
+        pictures["overhead.png"] = _overhead(layers)
+    ratios = layers.get("gpu-4096 bfloat16", {})
+    if set(MODELLED) & set(ratios):
+        pictures["modelled.png"] = _beside_model(ratios, LAYERS["gpu-4096"], _device(result))
+    for name, figure in pictures.items():
+        figure.savefig(folder / name, dpi=120)
+    return list(pictures)
 
 
 def _ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -56,9 +54,11 @@ def _overhead(layers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure
     figure = Figure(figsize=(9, 2.2 * len(layers)), layout="constrained")
     axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for axis, (name, ratios) in zip(axes, layers.items(), strict=True):
-        both = {candidate: _percent(steps["both"]) for candidate, steps in ratios.items() if "both" in steps}
-        both = {candidate: percent for candidate, percent in both.items() if candidate != "frozen linear"}
-        bars = axis.barh(list(both), list(both.values()), color="#4878a8")
+        percents = {}
+        for candidate, steps in ratios.items():
+            if candidate != "frozen linear" and "both" in steps:
+                percents[candidate] = _percent(steps["both"])
+        bars = axis.barh(list(percents), list(percents.values()), color="#4878a8")
         axis.bar_label(bars, fmt=" %.0f %%")
         axis.set_xscale("symlog", linthresh=10)
         axis.set_title(name, loc="left")
@@ -70,23 +70,30 @@ def _overhead(layers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure
 def _device(result: Mapping) -> Device:
     """The rates that this run measured, and the H200's where it did not."""
     device = DEVICES["H200"]
-    rates = {row["name"]: row for part in result["parts"] if part["name"] == "rates" for row in part.get("rows", ())}
-    flops, moved = rates.get("product", {}).get("tflop_per_s"), rates.get("copy", {}).get("gb_per_s")
-    return device._replace(
-        flops=1e12 * flops if flops else device.flops, bandwidth=1e9 * moved if moved else device.bandwidth
-    )
+    for part in result["parts"]:
+        if part["name"] != "rates":
+            continue
+        for row in part.get("rows", ()):
+            if row["name"] == "product" and row.get("tflop_per_s"):
+                device = device._replace(flops=1e12 * row["tflop_per_s"])
+            if row["name"] == "copy" and row.get("gb_per_s"):
+                device = device._replace(bandwidth=1e9 * row["gb_per_s"])
+    return device
 
 
 def _beside_model(ratios: Mapping[str, Mapping[str, float]], shape: LayerShape, device: Device) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis: Axes = figure.subplots()
-    names = [name for name in MODELLED if "both" in ratios.get(name, {})]
-    measured = [_percent(ratios[name]["both"]) for name in names]
-    modelled = [modelled_percent(name, shape, device) for name in names]
-    for offset, values, label in ((-0.2, measured, "measured"), (0.2, modelled, "model")):
-        bars = axis.barh([i + offset for i in range(len(names))], values, height=0.4, label=label)
+    measured, modelled = {}, {}
+    for name in MODELLED:
+        if "both" in ratios.get(name, {}):
+            measured[name] = _percent(ratios[name]["both"])
+            modelled[name] = modelled_percent(name, shape, device)
+    rows = np.arange(len(measured))
+    for offset, percents, label in ((-0.2, measured, "measured"), (0.2, modelled, "model")):
+        bars = axis.barh(rows + offset, list(percents.values()), height=0.4, label=label)
         axis.bar_label(bars, fmt=" %.0f %%")
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(rows, list(measured))
     axis.set_xscale("symlog", linthresh=10)
     axis.invert_yaxis()
     axis.set_xlabel(f"forward and backward, percent over the frozen layer; {shape}")

@@ -27,7 +27,8 @@ import json, sys, torch, mosld_kernels
 device, backend, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for T, D_in, D_out, R, E, K, dtype in sizes:
     try:
-        shapes = dict(x=(T, D_in), weight=(D_out, D_in), shared_a=(R, D_in), expert_b=(D_out, E * R), router_weight=(E, D_in))
+        adapter = dict(shared_a=(R, D_in), expert_b=(D_out, E * R), router_weight=(E, D_in))
+        shapes = dict(x=(T, D_in), weight=(D_out, D_in), **adapter)
         tensors = {name: torch.randn(s, device=device).to(getattr(torch, dtype)) for name, s in shapes.items()}
         for name in tensors.keys() - {"weight"}:
             tensors[name].requires_grad_()
@@ -76,8 +77,9 @@ def tests(limit_s: float, folder: Path = GPU_TESTS) -> list[dict]:
         rows: list[dict] = _junit(report) if report.exists() else [{"name": "tests", "state": "no report"}]
     rows[0].update(exit_status=status)
     if status != 0:
-        bad = ", ".join(row["name"] for row in rows[1:] if row["state"] != "skipped") or text.strip()[-500:]
-        raise CheckFailed(f"pytest ended with {'its time' if status is None else status}: {bad}", rows)
+        failed = [row["name"] for row in rows[1:] if row["state"] != "skipped"]
+        reason = ", ".join(failed) or text.strip()[-500:]
+        raise CheckFailed(f"pytest ended with {'its time' if status is None else status}: {reason}", rows)
     return rows
 
 
@@ -91,11 +93,13 @@ class CheckFailed(RuntimeError):
 
 def _junit(report: Path) -> list[dict]:
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    counts = {} if suite is None else suite.attrib
-    rows: list[dict] = [
-        {"name": "tests", **{k: int(counts.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}}
-    ]
-    for case in () if suite is None else suite.iter("testcase"):
+    if suite is None:
+        return [{"name": "tests", "tests": 0, "failures": 0, "errors": 0, "skipped": 0}]
+    counts: dict = {"name": "tests"}
+    for key in ("tests", "failures", "errors", "skipped"):
+        counts[key] = int(suite.get(key, 0))
+    rows = [counts]
+    for case in suite.iter("testcase"):
         for state in ("failure", "error", "skipped"):
             found = case.find(state)
             if found is not None:
@@ -112,16 +116,22 @@ def sanitizer(limit_s: float, device: str = "cuda", backend: str = "triton") -> 
     found = shutil.which("compute-sanitizer")
     if found is None:
         return [{"name": "compute-sanitizer", "state": "absent"}]
-    rows, size = [], json.dumps([[65, 48, 80, 16, 4, 2, "bfloat16"]])
+    size = json.dumps([[65, 48, 80, 16, 4, 2, "bfloat16"]])
     program = [sys.executable, "-c", PROGRAM, device, backend, size]
+    rows = []
     for tool in ("memcheck", "racecheck"):
         status, text = run_process([found, "--tool", tool, "--error-exitcode", "66", *program], limit_s / 2)
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-        ran = '"state": "ran"' in text
-        state = "clean" if status == 0 and ran else "ran out of time" if status is None else "failed"
+        if status is None:
+            state = "ran out of time"
+        elif status == 0 and '"state": "ran"' in text:
+            state = "clean"
+        else:
+            state = "failed"
         rows.append({"name": tool, "state": state, "exit_status": status, "summary": summary or text.strip()[-500:]})
-    if any(row["state"] != "clean" for row in rows):
-        raise CheckFailed("; ".join(f"{row['name']}: {row['state']}" for row in rows), rows)
+    states = {row["name"]: row["state"] for row in rows}
+    if set(states.values()) != {"clean"}:
+        raise CheckFailed("; ".join(f"{tool}: {state}" for tool, state in states.items()), rows)
     return rows
 
 
@@ -134,10 +144,16 @@ def trial(
     """
     arguments = [device, backend, json.dumps([[*shape, dtype] for shape, dtype in sizes])]
     status, text = run_process([sys.executable, "-c", PROGRAM, *arguments], limit_s)
-    told = [json.loads(line) for line in text.splitlines() if line.startswith('{"state"')]
-    ended = "it ran out of time" if status is None else f"the process ended with {status}"
-    told += [{"state": "failed", "error": f"{ended}: {text.strip()[-300:]}"}] * (len(sizes) - len(told))
-    rows = [{"name": size_name(*size), **row} for size, row in zip(sizes, told, strict=True)]
+    written = [line for line in text.splitlines() if line.startswith('{"state"')]
+    rows = []
+    for (shape, dtype), line in zip(sizes, [*written, *[""] * (len(sizes) - len(written))], strict=True):
+        # A process that ended early has left no line for the sizes after that.
+        if not line:
+            ended = "it ran out of time" if status is None else f"the process ended with {status}"
+            outcome = {"state": "failed", "error": f"{ended}: {text.strip()[-300:]}"}
+        else:
+            outcome = json.loads(line)
+        rows.append({"name": size_name(shape, dtype), **outcome})
     failed = [row for row in rows if row["state"] != "ran"]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} sizes: {failed[0]['error']}", rows)

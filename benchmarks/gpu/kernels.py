@@ -31,10 +31,12 @@ class LinearTile(NamedTuple):
 
 
 LINEAR_TILES = (LinearTile(128, 256, 64, 8, 3), LinearTile(128, 128, 64, 4, 4))
-GROUP = 8  # blocks of tokens that go together: their rows of x stay in the L2 cache while W passes by
+# Blocks of tokens that go together: their rows of x stay in the L2 cache while W passes by.
+GROUP = 8
 PHILOX_BLOCK = 1024
 STREAM_BLOCK = 8192
-STREAM_STAGES = 5  # 16 KiB each on their way: one multiprocessor needs tens of KiB in flight to reach its bandwidth
+# Of 16 KiB each: one multiprocessor needs tens of KiB in flight to reach its bandwidth.
+STREAM_STAGES = 5
 
 
 @triton.jit
@@ -99,13 +101,13 @@ def _touch_kernel(x_ptr):
 def linear(x: Tensor, weight: Tensor, out: Tensor, tile: LinearTile, programs: int) -> Tensor:
     """x [T, D_in], weight [D_out, D_in] -> out [T, D_out], filled by `programs` programs; rows of 16-byte multiples."""
     (tokens, d_in), d_out = x.shape, len(weight)
-    blocks = ((tile.tokens, tile.features), (tile.outputs, tile.features), (tile.tokens, tile.outputs))
-    described = [
-        TensorDescriptor.from_tensor(t, list(block)) for t, block in zip((x, weight, out), blocks, strict=True)
-    ]
     programs = min(programs, triton.cdiv(tokens, tile.tokens) * triton.cdiv(d_out, tile.outputs))
     _linear_kernel[(programs,)](
-        *described, tokens, d_in, d_out, programs, GROUP, tile.tokens, tile.outputs, tile.features,
+        x_desc=TensorDescriptor.from_tensor(x, [tile.tokens, tile.features]),
+        weight_desc=TensorDescriptor.from_tensor(weight, [tile.outputs, tile.features]),
+        out_desc=TensorDescriptor.from_tensor(out, [tile.tokens, tile.outputs]),
+        T=tokens, D_IN=d_in, D_OUT=d_out, PROGRAMS=programs, GROUP=GROUP,
+        BLOCK_T=tile.tokens, BLOCK_O=tile.outputs, BLOCK_D=tile.features,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import mosld_kernels
 from mosld import MoSLDLinear
 
-from ..peers.compare import describe, memory_of, mixture_of
+from ..peers.compare import describe, memory_of, mixture_of, trainable
 from ..peers.known import FROZEN, LORA, OURS, build
 from ..timing.shapes import LayerShape
 from ..timing.timers import Timer, Timing
@@ -40,13 +40,19 @@ def modules_for(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> 
     """Name -> module on the device, all over one frozen weight."""
     linear, mixture = nn.Linear(shape.D_in, shape.D_out, device=device, dtype=dtype), mixture_of(shape)
     layer = cast(MoSLDLinear, build(OURS, linear, mixture))
-    ours = {f"MoSLD {backend}": WithBackend(layer, backend) for backend in ("triton", "eager")}
-    return {FROZEN: linear, **ours, **{name: build(name, linear, mixture) for name in PEERS_MEASURED}}
+    modules: dict[str, nn.Module] = {
+        FROZEN: linear,
+        "MoSLD triton": WithBackend(layer, "triton"),
+        "MoSLD eager": WithBackend(layer, "eager"),
+    }
+    for name in PEERS_MEASURED:
+        modules[name] = build(name, linear, mixture)
+    return modules
 
 
 def steps_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Callable[[], object]]:
     """-> forward, backward (of one forward that is kept) and both, each as a call without arguments."""
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    wanted = [x, *trainable(module)]
     kept = module(x)
     return {
         "forward": lambda: module(x),
@@ -91,10 +97,13 @@ def _timed(way: str, timer: Timer, ready: Mapping[str, Steps], memory: Mapping[s
     rows = []
     for step in STEPS:
         running, failed = _trial(timer, {name: steps[step] for name, steps in ready.items()})
-        rows += [{**row, "way": way, "step": step} for row in failed]
-        if FROZEN in running:
-            times = timer(running)
-            rows += [_row(name, way, step, t, times[FROZEN], memory[name]) for name, t in times.items()]
+        for failure in failed:
+            rows.append({**failure, "way": way, "step": step})
+        if FROZEN not in running:
+            continue
+        times = timer(running)
+        for name, timing in times.items():
+            rows.append(_row(name, way, step, timing, times[FROZEN], memory[name]))
     return rows
 
 

@@ -11,6 +11,7 @@ overlap      a pass over x beside the frozen product, on another stream
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..model.kernels import PHILOX_OPS
+from ..model.methods import DEVICES
 from ..timing.timers import Timer, Timing
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (8192, 2048, 2048), (8192, 8192, 8192))
@@ -43,16 +46,19 @@ class Setting(NamedTuple):
 
 def row(name: str, timing: Timing, moved_bytes: float = 0, flops: float = 0, **more) -> dict:
     """One row: the times, and the rates that follow from the counted bytes and FLOP where there are any."""
-    rates = {"gb_per_s": moved_bytes / timing.median_ms / 1e6} if moved_bytes and timing.median_ms > 0 else {}
+    result = {"name": name, **asdict(timing)}
+    if moved_bytes and timing.median_ms > 0:
+        result["gb_per_s"] = moved_bytes / timing.median_ms / 1e6
     if flops and timing.median_ms > 0:
-        rates["tflop_per_s"] = flops / timing.median_ms / 1e9
-    return {"name": name, **asdict(timing), **rates, **more}
+        result["tflop_per_s"] = flops / timing.median_ms / 1e9
+    return {**result, **more}
 
 
 def rates(on: Setting, copied_bytes: int = 2**30, side: int = 8192) -> list[dict]:
     """A copy of so many bytes (read and written, both counted) and a square product."""
     source = torch.zeros(copied_bytes, dtype=torch.uint8, device=on.device)
-    target, (left, right) = torch.empty_like(source), (on.random(side, side) for _ in range(2))
+    target = torch.empty_like(source)
+    left, right = on.random(side, side), on.random(side, side)
     out = torch.empty_like(left)
     times = on.timer({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(left, right, out=out)})
     return [
@@ -74,11 +80,13 @@ def accumulate(on: Setting, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> 
 
 def _accumulate(on: Setting, left: Tensor, right: Tensor, labels: dict) -> list[dict]:
     out = torch.zeros(len(left), right.shape[1], dtype=left.dtype, device=left.device)
-    times = on.timer(
-        {"mm": lambda: torch.mm(left, right, out=out), "addmm_": lambda: out.addmm_(left, right)},
-    )
-    flops, plain = 2 * left.numel() * right.shape[1], times["mm"].median_ms
-    return [row(name, t, flops=flops, over_mm=t.median_ms / plain, **labels) for name, t in times.items()]
+    times = on.timer({"mm": lambda: torch.mm(left, right, out=out), "addmm_": lambda: out.addmm_(left, right)})
+    flops = 2 * left.numel() * right.shape[1]
+    rows = []
+    for name, timing in times.items():
+        over_mm = timing.median_ms / times["mm"].median_ms
+        rows.append(row(name, timing, flops=flops, over_mm=over_mm, **labels))
+    return rows
 
 
 def own_product(on: Setting, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> list[dict]:
@@ -86,30 +94,38 @@ def own_product(on: Setting, shapes: Sequence[tuple[int, int, int]] = SHAPES) ->
 
     raises RuntimeError where Triton's result is not the product.
     """
-    from . import kernels as gpu_kernels  # here, because it imports Triton
-
-    rows, programs = [], processors(on.device)
+    rows = []
     for T, D_in, D_out in shapes:
         x, weight = on.random(T, D_in), on.random(D_out, D_in, scale=D_in**-0.5)
         out = torch.empty(T, D_out, dtype=x.dtype, device=on.device)
-        runs: dict[str, Callable[[], Tensor]] = {"mm": lambda x=x, w=weight, out=out: torch.mm(x, w.t(), out=out)}
-        for tile in gpu_kernels.LINEAR_TILES:
-            name = f"Triton {tile.tokens}x{tile.outputs}x{tile.features}"
-            runs[name] = lambda x=x, w=weight, out=out, t=tile: gpu_kernels.linear(x, w, out, t, programs)
+        runs = _products(x, weight, out, processors(on.device))
+        # Every run writes the same tensor, so what it wrote is copied before the next one.
         _expect_equal({name: run().float().clone() for name, run in runs.items()})
         times = on.timer(runs)
         labels = {"T": T, "D_in": D_in, "D_out": D_out}
-        for name, t in times.items():
-            over = t.median_ms / times["mm"].median_ms
-            rows.append(row(name, t, flops=2 * T * D_in * D_out, over_mm=over, **labels))
+        for name, timing in times.items():
+            over_mm = timing.median_ms / times["mm"].median_ms
+            rows.append(row(name, timing, flops=2 * T * D_in * D_out, over_mm=over_mm, **labels))
     return rows
+
+
+def _products(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> dict[str, Callable[[], Tensor]]:
+    """Name -> a call that writes x W^T into `out` and returns it."""
+    from . import kernels  # here, because it imports Triton
+
+    runs: dict[str, Callable[[], Tensor]] = {"mm": partial(torch.mm, x, weight.t(), out=out)}
+    for tile in kernels.LINEAR_TILES:
+        name = f"Triton {tile.tokens}x{tile.outputs}x{tile.features}"
+        runs[name] = partial(kernels.linear, x, weight, out, tile, programs)
+    return runs
 
 
 def _expect_equal(results: dict[str, Tensor]) -> None:
     wanted = results["mm"]
     for name, result in results.items():
         error = ((result - wanted).norm() / wanted.norm()).item()
-        if not error < 0.01:  # two roundings to bfloat16 differ by about 0.002 of the norm
+        # Two roundings to bfloat16 differ by about 0.002 of the norm.
+        if not error < 0.01:
             raise RuntimeError(f"{name} is not the product: relative error {error:.3g}")
 
 
@@ -123,49 +139,54 @@ def skinny(on: Setting, shape: tuple[int, int, int] = SHAPE, columns: int = 32) 
     return [row(name, t, moved, flops, T=T, D_in=D_in, columns=columns) for name, t in times.items()]
 
 
-def tall(on: Setting, shape: tuple[int, int, int] = SHAPE, R: int = 16, E: int = 8):
+def tall(on: Setting, shape: tuple[int, int, int] = SHAPE, R: int = 16, E: int = 8) -> list[dict]:
     """The gradients' sums over tokens by the library, as they stand and turned; GB/s counts one pass."""
     T, D_in, D_out = shape
-    rows = []
-    cases = (("dout^T mixed", D_out, E * R), ("x^T dprojected", D_in, R + E))
-    for name, features, columns in cases:
-        left, right = on.random(T, features), on.random(T, columns)
-        grad, turned = (
-            torch.empty(s, dtype=left.dtype, device=on.device) for s in ((features, columns), (columns, features))
-        )
-        times = on.timer(
-            {
-                name: lambda a=left, b=right, out=grad: torch.mm(a.t(), b, out=out),
-                f"({name})^T": lambda a=left, b=right, out=turned: torch.mm(b.t(), a, out=out),
-            }
-        )
-        moved, flops = 2 * (left.numel() + right.numel() + grad.numel()), 2 * left.numel() * columns
-        rows += [row(key, t, moved, flops, T=T, features=features, columns=columns) for key, t in times.items()]
-    return rows
+    return [
+        *_sums_over_tokens(on, "dout^T mixed", T, features=D_out, columns=E * R),
+        *_sums_over_tokens(on, "x^T dprojected", T, features=D_in, columns=R + E),
+    ]
+
+
+def _sums_over_tokens(on: Setting, name: str, T: int, features: int, columns: int) -> list[dict]:
+    left, right = on.random(T, features), on.random(T, columns)
+    grad = torch.empty(features, columns, dtype=left.dtype, device=on.device)
+    turned = torch.empty(columns, features, dtype=left.dtype, device=on.device)
+    times = on.timer({
+        name: lambda: torch.mm(left.t(), right, out=grad),
+        f"({name})^T": lambda: torch.mm(right.t(), left, out=turned),
+    })  # fmt: skip
+    moved = 2 * (left.numel() + right.numel() + grad.numel())
+    flops = 2 * left.numel() * columns
+    return [row(key, t, moved, flops, T=T, features=features, columns=columns) for key, t in times.items()]
 
 
 def launches(on: Setting, host: Timer, graphs: bool = True, count: int = LAUNCHES) -> list[dict]:
     """`launch_us`: what one of `count` tiny kernels in a row costs, by the host's clock and in graphs."""
-    from . import kernels as gpu_kernels
+    from . import kernels  # here, because it imports Triton
 
     one = torch.zeros(1, device=on.device)
-    tiny = {"torch add_": lambda: one.add_(1.0), "Triton kernel": lambda: gpu_kernels.touch(one)}
-
-    def many(run: Callable[[], object], waits: bool) -> Callable[[], None]:
-        def run_many() -> None:
-            for _ in range(count):
-                run()
-            if waits and on.device.type == "cuda":
-                torch.cuda.synchronize(on.device)
-
-        return run_many
-
+    tiny = {"torch add_": partial(one.add_, 1.0), "Triton kernel": partial(kernels.touch, one)}
+    timers = {"eager": host, "graph": on.timer} if graphs else {"eager": host}
     rows = []
-    for way, timer in (("eager", host), ("graph", on.timer)):
-        if way == "eager" or graphs:
-            times = timer({name: many(run, way == "eager") for name, run in tiny.items()})
-            rows += [row(name, t, way=way, launch_us=1e3 * t.median_ms / count) for name, t in times.items()]
+    for way, timer in timers.items():
+        runs = {}
+        for name, run in tiny.items():
+            # Waiting is not allowed inside the capture of a graph.
+            runs[name] = _repeated(run, count, waits=way == "eager" and on.device.type == "cuda")
+        for name, timing in timer(runs).items():
+            rows.append(row(name, timing, way=way, launch_us=1e3 * timing.median_ms / count))
     return rows
+
+
+def _repeated(run: Callable[[], object], count: int, waits: bool) -> Callable[[], None]:
+    def run_many() -> None:
+        for _ in range(count):
+            run()
+        if waits:
+            torch.cuda.synchronize()
+
+    return run_many
 
 
 def philox(on: Setting, shape: tuple[int, int, int] = SHAPE) -> list[dict]:
@@ -173,23 +194,25 @@ def philox(on: Setting, shape: tuple[int, int, int] = SHAPE) -> list[dict]:
 
     raises RuntimeError where the share of kept elements is not 1 - p, which 10 and 7 rounds both must give.
     """
-    from ..model.kernels import PHILOX_OPS
-    from ..model.methods import DEVICES
-    from . import kernels as gpu_kernels
+    from . import kernels  # here, because it imports Triton
 
     T, D_in, _ = shape
     seed, elements = torch.tensor([1234567], device=on.device), T * D_in
-    cases = {f"{r} rounds, {n} per call": (r, n == 4) for r in (10, 7) for n in (1, 4)}
-    for name, (rounds, four) in cases.items():
-        kept = gpu_kernels.philox_kept(seed, elements, DROP_P, rounds, four).sum().item() / elements
-        if abs(kept - (1 - DROP_P)) > 5 * (DROP_P * (1 - DROP_P) / elements) ** 0.5:
-            raise RuntimeError(f"{name} keeps {kept:.4f} of the elements, not {1 - DROP_P}")
-    times = on.timer(
-        {name: lambda c=case: gpu_kernels.philox_kept(seed, elements, DROP_P, *c) for name, case in cases.items()}
-    )
-    calls = {name: elements / (4 if four else 1) * rounds / 10 for name, (rounds, four) in cases.items()}
-    estimate = {name: 1e3 * PHILOX_OPS * count / DEVICES["H200"].integer_ops for name, count in calls.items()}
-    return [row(name, t, elements=elements, model_h200_ms=estimate[name]) for name, t in times.items()]
+    runs, estimates_ms = {}, {}
+    for rounds, per_call in itertools.product((10, 7), (1, 4)):
+        name = f"{rounds} rounds, {per_call} per call"
+        runs[name] = partial(kernels.philox_kept, seed, elements, DROP_P, rounds, per_call == 4)
+        _expect_share(name, runs[name]().sum().item() / elements, elements)
+        calls = elements / per_call * rounds / 10
+        estimates_ms[name] = 1e3 * PHILOX_OPS * calls / DEVICES["H200"].integer_ops
+    times = on.timer(runs)
+    return [row(name, t, elements=elements, model_h200_ms=estimates_ms[name]) for name, t in times.items()]
+
+
+def _expect_share(name: str, kept: float, elements: int) -> None:
+    deviation = (DROP_P * (1 - DROP_P) / elements) ** 0.5  # of the share kept by independent draws
+    if abs(kept - (1 - DROP_P)) > 5 * deviation:
+        raise RuntimeError(f"{name} keeps {kept:.4f} of the elements, not {1 - DROP_P}")
 
 
 def overlap(
@@ -210,22 +233,24 @@ def overlap(
     sequence = wide["product"].median_ms + wide["pass"].median_ms
     rows = [row(f"{name} alone, full width", t) for name, t in wide.items()]
     for free in left_free:
-        narrow = _pass(other, free or 8)
+        programs = free or 8
+        narrow = _pass(other, programs)
+        runs = {"product": product, "pass": narrow, "pair": partial(_together, side, narrow, product)}
         with sm_carve_out(free) as heeded:
-            times = on.timer(
-                {"product": product, "pass": narrow, "pair": lambda narrow=narrow: _together(side, narrow, product)}
-            )
-        for name, t in times.items():
-            more = {"over_sequence": t.median_ms / sequence} if name == "pair" else {}
-            rows.append(row(name, t, left_free=free, programs=free or 8, setting_exists=heeded, **more))
+            times = on.timer(runs)
+        for name, timing in times.items():
+            labels = {"left_free": free, "programs": programs, "setting_exists": heeded}
+            if name == "pair":
+                labels["over_sequence"] = timing.median_ms / sequence
+            rows.append(row(name, timing, **labels))
     return rows
 
 
 def _pass(x: Tensor, programs: int) -> Callable[[], Tensor]:
-    from . import kernels as gpu_kernels
+    from . import kernels  # here, because it imports Triton
 
     sums = torch.empty(programs, device=x.device)
-    return lambda: gpu_kernels.stream(x, sums)
+    return partial(kernels.stream, x, sums)
 
 
 def _together(side, first: Callable[[], object], second: Callable[[], object]) -> None:
@@ -236,7 +261,8 @@ def _together(side, first: Callable[[], object], second: Callable[[], object]) -
         return
     current = torch.cuda.current_stream()
     side.wait_stream(current)
-    with torch.cuda.stream(side):  # launched first: its few programs find their place before the product fills the chip
+    # Launched before the other: its few programs find their place before the product fills the chip.
+    with torch.cuda.stream(side):
         first()
     second()
     current.wait_stream(side)

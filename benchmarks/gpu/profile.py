@@ -5,11 +5,14 @@ as the kernels before left it, as it is in training.
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from ..peers.compare import trainable
+from ..peers.known import FROZEN
 from ..timing.shapes import LayerShape
 from .layers import WithBackend, modules_for
 
@@ -22,19 +25,21 @@ def kernels(device: torch.device, shape: LayerShape, dtype: torch.dtype) -> list
     position counts from 0 within the direction; `median_us` is over the rounds.
     """
     torch.manual_seed(0)
-    modules, rows = modules_for(shape, dtype, device), []
-    wanted = {"frozen linear": modules["frozen linear"]}
-    wanted.update({name: module for name, module in modules.items() if isinstance(module, WithBackend)})
+    modules = modules_for(shape, dtype, device)
     x = torch.randn(shape.T, shape.D_in, device=device).to(dtype).requires_grad_()
     dout = torch.randn(shape.T, shape.D_out, device=device).to(dtype)
-    for name, module in wanted.items():
+    rows = []
+    for name, module in modules.items():
+        if name != FROZEN and not isinstance(module, WithBackend):
+            continue
         for direction, run in _directions(module, x, dout).items():
-            rows += [{"name": name, "direction": direction, **row} for row in by_position(profiled(run), ROUNDS)]
+            for row in by_position(profiled(run), ROUNDS):
+                rows.append({"name": name, "direction": direction, **row})
     return rows
 
 
 def _directions(module: nn.Module, x: torch.Tensor, dout: torch.Tensor) -> dict[str, Callable[[], object]]:
-    wanted, out = [x, *(p for p in module.parameters() if p.requires_grad)], module(x)
+    wanted, out = [x, *trainable(module)], module(x)
     return {
         "forward": lambda: module(x),
         "backward": lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True),
@@ -54,23 +59,28 @@ def profiled(run: Callable[[], object], rounds: int = ROUNDS) -> list[tuple[str,
             run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    on_gpu = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
-    on_gpu = [event for event in on_gpu if not getattr(event, "is_user_annotation", False)]
-    on_gpu.sort(key=lambda event: event.time_range.start)
-    return [(event.name, event.time_range.elapsed_us()) for event in on_gpu]
+    kernels = []
+    for event in profile.events() or ():
+        # Annotations of the user's stand on the GPU's time line as well, and are no kernels.
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False):
+            kernels.append(event)
+    kernels.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us()) for event in kernels]
 
 
 def by_position(events: Sequence[tuple[str, float]], rounds: int) -> list[dict]:
     """-> one row a kernel of a round. Where rounds differ from each other, one row a name, with its calls."""
-    count = len(events) // rounds
     names = [name for name, _ in events]
-    if [*names[:count] * rounds] == names:
-        times = ([us for _, us in events[position::count]] for position in range(count))
-        return [
-            {"position": i, "kernel": names[i][:200], "median_us": statistics.median(us)} for i, us in enumerate(times)
-        ]
+    count = len(events) // rounds
     rows = []
-    for name in dict.fromkeys(names):
-        us = [time for other, time in events if other == name]
-        rows.append({"kernel": name[:200], "calls": len(us), "median_us": statistics.median(us)})
+    if names[:count] * rounds == names:
+        for position, name in enumerate(names[:count]):
+            times = [us for _, us in events[position::count]]
+            rows.append({"position": position, "kernel": name[:200], "median_us": statistics.median(times)})
+        return rows
+    by_name = defaultdict(list)
+    for name, us in events:
+        by_name[name].append(us)
+    for name, times in by_name.items():
+        rows.append({"kernel": name[:200], "calls": len(times), "median_us": statistics.median(times)})
     return rows

@@ -15,14 +15,11 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..peers.compare import DROPOUT
 from ..timing.files import write
-from ..timing.shapes import LAYERS
-from ..timing.timers import Timer, gpu, interleaved, machine, with_events, with_graphs
-from . import checks as gpu_checks
-from . import layers as gpu_layers
-from . import measurements as gpu_measurements
-from . import profile as gpu_profile
+from ..timing.machine import gpu, machine
+from ..timing.shapes import DROPOUT, LAYERS
+from ..timing.timers import Timer, interleaved, with_events, with_graphs
+from . import checks, device, layers, measurements, profile
 
 BUDGET_S = 450.0
 TESTS_S, SANITIZER_S, TRIAL_S = 150.0, 60.0, 60.0  # the most that each check may take
@@ -47,7 +44,7 @@ class Scale(NamedTuple):
     layer_eager: Timer = partial(with_events, rounds=20)
     host: Timer = partial(interleaved, rounds=30)
     dtype: torch.dtype = torch.bfloat16
-    shapes: Sequence[tuple[int, int, int]] = gpu_measurements.SHAPES
+    shapes: Sequence[tuple[int, int, int]] = measurements.SHAPES
     layers: Sequence[tuple[str, str]] = LAYERS_MEASURED
     copied_bytes: int = 2**30
     side: int = 8192
@@ -62,40 +59,41 @@ class Part(NamedTuple):
 
 def parts(device: torch.device, scale: Scale) -> list[Part]:
     """Checks first, because times of wrong kernels mean nothing; then what is least likely to go wrong."""
-    sizes = [(LAYERS[name], dtype) for name, dtype in scale.layers]
-    layers = [
-        Part(f"layer {name} {dtype}", partial(_layer, device, scale, name, dtype)) for name, dtype in scale.layers
-    ]
-    on, shapes = gpu_measurements.Setting(device, scale.kernel, scale.dtype), scale.shapes
+    on, shapes = measurements.Setting(device, scale.kernel, scale.dtype), scale.shapes
+    sizes, layer_parts = [], []
+    for name, dtype in scale.layers:
+        sizes.append((LAYERS[name], dtype))
+        layer_parts.append(Part(f"layer {name} {dtype}", partial(_layer, device, scale, name, dtype)))
+    first_layer, *other_layers = layer_parts
     return [
-        Part("tests", lambda left, done: gpu_checks.tests(min(left, TESTS_S))),
-        Part("sanitizer", lambda left, done: gpu_checks.sanitizer(min(left, SANITIZER_S), device.type)),
-        Part("trial", lambda left, done: gpu_checks.trial(min(left, TRIAL_S), sizes, device.type)),
-        Part("rates", lambda left, done: gpu_measurements.rates(on, scale.copied_bytes, scale.side)),
-        Part("accumulate", lambda left, done: gpu_measurements.accumulate(on, shapes)),
-        Part("skinny", lambda left, done: gpu_measurements.skinny(on, shapes[0])),
-        Part("tall", lambda left, done: gpu_measurements.tall(on, shapes[0])),
-        layers[0],
-        Part("launches", lambda left, done: gpu_measurements.launches(on, scale.host)),
-        Part("own_product", lambda left, done: gpu_measurements.own_product(on, shapes)),
-        Part("philox", lambda left, done: gpu_measurements.philox(on, shapes[0])),
-        Part("overlap", lambda left, done: gpu_measurements.overlap(on, shapes[0])),
+        Part("tests", lambda left, done: checks.tests(min(left, TESTS_S))),
+        Part("sanitizer", lambda left, done: checks.sanitizer(min(left, SANITIZER_S), device.type)),
+        Part("trial", lambda left, done: checks.trial(min(left, TRIAL_S), sizes, device.type)),
+        Part("rates", lambda left, done: measurements.rates(on, scale.copied_bytes, scale.side)),
+        Part("accumulate", lambda left, done: measurements.accumulate(on, shapes)),
+        Part("skinny", lambda left, done: measurements.skinny(on, shapes[0])),
+        Part("tall", lambda left, done: measurements.tall(on, shapes[0])),
+        first_layer,
+        Part("launches", lambda left, done: measurements.launches(on, scale.host)),
+        Part("own_product", lambda left, done: measurements.own_product(on, shapes)),
+        Part("philox", lambda left, done: measurements.philox(on, shapes[0])),
+        Part("overlap", lambda left, done: measurements.overlap(on, shapes[0])),
         Part("kernels", lambda left, done: _kernels(device, *scale.layers[0])),
-        *layers[1:],
+        *other_layers,
     ]
 
 
 def _layer(device: torch.device, scale: Scale, name: str, dtype: str, left: float, done: Mapping[str, Rows]) -> Rows:
-    failed = gpu_checks.failures(done.get("trial", ())).get(gpu_checks.size_name(LAYERS[name], dtype))
+    failed = checks.failures(done.get("trial", ())).get(checks.size_name(LAYERS[name], dtype))
     left_out = {"MoSLD triton": f"its trial failed: {failed}"} if failed else {}
     timers = {"eager": scale.layer_eager}
     if dtype == "bfloat16":  # the others are there to be compared, not to be explained
         timers["graph"] = scale.layer_graph
-    return gpu_layers.compare(device, timers, LAYERS[name], getattr(torch, dtype), left_out)
+    return layers.compare(device, timers, LAYERS[name], getattr(torch, dtype), left_out)
 
 
 def _kernels(device: torch.device, name: str, dtype: str) -> Rows:
-    return gpu_profile.kernels(device, LAYERS[name], getattr(torch, dtype))
+    return profile.kernels(device, LAYERS[name], getattr(torch, dtype))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,31 +104,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help=text)
 
 
-def main(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """-> 0 where every part ran, 1 where one failed or was left out.
 
     raises ValueError, with nothing written, where there is no NVIDIA GPU, or for a part that does not exist.
     """
-    device, scale = nvidia_gpu(), Scale()
-    chosen = choose(parts(device, scale), options.parts)
-    timers = {name: f"{t.func.__name__} {t.keywords}" for name, t in scale._asdict().items() if isinstance(t, partial)}
-    settings = {"budget_s": options.budget, "dropout": DROPOUT, "timers": timers, "parts": [p.name for p in chosen]}
+    on, scale, path = device.nvidia_gpu(), Scale(), options.out / "gpu.json"
+    chosen = choose(parts(on, scale), options.parts)
+    settings = {
+        "budget_s": options.budget,
+        "dropout": DROPOUT,
+        "timers": _timers_in_words(scale),
+        "parts": [part.name for part in chosen],
+    }
     result = {"machine": {**machine(), **gpu()}, "settings": settings, "parts": []}
     # One stream for everything, not the default one: captures need that, and autograd stays on the stream of forward.
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        run(chosen, result, options.out / "gpu.json", options.budget, lost=context_is_lost)
+    with torch.cuda.stream(torch.cuda.Stream(on)):
+        run_parts(chosen, result, path, options.budget, lost=device.context_is_lost)
     result["pictures"] = _pictures(result, options.out)
-    write(result, options.out / "gpu.json")
+    write(result, path)
     states = [part["state"] for part in result["parts"]]
-    print(f"{states.count('done')} of {len(states)} parts ran; see {options.out / 'gpu.json'}")
+    print(f"{states.count('done')} of {len(states)} parts ran; see {path}")
     return 0 if set(states) == {"done"} else 1
 
 
-def nvidia_gpu() -> torch.device:
-    """The current one; raises ValueError where there is none."""
-    if not torch.cuda.is_available() or torch.version.hip:
-        raise ValueError(f"it needs an NVIDIA GPU that torch can use; torch {torch.__version__} finds none")
-    return torch.device("cuda", torch.cuda.current_device())
+def _timers_in_words(scale: Scale) -> dict[str, str]:
+    """Field of the scale -> the timer's function and what is bound to it."""
+    timers = {}
+    for name, timer in scale._asdict().items():
+        if isinstance(timer, partial):
+            timers[name] = f"{timer.func.__name__} {timer.keywords}"
+    return timers
 
 
 def choose(known: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
@@ -138,17 +142,18 @@ def choose(known: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
 
     raises ValueError for a name that no part has, listing those that exist.
     """
-    for name in names or ():
-        if not any(_matches(part, name) for part in known):
+    if not names:
+        return list(known)
+    wanted = set()
+    for name in names:
+        matching = {part.name for part in known if part.name == name or part.name.startswith(f"{name} ")}
+        if not matching:
             raise ValueError(f"there is no part {name!r}; there are: {', '.join(part.name for part in known)}")
-    return [part for part in known if not names or any(_matches(part, name) for name in names)]
+        wanted |= matching
+    return [part for part in known if part.name in wanted]
 
 
-def _matches(part: Part, name: str) -> bool:
-    return part.name == name or part.name.startswith(f"{name} ")
-
-
-def run(chosen: Sequence[Part], result: dict, path: Path, budget_s: float, lost: Callable[[], bool]) -> None:
+def run_parts(chosen: Sequence[Part], result: dict, path: Path, budget_s: float, lost: Callable[[], bool]) -> None:
     """Run the parts and append an entry for each to result["parts"], written to `path` after every one.
 
     lost: asked after a failure, whether the GPU can still be used; if not, what follows is left out.
@@ -179,19 +184,10 @@ def run_part(part: Part, left_s: float, done: Mapping[str, Rows]) -> dict:
     return {"name": part.name, "seconds": round(time.monotonic() - start, 2), **entry}
 
 
-def context_is_lost() -> bool:
-    """Whether an error has left the GPU unusable for this process."""
-    try:
-        torch.cuda.synchronize()
-        return False
-    except RuntimeError:
-        return True
-
-
 def _pictures(result: dict, folder: Path) -> list[str] | str:
     """-> the names of the pictures, or why there are none"""
     try:
-        from .charts import draw
+        from .charts import draw  # here, because Matplotlib may be missing where times can be taken
 
         return draw(result, folder)
     except Exception as error:  # pictures are no reason to lose an exit status

@@ -19,11 +19,9 @@ loss is the task's and the balance loss. Curves are moving averages over `window
 
 import argparse
 import hashlib
-import itertools
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +34,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mosld import MoSLDLinear, balance_loss
 from mosld_kernels import reference
 
-from ..cpu.training import TARGETS, Size, base_model
-from ..timing import files as results
-from ..timing.timers import machine
-from .small_runs import MODELS, text
+from ..cpu.training import Size, base_model, targeted_linears
+from ..peers.compare import trainable
+from ..timing import files
+from ..timing.machine import machine
+from .curve_figures import OURS, SEEDS, TRUTH, judged, lines
+from .models import MODELS, text
 
-OUT, CHART = Path("benchmarks/results/curves.json"), Path("docs/reliability/curves.png")
+OUT, CHART = Path("benchmarks/results/curves.json"), Path("docs/reference/reliability/curves.png")
 LEARNING_RATE, BALANCE, ROWS, WINDOW = 2e-3, 1e-2, 512, 25
-HEAD = 10  # with the head as it starts no logit exceeds 1.3, and there is next to nothing to learn
-TRUTH, SEEDS = "eager float64", ("eager float32", "eager float32, second seed", "eager float32, third seed")
-OURS = ("ours float32", "ours bfloat16", "ours float16")
+# Factor of the head: as it starts no logit exceeds 1.3, and there is next to nothing to learn.
+HEAD = 10
 
 
 class ReferenceLinear(MoSLDLinear):
@@ -70,10 +69,14 @@ class Run(NamedTuple):
 
 RUNS = {
     TRUTH: Run(ReferenceLinear, torch.float64),
-    **{name: Run(ReferenceLinear, torch.float32, seed) for seed, name in enumerate(SEEDS)},
+    SEEDS[0]: Run(ReferenceLinear, torch.float32, 0),
+    SEEDS[1]: Run(ReferenceLinear, torch.float32, 1),
+    SEEDS[2]: Run(ReferenceLinear, torch.float32, 2),
     "eager bfloat16": Run(ReferenceLinear, torch.bfloat16),
     "eager float16": Run(ReferenceLinear, torch.float16),
-    **dict(zip(OURS, (Run(MoSLDLinear, d) for d in (torch.float32, torch.bfloat16, torch.float16)), strict=True)),
+    OURS[0]: Run(MoSLDLinear, torch.float32),
+    OURS[1]: Run(MoSLDLinear, torch.bfloat16),
+    OURS[2]: Run(MoSLDLinear, torch.float16),
 }
 
 
@@ -84,13 +87,13 @@ def model_of(run: Run, size: Size) -> LlamaForCausalLM:
         model.lm_head.weight.mul_(HEAD)
     torch.manual_seed(run.seed)
     fields = dict(r=m.r, alpha=2 * m.r, num_experts=m.num_experts, top_k=m.top_k, dropout=m.dropout)
-    for path, linear in list(model.named_modules()):
-        if path.rpartition(".")[2] in TARGETS["all"]:
-            model.set_submodule(path, run.layer.from_linear(cast(nn.Linear, linear), **fields))
+    for path, linear in targeted_linears(model, "all"):
+        model.set_submodule(path, run.layer.from_linear(linear, **fields))
     if run.dtype == torch.float64:
         model.double()
         for path, norm in list(model.named_modules()):
-            if isinstance(norm, LlamaRMSNorm):  # computes in float32 whatever it is given
+            # Transformers' own computes in float32 whatever it is given.
+            if isinstance(norm, LlamaRMSNorm):
                 model.set_submodule(path, _double(norm))
     return model.train()
 
@@ -104,23 +107,19 @@ def _double(norm: LlamaRMSNorm) -> nn.RMSNorm:
 def train(run: Run, size: Size, steps: int, label: str = "") -> dict:
     """-> "losses", the task's loss of every step, without the balance loss, and what else is worth keeping"""
     model, start = model_of(run, size), time.perf_counter()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    half = run.dtype in (torch.bfloat16, torch.float16)
+    optimizer = torch.optim.AdamW(trainable(model), lr=LEARNING_RATE)
     scaler = GradScaler("cpu", enabled=run.dtype == torch.float16)
     rows, order = text(size, ROWS), torch.Generator().manual_seed(run.seed)
     torch.manual_seed(run.seed)
     losses, skipped = [], 0
     for _ in tqdm(range(steps), desc=label, unit="step", leave=False):
         ids = rows[torch.randperm(ROWS, generator=order)[: size.batch]]
-        with torch.autocast("cpu", run.dtype if half else torch.bfloat16, enabled=half):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        task = F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
+        task = _task_loss(model, ids, run.dtype)
         scaler.scale(task + BALANCE * balance_loss(model)).backward()
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        skipped += scaler.get_scale() < before
+        skipped += scaler.get_scale() < before  # the scale falls where a step is skipped, and only there
         optimizer.zero_grad()
         losses.append(task.item())
     kept = {"losses": losses, "seed": run.seed, "seconds": time.perf_counter() - start}
@@ -130,32 +129,20 @@ def train(run: Run, size: Size, steps: int, label: str = "") -> dict:
     return {**kept, "generator": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]}
 
 
-def smooth(losses: Sequence[float], window: int) -> Tensor:
-    """float64 [steps - window + 1]: the mean over each `window` steps"""
-    return torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
+def _task_loss(model: LlamaForCausalLM, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def judged(runs: Mapping[str, dict], window: int) -> dict:
-    """The figures that follow from the losses of all runs: "spread", and a row for each run but those with other seeds."""
-    curves = {name: smooth(run["losses"], window) for name, run in runs.items()}
-    pairs = torch.stack([(curves[one] - curves[other]).abs() for one, other in itertools.combinations(SEEDS, 2)])
-    spread, widest, rows = pairs.mean().item(), pairs.amax(0), []
-    for name, curve in curves.items():
-        if name == TRUTH or name in SEEDS[1:]:
-            continue
-        apart = (curve - curves[TRUTH]).abs()
-        rows.append({
-            "name": name, "distance": apart.max().item(), "mean_distance": apart.mean().item(),
-            "last_distance": apart[-1].item(), "of_spread": apart.max().item() / spread,
-            "within": apart.max().item() <= spread, "inside": (apart <= widest).double().mean().item(),
-            "follows": window - 1 + int((apart <= spread / 100).long().cumprod(0).sum()),
-            "first_loss": curve[0].item(), "last_loss": curve[-1].item(),
-            "same_masks": runs[name]["generator"] == runs[TRUTH]["generator"],
-            **{key: runs[name][key] for key in ("skipped_steps", "scale") if key in runs[name]},
-        })  # fmt: skip
-    seeds = {"spread": spread, "least_spread": widest.min().item(), "greatest_spread": widest.max().item()}
-    truth = {"first_loss": curves[TRUTH][0].item(), "last_loss": curves[TRUTH][-1].item()}
-    return {**seeds, "float64": truth, "rows": rows}
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks curves`."""
+    parser.add_argument("--steps", type=int, default=500, help="of each training (default: 500)")
+    parser.add_argument("--toy", action="store_true", help="with a tiny model, to see that it runs")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the JSON file with the figures (default: {OUT})")
+    parser.add_argument("--chart", type=Path, default=CHART, help=f"the picture (default: {CHART})")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -165,39 +152,24 @@ def run(options: argparse.Namespace) -> int:
     if window < 1:
         raise ValueError(f"steps must be at least 2, got {options.steps}")
     size = MODELS["toy" if options.toy else "small"]
-    settings = {"steps": options.steps, "window": window, "learning_rate": LEARNING_RATE, "balance_coef": BALANCE, "head": HEAD,
-                "rows": ROWS, "model": {**vars(size), "mixture": vars(size.mixture)}}  # fmt: skip
+    settings = {
+        "steps": options.steps,
+        "window": window,
+        "learning_rate": LEARNING_RATE,
+        "balance_coef": BALANCE,
+        "head": HEAD,
+        "rows": ROWS,
+        "model": {**vars(size), "mixture": vars(size.mixture)},
+    }
     result = {"verb": "curves", "machine": machine(), "settings": settings}
     runs = {name: train(run, size, options.steps, name) for name, run in RUNS.items()}
     result |= {**judged(runs, window), "runs": runs}
     print("\n".join(lines(result)))
     if options.out:
-        results.write(result, options.out)
+        files.write(result, options.out)
     if options.chart:
-        from . import curves_chart  # here, because Matplotlib is slow to import
+        from . import curve_chart  # here, because Matplotlib is slow to import
 
-        curves_chart.draw(result, options.chart)
-    return 0 if all(row["within"] for row in result["rows"] if row["name"] in OURS) else 1
-
-
-def lines(result: dict) -> list[str]:
-    low, high = result["least_spread"], result["greatest_spread"]
-    told = [
-        f"two eager float32 seeds are {result['spread']:.2g} apart on average, the furthest {low:.2g} to {high:.2g}",
-        f"{'':18}{'distance':>11}{'of spread':>11}{'within':>8}{'inside':>8}{'follows':>9}{'last loss':>11}{'skipped':>9}",
-    ]
-    for row in result["rows"]:
-        numbers = f"{row['distance']:11.2g}{row['of_spread']:11.2g}{'yes' if row['within'] else 'NO':>8}"
-        skipped = row.get("skipped_steps", "")
-        told.append(
-            f"{row['name']:18}{numbers}{row['inside']:8.0%}{row['follows']:9}{row['last_loss']:11.4f}{skipped:>9}"
-        )
-    return told
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks curves`."""
-    parser.add_argument("--steps", type=int, default=500, help="of each training (default: 500)")
-    parser.add_argument("--toy", action="store_true", help="with a tiny model, to see that it runs")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the JSON file with the figures (default: {OUT})")
-    parser.add_argument("--chart", type=Path, default=CHART, help=f"the picture (default: {CHART})")
+        curve_chart.draw(result, options.chart)
+    outside = [row["name"] for row in result["rows"] if row["name"] in OURS and not row["within"]]
+    return 1 if outside else 0

@@ -9,6 +9,7 @@ Every part runs in processes of its own, forked from a server where everything i
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,10 +24,10 @@ from safetensors.torch import load_file
 
 from mosld.adapter_file import WEIGHTS
 
-from ..timing import files as results
-from ..timing.timers import machine
+from ..timing import files
+from ..timing.machine import machine
 from . import soak_work
-from .small_runs import MODELS
+from .models import MODELS
 
 MOST_GROWTH = 0.02
 OUT = Path("benchmarks/results/soak.json")
@@ -34,17 +35,32 @@ OUT = Path("benchmarks/results/soak.json")
 _processes = multiprocessing.get_context("forkserver")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks soak`."""
+    parser.add_argument("--steps", type=int, default=3000, help="of training (default: 3000)")
+    parser.add_argument("--resumes", type=int, default=10, help="kills of the second training (default: 10)")
+    parser.add_argument("--switches", type=int, default=10_000, help="of adapters (default: 10000)")
+    parser.add_argument("--toy", action="store_true", help="with a tiny model, to see that it runs")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the JSON file with the figures (default: {OUT})")
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the figures, write them to `options.out`, and return 1 where a check failed. raises ValueError for sizes
     that are too small."""
     least = {"steps": 3 * (options.resumes + 1), "resumes": 1, "switches": 3 * soak_work.CHECKED}
     for name, bound in least.items():
-        if (value := getattr(options, name)) < bound:
+        value = getattr(options, name)
+        if value < bound:
             raise ValueError(f"{name} must be at least {bound}, got {value}")
     model = "toy" if options.toy else "small"
     size = MODELS[model]
-    settings = {"steps": options.steps, "resumes": options.resumes, "switches": options.switches,
-                "model": {**vars(size), "mixture": vars(size.mixture)}, "most_growth": MOST_GROWTH}  # fmt: skip
+    settings = {
+        "steps": options.steps,
+        "resumes": options.resumes,
+        "switches": options.switches,
+        "model": {**vars(size), "mixture": vars(size.mixture)},
+        "most_growth": MOST_GROWTH,
+    }
     result = {"verb": "soak", "machine": machine(), "settings": settings}
     _processes.set_forkserver_preload([soak_work.__name__])
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     result["checks"] = checks(result)
     print("\n".join(lines(result)))
     if options.out:
-        results.write(result, options.out)
+        files.write(result, options.out)
     return 0 if all(result["checks"].values()) else 1
 
 
@@ -73,13 +89,24 @@ def training(folder: Path, model: str, steps: int, resumes: int) -> dict:
     memory = json.loads((whole / "0.json").read_text())
     losses = dict(_losses(whole / "0.losses"))
     legs = [_losses(cut / f"{number}.losses") for number in range(resumes + 1)]
-    ends = {"first": losses[1], "last": losses[steps]}
+    adapters = [load_file(each / "adapter" / WEIGHTS) for each in (whole, cut)]
     resuming = {
-        "steps": steps, "save_every": save_every, "killed_after": kills, "processes": len(legs), "seconds": seconds,
-        "resumed_from": [leg[0][0] - 1 for leg in legs[1:]], **compared(losses, legs),
-        **drift(*(load_file(each / "adapter" / WEIGHTS) for each in (whole, cut))),
-    }  # fmt: skip
+        "steps": steps,
+        "save_every": save_every,
+        "killed_after": kills,
+        "processes": len(legs),
+        "seconds": seconds,
+        "resumed_from": [_first_step(leg) - 1 for leg in legs[1:]],
+        **compared(losses, legs),
+        **drift(*adapters),
+    }
+    ends = {"first": losses[1], "last": losses[steps]}
     return {"memory": {"steps": steps, "loss": ends, **memory}, "resuming": resuming}
+
+
+def _first_step(leg: list[tuple[int, float]]) -> int:
+    step, _ = leg[0]
+    return step
 
 
 def _run(ends_with: int, work: Callable[..., None], *arguments: object) -> None:
@@ -97,30 +124,39 @@ def _losses(path: Path) -> list[tuple[int, float]]:
 def compared(losses: dict[int, float], legs: list[list[tuple[int, float]]]) -> dict:
     """Losses by step of the uninterrupted training, and of each process of the other: steps after the last checkpoint
     before a kill were computed twice, and count twice."""
-    seen = [(step, loss) for leg in legs for step, loss in leg]
-    apart = [abs(loss - losses[step]) for step, loss in seen]
+    apart = []
+    seen = set()
+    for step, loss in itertools.chain(*legs):
+        seen.add(step)
+        apart.append(abs(loss - losses[step]))
     return {
-        "losses_compared": len(seen),
-        "steps_computed_twice": len(seen) - len({step for step, _ in seen}),
-        "steps_missing": len(losses.keys() - {step for step, _ in seen}),
+        "losses_compared": len(apart),
+        "steps_computed_twice": len(apart) - len(seen),
+        "steps_missing": len(losses.keys() - seen),
         "losses_that_differ": sum(gap != 0 for gap in apart),
+        # A gap that is not a number counts as the largest.
         "loss_drift": max(apart, key=lambda gap: (math.isnan(gap), gap)),
     }
 
 
 def drift(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict:
-    """Of two adapters in float32: how many of their numbers differ in any bit, and by how much at most. raises ValueError
-    where they have not the same tensors."""
+    """Of two adapters in float32: how many of their numbers differ in any bit, and by how much at most.
+
+    raises ValueError where they have not the same tensors.
+    """
     if one.keys() != other.keys():
-        raise ValueError(
-            f"the adapters must have the same tensors, got {sorted(one.keys() ^ other.keys())} in one alone"
-        )
-    bits = sum(int((t.view(torch.int32) != other[name].view(torch.int32)).sum()) for name, t in one.items())
+        alone = sorted(one.keys() ^ other.keys())
+        raise ValueError(f"the adapters must have the same tensors, got {alone} in one alone")
+    numbers, different, gaps = 0, 0, []
+    for name, tensor in one.items():
+        numbers += tensor.numel()
+        different += int((tensor.view(torch.int32) != other[name].view(torch.int32)).sum())
+        gaps.append((tensor - other[name]).abs().max().item())
     return {
         "adapter_tensors": len(one),
-        "adapter_numbers": sum(t.numel() for t in one.values()),
-        "adapter_numbers_that_differ": bits,
-        "adapter_drift": max((t - other[name]).abs().max().item() for name, t in one.items()),
+        "adapter_numbers": numbers,
+        "adapter_numbers_that_differ": different,
+        "adapter_drift": max(gaps),
     }
 
 
@@ -132,14 +168,16 @@ def switching(folder: Path, model: str, switches: int) -> dict:
 def checks(result: dict) -> dict[str, bool]:
     """What must hold, by name."""
     memory, resuming, switching = result["memory"], result["resuming"], result["switching"]
-    grown, every = {"training": memory, "switching": switching}, resuming["save_every"]
+    every = resuming["save_every"]
+    last_checkpoints = [(kill - 1) // every * every for kill in resuming["killed_after"]]
     return {
-        **{f"{name}: memory in use grows by at most {MOST_GROWTH:.0%}":
-           max(part["resident_growth"], part["anonymous_growth"]) <= MOST_GROWTH for name, part in grown.items()},
-        **{f"{name}: as many tensors at the end as after the warm-up":
-           part["tensors_end"] == part["tensors_warm"] for name, part in grown.items()},
+        f"training: memory in use grows by at most {MOST_GROWTH:.0%}": _growth(memory) <= MOST_GROWTH,
+        f"switching: memory in use grows by at most {MOST_GROWTH:.0%}": _growth(switching) <= MOST_GROWTH,
+        "training: as many tensors at the end as after the warm-up": memory["tensors_end"] == memory["tensors_warm"],
+        "switching: as many tensors at the end as after the warm-up":
+            switching["tensors_end"] == switching["tensors_warm"],
         "resuming: every process went on from the last checkpoint before the kill":
-            resuming["resumed_from"] == [(kill - 1) // every * every for kill in resuming["killed_after"]],
+            resuming["resumed_from"] == last_checkpoints,
         "resuming: every loss is that of the uninterrupted training, bit for bit":
             resuming["losses_that_differ"] == resuming["steps_missing"] == 0,
         "resuming: the adapter is that of the uninterrupted training, bit for bit":
@@ -149,28 +187,28 @@ def checks(result: dict) -> dict[str, bool]:
     }  # fmt: skip
 
 
+def _growth(part: dict) -> float:
+    return max(part["resident_growth"], part["anonymous_growth"])
+
+
 def lines(result: dict) -> list[str]:
-    text = []
-    for name, count in (("memory", "steps"), ("switching", "switches")):
-        part = result[name]
-        mib = " to ".join(f"{part[f'resident_{when}'] / 2**20:.1f}" for when in ("warm", "end"))
-        text.append(
-            f"{part[count]:,} {count} in {part['seconds']:.0f} s: {mib} MiB resident from {part['warm_up']:,} on, at most "
-            f"{part['resident_growth']:+.2%} ({part['anonymous_growth']:+.2%} without mapped files)"
-        )
-    r, s = result["resuming"], result["switching"]
-    text.append(
-        f"killed and resumed {len(r['killed_after'])} times: loss drift {r['loss_drift']:g} in {r['losses_compared']:,} "
-        f"losses, adapter drift {r['adapter_drift']:g} in {r['adapter_numbers']:,} numbers"
+    memory, resuming, switching = result["memory"], result["resuming"], result["switching"]
+    text = [
+        f"{memory['steps']:,} steps in {_memory_in_words(memory)}",
+        f"{switching['switches']:,} switches in {_memory_in_words(switching)}",
+        f"killed and resumed {len(resuming['killed_after'])} times: loss drift {resuming['loss_drift']:g} in "
+        f"{resuming['losses_compared']:,} losses, adapter drift {resuming['adapter_drift']:g} in "
+        f"{resuming['adapter_numbers']:,} numbers",
+        f"{switching['forwards']:,} forwards after switches: drift {switching['drift']:g}",
+    ]
+    for check, holds in result["checks"].items():
+        text.append(f"{'yes' if holds else 'NO '}  {check}")
+    return text
+
+
+def _memory_in_words(part: dict) -> str:
+    warm, end = part["resident_warm"] / 2**20, part["resident_end"] / 2**20
+    return (
+        f"{part['seconds']:.0f} s: {warm:.1f} to {end:.1f} MiB resident from {part['warm_up']:,} on, at most "
+        f"{part['resident_growth']:+.2%} ({part['anonymous_growth']:+.2%} without mapped files)"
     )
-    text.append(f"{s['forwards']:,} forwards after switches: drift {s['drift']:g}")
-    return text + [f"{'yes' if holds else 'NO '}  {check}" for check, holds in result["checks"].items()]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks soak`."""
-    parser.add_argument("--steps", type=int, default=3000, help="of training (default: 3000)")
-    parser.add_argument("--resumes", type=int, default=10, help="kills of the second training (default: 10)")
-    parser.add_argument("--switches", type=int, default=10_000, help="of adapters (default: 10000)")
-    parser.add_argument("--toy", action="store_true", help="with a tiny model, to see that it runs")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the JSON file with the figures (default: {OUT})")

@@ -1,6 +1,7 @@
 """The work of `python -m benchmarks soak`, each function in a process of its own: it writes what it saw into files."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from transformers import TrainerCallback, TrainingArguments
 from mosld import MoSLDConfig, MoSLDTrainer
 
 from ..cpu.training import TARGETS, Size, base_model
-from ..timing import files as results
-from .small_runs import MODELS, Memory, live_tensors, memory, text
+from ..timing import files
+from .memory import Memory, live_tensors, memory
+from .models import MODELS, text
 
 ROWS = 512  # of training data
 LOGGED = 50  # steps between the Trainer's logs
@@ -41,28 +43,38 @@ class Samples:
 
     def take(self, step: int) -> None:
         if step in (self.warm, self.total):
-            tensors = live_tensors()  # first, because it collects: garbage must not make what is compared with larger
+            # Counted first, because it collects: garbage must not make larger what is compared with.
+            tensors = live_tensors()
             self.rows.append({"step": step, **memory()._asdict(), "tensors": tensors})
         elif step % self.every == 0:
             self.rows.append({"step": step, **memory()._asdict()})
 
     def summary(self) -> dict:
-        """What is judged: the greatest value after the warm-up over the one at its end, so that 0.01 is growth by 1 %."""
+        """What is judged. growth: the greatest value after the warm-up over the one at its end, so that 0.01 is growth
+        by 1 %."""
         after = [row for row in self.rows if row["step"] >= self.warm]
         start, end = after[0], after[-1]
-        return {
-            "warm_up": self.warm,
-            **{f"{kind}_warm": start[kind] for kind in (*Memory._fields, "tensors")},
-            **{f"{kind}_end": end[kind] for kind in (*Memory._fields, "tensors")},
-            **{f"{kind}_growth": max(row[kind] for row in after) / start[kind] - 1 for kind in Memory._fields},
-            "samples": self.rows,
-        }
+        figures = {"warm_up": self.warm}
+        for kind in (*Memory._fields, "tensors"):
+            figures[f"{kind}_warm"] = start[kind]
+            figures[f"{kind}_end"] = end[kind]
+        for kind in Memory._fields:
+            figures[f"{kind}_growth"] = max(row[kind] for row in after) / start[kind] - 1
+        return {**figures, "samples": self.rows}
 
 
 def configuration(size: Size, **changes) -> MoSLDConfig:
     m = size.mixture
-    fields: dict[str, Any] = dict(r=m.r, alpha=2 * m.r, num_experts=m.num_experts, top_k=m.top_k, dropout=m.dropout)
-    return MoSLDConfig(**{**fields, "balance_coef": 1e-2, "target_modules": list(TARGETS["all"]), **changes})
+    fields: dict[str, Any] = {
+        "r": m.r,
+        "alpha": 2 * m.r,
+        "num_experts": m.num_experts,
+        "top_k": m.top_k,
+        "dropout": m.dropout,
+        "balance_coef": 1e-2,
+        "target_modules": list(TARGETS["all"]),
+    }
+    return MoSLDConfig(**{**fields, **changes})
 
 
 class _Trainer(MoSLDTrainer):
@@ -92,10 +104,11 @@ def _begin() -> None:
 
 
 def train(folder: Path, name: str, model: str, steps: int, save_every: int, killed_after: int | None = None) -> None:
-    """Train in `folder` to the end, or until SIGKILL ends the process after step `killed_after`, before it could be saved.
+    """Train in `folder` to the end, or until SIGKILL ends the process after step `killed_after`, before it could be
+    saved.
 
-    Goes on from the newest whole checkpoint in `folder` where there is one. Leaves NAME.losses, lines of [step, loss], and
-    at the end NAME.json with memory and seconds.
+    Goes on from the newest whole checkpoint in `folder` where there is one. Leaves NAME.losses, lines of [step, loss],
+    and at the end NAME.json with memory and seconds.
     """
     _begin()
     samples, start = Samples(steps, FILLED), time.perf_counter()
@@ -117,32 +130,22 @@ def train(folder: Path, name: str, model: str, steps: int, save_every: int, kill
     trainer = _Trainer(model=cast(nn.Module, adapted), args=arguments, train_dataset=rows, callbacks=[_AtStep(after)])
     trainer.losses = folder / f"{name}.losses"
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=True if list(folder.glob("checkpoints/checkpoint-*")) else None)
+    checkpoints = list(folder.glob("checkpoints/checkpoint-*"))
+    trainer.train(resume_from_checkpoint=True if checkpoints else None)
     adapted.save_pretrained(str(folder / "adapter"))
-    seen = (
-        samples.summary() if samples.rows[0]["step"] <= samples.warm else {}
-    )  # one that was resumed later saw too little
-    results.write({"seconds": time.perf_counter() - start, **seen}, folder / f"{name}.json")
+    written: dict[str, object] = {"seconds": time.perf_counter() - start}
+    # A process that was resumed after the warm-up has seen too little to be judged.
+    if samples.rows[0]["step"] <= samples.warm:
+        written |= samples.summary()
+    files.write(written, folder / f"{name}.json")
 
 
 def switch(folder: Path, name: str, model: str, switches: int) -> None:
     """Switch between three adapters of different sizes; leaves NAME.json."""
     _begin()
     size, samples, start = MODELS[model], Samples(switches), time.perf_counter()
-    r, experts = size.mixture.r, size.mixture.num_experts
-    configs = {
-        "first": configuration(size),
-        "second": configuration(size, r=r // 2, num_experts=experts + 1),
-        "third": configuration(size, num_experts=experts - 1, target_modules=list(TARGETS["qv"])),
-    }
-    adapted = peft.PeftModel(base_model(size), configs["first"], adapter_name="first")
-    for other in ("second", "third"):
-        adapted.add_adapter(other, configs[other])
-    torch.manual_seed(1)
-    for parameter_name, parameter in adapted.named_parameters():
-        if "mosld_" in parameter_name:  # as if trained: B would be zero
-            parameter.data.normal_(std=0.2)
-    adapted.eval()
+    adapted = _three_adapters(size)
+    names = list(adapted.peft_config)
     ids = text(size, 2)
 
     @torch.no_grad()
@@ -150,10 +153,10 @@ def switch(folder: Path, name: str, model: str, switches: int) -> None:
         return adapted(input_ids=ids, use_cache=False).logits
 
     expected = {}
-    for each in configs:
+    for each in names:
         adapted.set_adapter(each)
         expected[each] = logits()
-    names, checked, different, greatest = list(configs), dict.fromkeys(configs, 0), 0, 0.0
+    checked, different, greatest = dict.fromkeys(names, 0), 0, 0.0
     for number in range(1, switches + 1):
         each = names[number % len(names)]
         adapted.set_adapter(each)
@@ -162,20 +165,38 @@ def switch(folder: Path, name: str, model: str, switches: int) -> None:
             checked[each] += 1
             different += not torch.equal(out, expected[each])
             greatest = max(greatest, (out - expected[each]).abs().max().item())
-        if number in (samples.warm, samples.total):  # tensors are counted in the same state both times
+        # Tensors are counted in the same state both times.
+        if number in (samples.warm, samples.total):
             adapted.set_adapter(names[0])
             logits()
         samples.take(number)
-    pairs = [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
     result = {
         "switches": switches,
-        "adapters": {each: {"forwards": checked[each]} for each in names},
+        "adapters": {each: {"forwards": count} for each, count in checked.items()},
         "forwards": sum(checked.values()),
         "forwards_that_differ": different,
         "drift": greatest,
         # What a switch that did nothing would have to hide: the adapters' outputs are far apart.
-        "least_distance": min((expected[one] - expected[other]).abs().max().item() for one, other in pairs),
+        "least_distance": _least_distance(list(expected.values())),
         "seconds": time.perf_counter() - start,
         **samples.summary(),
     }
-    results.write(result, folder / f"{name}.json")
+    files.write(result, folder / f"{name}.json")
+
+
+def _three_adapters(size: Size) -> peft.PeftModel:
+    """A model in eval mode with the adapters "first", "second" and "third", of different sizes."""
+    r, experts = size.mixture.r, size.mixture.num_experts
+    adapted = peft.PeftModel(base_model(size), configuration(size), adapter_name="first")
+    adapted.add_adapter("second", configuration(size, r=r // 2, num_experts=experts + 1))
+    adapted.add_adapter("third", configuration(size, num_experts=experts - 1, target_modules=list(TARGETS["qv"])))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        # As if trained: B would be zero, and all adapters the same.
+        if "mosld_" in name:
+            parameter.data.normal_(std=0.2)
+    return adapted.eval()
+
+
+def _least_distance(outputs: list[torch.Tensor]) -> float:
+    return min((one - other).abs().max().item() for one, other in itertools.combinations(outputs, 2))

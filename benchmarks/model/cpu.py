@@ -2,15 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from ..peers.compare import DROPOUT
 from ..peers.known import FROZEN, LORA, OURS, Mixture, parameters_of
-from ..timing.shapes import LayerShape
-from . import methods as roofline
+from ..timing.shapes import DROPOUT, DTYPES, LayerShape
+from . import methods
 from .methods import Device, Problem
 
 COPIED_BYTES = 64 << 20
@@ -34,9 +34,19 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     for side in SIDES:
         if flops and 2 * side**3 / flops > LONGEST_S:
             break
-        a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-        flops = 2 * side**3 / _median_s(lambda a=a, b=b: torch.mm(a, b))
+        a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+        flops = 2 * side**3 / _median_s(partial(torch.mm, a, b))
     return Rates(copy_bytes, flops)
+
+
+def rates_of(dtypes: Iterable[str]) -> dict[str, Rates]:
+    """Name of a dtype -> its rates, each measured once."""
+    return {dtype: measure_rates(DTYPES[dtype]) for dtype in dict.fromkeys(dtypes)}
+
+
+def as_json(rates: Mapping[str, Rates]) -> dict[str, dict[str, float]]:
+    """As result files hold the rates."""
+    return {dtype: rate._asdict() for dtype, rate in rates.items()}
 
 
 def _median_s(run: Callable[[], object], runs: int = 7) -> float:
@@ -61,21 +71,21 @@ def _without_dropout(method: Callable[[Problem], tuple[float, float]]) -> Callab
 def _equal_parameters(p: Problem) -> tuple[float, float]:
     linear = torch.nn.Linear(p.D_in, p.D_out, device="meta")
     count = parameters_of(linear, Mixture(p.R, p.E, p.K, DROPOUT))
-    return roofline.peft_eager(p._replace(R=max(1, round(count / (p.D_in + p.D_out)))))
+    return methods.peft_eager(p._replace(R=max(1, round(count / (p.D_in + p.D_out)))))
 
 
-# The peers that the model knows; the others are measured only.
+# The peers that the model knows; the others are only measured.
 MODELS: dict[str, Callable[[Problem], tuple[float, float]]] = {
     FROZEN: lambda p: (0.0, 0.0),
-    OURS: roofline.ours,
-    "MoSLD, compiled": roofline.ours,
-    LORA: roofline.peft_eager,
-    "PEFT LoRA, no dropout": _without_dropout(roofline.peft_eager),
+    OURS: methods.ours,
+    "MoSLD, compiled": methods.ours,
+    LORA: methods.peft_eager,
+    "PEFT LoRA, no dropout": _without_dropout(methods.peft_eager),
     "PEFT LoRA, equal parameters": _equal_parameters,
     "PEFT LoRA, equal parameters, no dropout": _without_dropout(_equal_parameters),
-    "fused LoRA pattern, no dropout": roofline.accumulate_after,
-    "concatenated product": roofline.packed_a_dropout,
-    "HydraLoRA loop": roofline.expert_loop,
+    "fused LoRA pattern, no dropout": methods.accumulate_after,
+    "concatenated product": methods.packed_a_dropout,
+    "HydraLoRA loop": methods.expert_loop,
 }
 
 
@@ -83,14 +93,20 @@ def predict(name: str, p: Problem) -> dict[str, float] | None:
     """Step -> modelled ms of the frozen layer and what this peer adds to it; None for a peer without a model."""
     if name not in MODELS:
         return None
-    forward, backward = (p.base + added for added in MODELS[name](p))
-    return {"forward": forward / 1e3, "backward": backward / 1e3, "both": (forward + backward) / 1e3}
+    return _with_frozen(MODELS[name](p), p)
 
 
 def limit(p: Problem) -> dict[str, float]:
-    """Step -> ms below which no mixture of these sizes can go by the model: the frozen layer and the floor's traffic."""
-    forward, backward = (p.base + added for added in roofline.floor(p))
-    return {"forward": forward / 1e3, "backward": backward / 1e3, "both": (forward + backward) / 1e3}
+    """Step -> ms below which no mixture of these sizes can go by the model: the frozen layer and the floor's
+    traffic."""
+    return _with_frozen(methods.floor(p), p)
+
+
+def _with_frozen(added: tuple[float, float], p: Problem) -> dict[str, float]:
+    """added: us of forward and of backward -> step -> ms of the frozen layer and what is added to it."""
+    forward_us = p.base + added[0]
+    backward_us = p.base + added[1]
+    return {"forward": forward_us / 1e3, "backward": backward_us / 1e3, "both": (forward_us + backward_us) / 1e3}
 
 
 def add_predictions(rows: list[dict], p: Problem) -> None:

@@ -6,10 +6,7 @@ A pass over x moves 2 T D_in bytes, one over out 2 T D_out. The frozen layer is 
 (dx alone). Left out: launches, hits in the L2 cache, tiles read again inside products, atomics.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 ELEMENT_BYTES = 2  # bfloat16 and float16
@@ -18,8 +15,8 @@ US = 1e6
 
 
 class Device(NamedTuple):
-    """Rates per second: 16-bit matrix FLOP, bytes to and from memory, 32-bit integer instructions. Then what decides how
-    the kernels cut their sums: the architecture (90 is sm_90) and the number of multiprocessors."""
+    """Rates per second: 16-bit matrix FLOP, bytes to and from memory, 32-bit integer instructions. Then what decides
+    how the kernels cut their sums: the architecture (90 is sm_90) and the number of multiprocessors."""
 
     flops: float
     bandwidth: float
@@ -28,7 +25,8 @@ class Device(NamedTuple):
     processors: int
 
 
-# Matrix and copy rates: measured on an H200, assumed for the others. Integers: multiprocessors x 64 lanes x boost clock.
+# Matrix and copy rates are measured on an H200, and assumed for the others.
+# Integer rates are multiprocessors x 64 lanes x boost clock.
 DEVICES = {
     "H200": Device(790e12, 4.3e12, 132 * 64 * 1.755e9, 90, 132),
     "H100": Device(700e12, 3.0e12, 132 * 64 * 1.755e9, 90, 132),
@@ -86,18 +84,23 @@ class Problem(NamedTuple):
         return self.base * columns / contraction
 
 
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks hold `size` elements."""
+    return -(-size // block)
+
+
 def padded(columns: int) -> int:
     """The next multiple of what tensor cores take."""
-    return -(-columns // MMA_WIDTH) * MMA_WIDTH
+    return ceil_div(columns, MMA_WIDTH) * MMA_WIDTH
 
 
-# Each method: what it adds to the frozen layer, (forward, backward) in us.
+# Each of the following methods returns what it adds to the frozen layer, (forward, backward) in us.
 
 
 def peft_eager(p: Problem) -> tuple[float, float]:
     """One LoRA: dropout on x, A reads it, B writes, the scale is a round trip, the sum reads two and writes one."""
     forward = p.token_dropout + p.x + p.out + 2 * p.out + 3 * p.out
-    # scale; dB and dhidden read dout; dA reads x; dhidden A is written; dropout; the sum into dx
+    # In this order: scale; dB and dhidden read dout; dA reads x; dhidden A is written; dropout; the sum into dx.
     backward = 2 * p.out + 2 * p.out + p.x + p.x + p.token_dropout + 3 * p.x
     return forward, backward
 
@@ -171,25 +174,36 @@ METHODS: dict[str, Callable[[Problem], tuple[float, float]]] = {
 def method_table(p: Problem) -> list[dict]:
     """-> one row a method: what it adds forward and backward, in us and in percent of the frozen layer, as bytes and as
     passes over x, and the FLOP of its products. A model."""
-    rows = []
-    for name, method in METHODS.items():
-        forward, backward = method(p)
-        percent = {"forward": forward, "backward": backward, "both": (forward + backward) / 2}
-        row: dict[str, float | str] = {"method": name, "model_forward_us": forward, "model_backward_us": backward}
-        row |= {f"model_{key}_percent": 100 * us / p.base for key, us in percent.items()}
-        for step, moved in zip(("forward", "backward"), moved_bytes(method, p), strict=True):
-            row |= {f"{step}_bytes": moved, f"{step}_passes": moved / (p.element_bytes * p.T * p.D_in)}
-            row[f"{step}_flops"] = added_flops(name, p) * (1 if step == "forward" else 2)
-        rows.append(row)
-    return rows
+    return [_method_row(name, method, p) for name, method in METHODS.items()]
+
+
+def _method_row(name: str, method: Callable[[Problem], tuple[float, float]], p: Problem) -> dict:
+    forward_us, backward_us = method(p)
+    forward_bytes, backward_bytes = moved_bytes(method, p)
+    pass_bytes = p.element_bytes * p.T * p.D_in
+    flops = added_flops(name, p)
+    return {
+        "method": name,
+        "model_forward_us": forward_us,
+        "model_backward_us": backward_us,
+        "model_forward_percent": 100 * forward_us / p.base,
+        "model_backward_percent": 100 * backward_us / p.base,
+        "model_both_percent": 100 * ((forward_us + backward_us) / 2) / p.base,
+        "forward_bytes": forward_bytes,
+        "forward_passes": forward_bytes / pass_bytes,
+        "forward_flops": flops,
+        "backward_bytes": backward_bytes,
+        "backward_passes": backward_bytes / pass_bytes,
+        "backward_flops": 2 * flops,
+    }
 
 
 def moved_bytes(method: Callable[[Problem], tuple[float, float]], p: Problem) -> tuple[float, float]:
     """What the method moves forward and backward: its time where arithmetic costs nothing. An extension of the base
     product moves its columns' share of that product's bytes."""
     free = p._replace(device=p.device._replace(flops=float("inf"), integer_ops=float("inf")))
-    forward, backward = (us / US * p.device.bandwidth for us in method(free))
-    return forward, backward
+    forward_us, backward_us = method(free)
+    return forward_us / US * p.device.bandwidth, backward_us / US * p.device.bandwidth
 
 
 def added_flops(name: str, p: Problem) -> int:
@@ -212,95 +226,3 @@ def dense_limit(device: Device) -> float:
 def extension_limit_percent(device: Device, D_in: int, passes_saved: int = 1) -> float:
     """How much slower than the library's, in percent, a base product may be that saves so many passes over out."""
     return 100 * passes_saved * device.flops / (D_in * device.bandwidth)
-
-
-def problem(options: argparse.Namespace) -> Problem:
-    """The problem that the arguments describe.
-
-    raises ValueError for a size or rate that is not positive, or top_k outside [1, experts].
-    """
-    known = DEVICES[options.hardware]
-    flops = known.flops if options.flops is None else options.flops
-    bandwidth = known.bandwidth if options.bandwidth is None else options.bandwidth
-    p = Problem(
-        known._replace(flops=flops, bandwidth=bandwidth), options.tokens, options.d_in, options.d_out,
-        options.rank, options.experts, options.top_k, not options.no_dropout,
-    )  # fmt: skip
-    for name, value in {"flops": flops, "bandwidth": bandwidth, **p._asdict()}.items():
-        if name not in ("device", "dropout") and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    if p.K > p.E:
-        raise ValueError(f"top_k must be in [1, experts={p.E}], got {p.K}")
-    return p
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks roofline`."""
-    default = Problem(DEVICES["H200"])
-    parser.add_argument("--hardware", choices=DEVICES, default="H200", help="device with known rates (default: H200)")
-    parser.add_argument("--flops", type=float, help="16-bit matrix FLOP/s, instead of the named device's")
-    parser.add_argument("--bandwidth", type=float, help="memory bytes/s, instead of the named device's")
-    parser.add_argument("-T", "--tokens", type=int, default=default.T, help=f"tokens (default: {default.T})")
-    parser.add_argument("--d-in", type=int, default=default.D_in, help=f"input features (default: {default.D_in})")
-    parser.add_argument("--d-out", type=int, default=default.D_out, help=f"output features (default: {default.D_out})")
-    parser.add_argument("--rank", type=int, default=default.R, help=f"rank (default: {default.R})")
-    parser.add_argument("--experts", type=int, default=default.E, help=f"experts (default: {default.E})")
-    parser.add_argument("--top-k", type=int, default=default.K, help=f"experts chosen per token (default: {default.K})")
-    parser.add_argument("--no-dropout", action="store_true", help="price the methods without dropout")
-    parser.add_argument("--out", type=Path, help="also write the tables to this JSON file")
-
-
-def run(options: argparse.Namespace) -> dict:
-    """Print the tables of methods and of kernels, write them to `options.out` if given, and return them.
-
-    raises ValueError for sizes and rates that are not positive.
-    """
-    from .kernels import cuts_of, kernel_lines, kernel_table  # here, because it builds on this file
-
-    p = problem(options)
-    limits = {"dense_limit_columns": dense_limit(p.device), "gap_percent": extension_limit_percent(p.device, p.D_in)}
-    own = {} if p.device == DEVICES[options.hardware] else {"given": p.device}
-    cuts = cuts_of(p, p.device.arch, p.device.processors)
-    kernels = kernel_table(p, cuts, devices={**DEVICES, **own})
-    result = {
-        "kind": "model, not a measurement",
-        "hardware": options.hardware,
-        "problem": {**p._asdict(), "device": p.device._asdict()},
-        "base_us": p.base,
-        "methods": method_table(p),
-        "cuts": cuts._asdict(),
-        "kernels": [row._asdict() for row in kernels],
-        **limits,
-    }
-    print("\n".join(_lines(p, result)))
-    print("\n".join(kernel_lines(kernels)))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def _lines(p: Problem, result: dict) -> list[str]:
-    sizes = f"{p.T} tokens, {p.D_in} -> {p.D_out}, R={p.R}, E={p.E}, K={p.K}, dropout {'on' if p.dropout else 'off'}"
-    rates = f"{p.device.flops / 1e12:g} TFLOP/s, {p.device.bandwidth / 1e12:g} TB/s"
-    head = f"{'model: added to it':32}{'forward us':>12}{'%':>8}{'backward us':>13}{'%':>8}{'both %':>9}"
-    lines = [f"Model, not a measurement: {sizes}; {rates}"]
-    lines += [f"frozen layer {p.base:.0f} us each way; a pass over x {p.x:.1f} us, over out {p.out:.1f} us", "", head]
-    for row in result["methods"]:
-        forward = f"{row['model_forward_us']:12.1f}{row['model_forward_percent']:8.1f}"
-        backward = f"{row['model_backward_us']:13.1f}{row['model_backward_percent']:8.1f}"
-        lines.append(f"{row['method']:32}{forward}{backward}{row['model_both_percent']:9.1f}")
-    lines += [
-        "",
-        f"{'model: moved and multiplied':32}{'forward MB':>12}{'passes':>8}{'GFLOP':>8}{'backward MB':>13}{'passes':>8}{'GFLOP':>8}",
-    ]
-    for row in result["methods"]:
-        cells = [
-            (row[f"{s}_bytes"] / 1e6, row[f"{s}_passes"], row[f"{s}_flops"] / 1e9) for s in ("forward", "backward")
-        ]
-        (mb, passes, gflop), (back_mb, back_passes, back_gflop) = cells
-        lines.append(
-            f"{row['method']:32}{mb:12.0f}{passes:8.1f}{gflop:8.0f}{back_mb:13.0f}{back_passes:8.1f}{back_gflop:8.0f}"
-        )
-    lines += ["", f"a dense expansion is bound by arithmetic above E * R = {result['dense_limit_columns']:.0f}"]
-    return lines + [f"a base product that holds it may be {result['gap_percent']:.1f} % slower than the library's", ""]

@@ -6,24 +6,26 @@
     compute = 4 T (frozen weights) + 6 T (adapter weights) FLOP     forward and dx; forward, dx and the adapter's own
 
 Left out: latency, attention's own products, what the optimiser does. The matrix rate is that of large products: a real
-step computes longer, so that it waits for less of its time than told here.
+step computes longer, so that it waits for less of its time than stated here.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..timing import files as results
+from ..timing import files
 from .methods import DEVICES
 
 GRADIENT_BYTES, WEIGHT_BYTES = 4, 2
+# Bytes a second one way, nominal.
 LINKS = {
     "25 Gb/s": 25e9 / 8,
     "100 Gb/s": 100e9 / 8,
     "400 Gb/s": 400e9 / 8,
     "NVLink 4": 450e9,
-}  # bytes/s, one way, nominal
+}
 DEFAULT_TOKENS = 8192
 
 
@@ -46,8 +48,12 @@ class Model(NamedTuple):
 BLOCKS = 32
 LLAMA_2_7B = Model(
     {
-        **{name: Linear(4096, 4096, BLOCKS) for name in ("q", "k", "v", "o")},
-        **{name: Linear(4096, 11008, BLOCKS) for name in ("gate", "up")},
+        "q": Linear(4096, 4096, BLOCKS),
+        "k": Linear(4096, 4096, BLOCKS),
+        "v": Linear(4096, 4096, BLOCKS),
+        "o": Linear(4096, 4096, BLOCKS),
+        "gate": Linear(4096, 11008, BLOCKS),
+        "up": Linear(4096, 11008, BLOCKS),
         "down": Linear(11008, 4096, BLOCKS),
     },
     head=32000 * 4096,
@@ -57,12 +63,19 @@ TARGETS = {"q, v": ("q", "v"), "all seven": tuple(LLAMA_2_7B.layers)}
 
 
 def adapter_parameters(layers: Sequence[Linear], R: int, E: int) -> int:
-    return sum(n * (R * d_in + E * R * d_out + E * d_in) for d_in, d_out, n in layers)
+    total = 0
+    for layer in layers:
+        shared_a, expert_b, router = R * layer.D_in, E * R * layer.D_out, E * layer.D_in
+        total += layer.number * (shared_a + expert_b + router)
+    return total
 
 
 def multiplied_weights(model: Model) -> int:
     """Frozen weights that every token is multiplied with."""
-    return model.head + sum(n * d_in * d_out for d_in, d_out, n in model.layers.values())
+    total = model.head
+    for layer in model.layers.values():
+        total += layer.number * layer.D_in * layer.D_out
+    return total
 
 
 class Row(NamedTuple):
@@ -91,25 +104,34 @@ def row(targets: str, engine: str, link: str, *, processes: int, tokens: int, R:
     # Backward is about half of the step; the gathers of FSDP2 run beside all of it.
     hidden = min(sending, compute if engine == "FSDP2" else compute / 2)
     return Row(
-        targets, engine, adapter, sent / 1e6, link, 1e3 * sending, 1e3 * compute,
-        compute / (compute + sending), compute / (compute + sending - hidden),
-    )  # fmt: skip
+        targets=targets,
+        engine=engine,
+        adapter=adapter,
+        sent_mb=sent / 1e6,
+        link=link,
+        link_ms=1e3 * sending,
+        compute_ms=1e3 * compute,
+        share=compute / (compute + sending),
+        share_overlapped=compute / (compute + sending - hidden),
+    )
 
 
 def table(processes: int = 8, tokens: int = DEFAULT_TOKENS, R: int = 8, E: int = 8, device: str = "H100") -> list[Row]:
-    ways = [(targets, engine) for engine in ("DDP", "FSDP2") for targets in TARGETS]
     settings = {"processes": processes, "tokens": tokens, "R": R, "E": E, "device": device}
-    return [row(*way, link, **settings) for way in ways for link in LINKS]
+    rows = []
+    for engine, targets, link in itertools.product(("DDP", "FSDP2"), TARGETS, LINKS):
+        rows.append(row(targets, engine, link, **settings))
+    return rows
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
     head = f"{'adapted':11}{'engine':8}{'adapter':>9}{'sent':>10}  {'link':10}{'sending':>10}{'computing':>11}"
     text = [f"{head}{'efficiency':>12}{'overlapped':>12}"]
     for r in rows:
-        start = f"{r.targets:11}{r.engine:8}{r.adapter / 1e6:7.1f} M{r.sent_mb:7.0f} MB  {r.link:10}"
-        text.append(
-            f"{start}{r.link_ms:7.1f} ms{r.compute_ms:8.0f} ms{100 * r.share:10.0f} %{100 * r.share_overlapped:10.0f} %"
-        )
+        way = f"{r.targets:11}{r.engine:8}{r.adapter / 1e6:7.1f} M{r.sent_mb:7.0f} MB  {r.link:10}"
+        times = f"{r.link_ms:7.1f} ms{r.compute_ms:8.0f} ms"
+        shares = f"{100 * r.share:10.0f} %{100 * r.share_overlapped:10.0f} %"
+        text.append(f"{way}{times}{shares}")
     return text
 
 
@@ -126,16 +148,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table and write it to `options.out` if given. raises ValueError for sizes that are not positive."""
-    sizes = {name: getattr(options, name) for name in ("processes", "tokens", "rank", "experts")}
+    sizes = {
+        "processes": options.processes,
+        "tokens": options.tokens,
+        "rank": options.rank,
+        "experts": options.experts,
+    }
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     rows = table(options.processes, options.tokens, options.rank, options.experts, options.hardware)
     rate = DEVICES[options.hardware].flops / 1e12
-    print("A calculation, not a measurement: LLaMA-2-7B, " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+    in_words = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    print(f"A calculation, not a measurement: LLaMA-2-7B, {in_words}")
     print(f"{options.hardware} at {rate:g} TFLOP/s, links at their nominal rate\n\n" + "\n".join(lines(rows)))
     if options.out:
         settings = {**sizes, "hardware": options.hardware, "links": LINKS}
-        kept = {"kind": "calculation, not a measurement", "settings": settings, "rows": [r._asdict() for r in rows]}
-        results.write(kept, options.out)
+        in_json = [each._asdict() for each in rows]
+        files.write({"kind": "calculation, not a measurement", "settings": settings, "rows": in_json}, options.out)
     return 0

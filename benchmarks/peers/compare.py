@@ -1,5 +1,5 @@
 """One adapted layer beside its peers on the CPU: forward, backward and both, as ratios over the frozen layer; the bytes
-kept for backward; the error against float64. `gpu_layers` is the same for GPUs, with their clocks."""
+kept for backward; the error against float64. `gpu.layers` is the same for GPUs, with their clocks."""
 
 import copy
 import gc
@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..timing.shapes import LayerShape
+from ..timing.shapes import DROPOUT, LayerShape
 from ..timing.timers import Budget, Phases, Timing, interleaved_phases
 from .known import FROZEN, Builder, Mixture, build
 
-DROPOUT = 0.1
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that want gradients, in their order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def count_trainable(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in trainable(module))
 
 
 def mixture_of(shape: LayerShape) -> Mixture:
@@ -32,7 +40,7 @@ def inputs_of(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> tu
 
 def phases_of(module: nn.Module, x: Tensor, dout: Tensor) -> Phases:
     """-> forward, and backward of what it returned, with x and the adapters wanting gradients."""
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    wanted = [x, *trainable(module)]
     return lambda: module(x), lambda out: torch.autograd.grad(out, wanted, dout)
 
 
@@ -49,8 +57,8 @@ def compare(
     label: str = "",
     training: bool = True,
 ) -> list[dict]:
-    """One row a peer and step (forward, backward, both): median, 20th and 80th percentile in ms, `ratio` over the frozen
-    layer; in the rows of the step "both" also `saved_bytes`, `parameters` and `error` (see `error_of`).
+    """One row a peer and step (forward, backward, both): median, 20th and 80th percentile in ms, `ratio` over the
+    frozen layer; in the rows of the step "both" also `saved_bytes`, `parameters` and `error` (see `error_of`).
 
     training: False measures modules in eval mode without gradients, and gives rows of the step "forward" alone.
     A peer that raises gives one row with `failure`, and the others go on.
@@ -62,18 +70,22 @@ def compare(
         try:
             module = build(name, linear, mixture_of(shape)).train(training)
             memory = memory_of(module, x, dout)  # runs it once, backward too
-            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            facts[name] = {**memory, "parameters": trained, "error": error_of(module, x)}
+            facts[name] = {**memory, "parameters": count_trainable(module), "error": error_of(module, x)}
             ready[name] = phases_of(module, x, dout) if training else inference_of(module, x)
-            ready[name][0]()
+            # A compiled module compiles once more where gradients are off, which belongs to no round.
+            forward, _ = ready[name]
+            forward()
         except Exception as failure:  # whatever a peer does wrong is a result
             rows.append({"name": name, "failure": describe(failure)})
     times = interleaved_phases(ready, budget, label)
     for name, by_step in times.items():
         for step, timing in by_step.items():
+            if not training and step != "forward":
+                continue
             row = {**timing_row(name, timing, times[FROZEN][step]), "step": step}
-            if training or step == "forward":
-                rows.append({**row, **facts[name]} if step == "both" else row)
+            if step == "both":
+                row |= facts[name]
+            rows.append(row)
     return rows
 
 
@@ -107,7 +119,7 @@ def error_of(module: nn.Module, x: Tensor) -> float:
 def memory_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, int]:
     """-> saved_bytes: what forward keeps for backward beside x and the parameters, each storage once;
     peak_bytes: the most that forward and backward hold beyond what was held before, on a GPU."""
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    wanted = [x, *trainable(module)]
     result = {"saved_bytes": saved_bytes(lambda: module(x), module, x)}
     torch.autograd.grad(module(x), wanted, dout)
     if x.device.type == "cuda":
@@ -117,7 +129,7 @@ def memory_of(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, int]:
 
 def saved_bytes(forward: Callable[[], object], module: nn.Module, x: Tensor) -> int:
     """What `forward` keeps for backward beside x and the module's parameters, each storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters())}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -129,7 +141,7 @@ def saved_bytes(forward: Callable[[], object], module: nn.Module, x: Tensor) -> 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
     del out
-    return sum(t.untyped_storage().nbytes() for t in saved.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:

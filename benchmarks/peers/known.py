@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mosld import MoSLDLinear
 from mosld_kernels import reference
 
+from ..timing.names import require_known
 from .optional import OPTIONAL, Absent
 
 FROZEN, OURS, LORA = "frozen linear", "MoSLD", "PEFT LoRA"
@@ -37,8 +38,10 @@ class Mixture:
 
 def parameters_of(linear: nn.Linear, mixture: Mixture) -> int:
     """How many parameters MoSLD trains beside `linear`."""
-    r, experts = mixture.r, mixture.num_experts
-    return (r + experts) * linear.in_features + experts * r * linear.out_features
+    shared_a = mixture.r * linear.in_features
+    router = mixture.num_experts * linear.in_features
+    expert_b = mixture.num_experts * mixture.r * linear.out_features
+    return shared_a + router + expert_b
 
 
 def equal_rank(linear: nn.Linear, mixture: Mixture) -> int:
@@ -103,7 +106,8 @@ class ConcatenatedProduct(nn.Module):
 
 
 class HydraLoop(nn.Module):
-    """The published form of HydraLoRA: a Python loop over experts, each with a dropout of its own on x, A computed anew.
+    """The published form of HydraLoRA: a Python loop over experts, each with a dropout of its own on x, and A
+    computed anew.
 
     y = x W0^T + b0 + s sum_e softmax(x Wr^T)_e B_e A dropout(x)
     """
@@ -132,9 +136,11 @@ class MolaLoop(nn.Module):
     def __init__(self, linear: nn.Linear, mixture: Mixture):
         super().__init__()
         self.linear, self.mixture = linear, mixture
-        like, experts = linear.weight, range(mixture.num_experts)
-        self.a = nn.ParameterList(like.new_empty(mixture.r, linear.in_features) for _ in experts)
-        self.b = nn.ParameterList(like.new_empty(linear.out_features, mixture.r) for _ in experts)
+        like = linear.weight
+        self.a, self.b = nn.ParameterList(), nn.ParameterList()
+        for _ in range(mixture.num_experts):
+            self.a.append(nn.Parameter(like.new_empty(mixture.r, linear.in_features)))
+            self.b.append(nn.Parameter(like.new_empty(linear.out_features, mixture.r)))
         self.router = nn.Parameter(like.new_empty(mixture.num_experts, linear.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,10 +250,8 @@ def choose(names: Iterable[str] | None = None, checkouts: Iterable[Path] = ()) -
     raises ValueError for a name that does not exist, listing those that do, and for a checkout that is no folder.
     """
     names = list(PEERS if names is None else names)
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        known = ", ".join(map(repr, PEERS))
-        raise ValueError(f"there is no peer {', '.join(map(repr, unknown))}; there are: {known}")
+    # Names of peers hold spaces and commas, so an error shows them in quotation marks.
+    require_known("peer", map(repr, names), list(map(repr, PEERS)))
     for folder in checkouts:
         if not folder.is_dir():
             raise ValueError(f"checkout must be a folder, got {folder}")

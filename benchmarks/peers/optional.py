@@ -1,7 +1,8 @@
 """Peers from libraries that this one does not install: taken where they import, absent with the reason elsewhere.
 
 Written from the sources of LoRAFusion (`lorafusion/ops/lora_v1.py`), Unsloth (`unsloth/kernels/fast_lora.py`) and
-ScatterMoE (`scattermoe/mlp.py`, `examples/molora.py`), all of which need an NVIDIA GPU. Not run yet: no machine had both.
+ScatterMoE (`scattermoe/mlp.py`, `examples/molora.py`), all of which need an NVIDIA GPU. Not run yet, because no machine
+had both.
 """
 
 import importlib

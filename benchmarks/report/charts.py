@@ -1,4 +1,5 @@
-"""The pictures of the report: overhead and memory by method, cost against a swept size, the operator's steps on a roof."""
+"""The pictures of the report: overhead and memory by method, cost against a swept size, the operator's steps on a
+roof."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,14 +35,18 @@ Found = tuple[Figure, str, str] | None
 
 def _largest(tables: Sequence[dict]) -> dict | None:
     """The table with most peers, the first of equals: the one worth a picture."""
-    counted = [(len({row["name"] for row in table["rows"]}), -i) for i, table in enumerate(tables)]
-    return tables[-max(counted)[1]] if counted else None
+    return max(tables, key=_count_peers, default=None)
+
+
+def _count_peers(table: dict) -> int:
+    return len({row["name"] for row in table["rows"]})
 
 
 def _bars(rows: Sequence[tuple[str, float]], label: str, heading: str, marked: float | None = None) -> Figure:
     rows = sorted(rows, key=lambda row: row[1])
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.2))
-    bars = axes.barh([r[0] for r in rows], [r[1] for r in rows])
+    names, values = zip(*rows, strict=True)
+    bars = axes.barh(names, values)
     for bar, (name, value) in zip(bars, rows, strict=True):
         bar.set_color(HIGHLIGHT if name.startswith(OURS) else PLAIN)
         axes.annotate(f" {value:.2f}", (value, bar.get_y() + bar.get_height() / 2), va="center", fontsize=8)
@@ -63,28 +68,28 @@ def _sizes(table: dict) -> str:
 
 
 def _overhead(tables: Sequence[dict]) -> Found:
-    table = _largest([t for t in tables if t["verb"] == "layer" and "rows" in t and t.get("mode") != "eval"])
+    layers = [table for table in tables if table["verb"] == "layer" and "rows" in table]
+    table = _largest([table for table in layers if table.get("mode") != "eval"])
     if not table:
         return None
-    rows = [(r["name"], r["ratio"]) for r in table["rows"] if r.get("step") == "both" and r["name"] != FROZEN]
+    rows = []
+    for row in table["rows"]:
+        if row.get("step") == "both" and row["name"] != FROZEN:
+            rows.append((row["name"], row["ratio"]))
     figure = _bars(rows, "time over the frozen layer, forward + backward (log scale)", _sizes(table), marked=1.0)
     return figure, "overhead.png", f"Time over the frozen layer by method: {_sizes(table)}"
 
 
 def _growth(swept: str, word: str) -> Callable[[Sequence[dict]], Found]:
     def chart(tables: Sequence[dict]) -> Found:
-        own = [t for t in tables if t.get("swept") == swept and "rows" in t]
+        own = [table for table in tables if table.get("swept") == swept and "rows" in table]
         if len(own) < 2:
             return None
         figure, axes = plt.subplots(figsize=(7, 4))
-        names = [name for name in dict.fromkeys(r["name"] for t in own for r in t["rows"]) if name != FROZEN]
-        for name, color in zip(names, LINES, strict=False):
-            points = [
-                (t["value"], r["ratio"]) for t in own for r in t["rows"] if (r["name"], r.get("step")) == (name, "both")
-            ]
-            axes.plot(
-                *zip(*points, strict=True), marker="o", color=color, label=name, linewidth=2.5 if name == OURS else 1.2
-            )
+        for (name, points), color in zip(_points(own).items(), LINES, strict=False):
+            sizes, ratios = zip(*points, strict=True)
+            width = 2.5 if name == OURS else 1.2
+            axes.plot(sizes, ratios, marker="o", color=color, label=name, linewidth=width)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(word)
@@ -97,30 +102,40 @@ def _growth(swept: str, word: str) -> Callable[[Sequence[dict]], Found]:
     return chart
 
 
+def _points(tables: Sequence[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Peer -> swept value and ratio over the frozen layer, in the order of the tables."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for table in tables:
+        for row in table["rows"]:
+            if row["name"] != FROZEN and row.get("step") == "both":
+                points.setdefault(row["name"], []).append((table["value"], row["ratio"]))
+    return points
+
+
 def _memory(tables: Sequence[dict]) -> Found:
-    table = _largest([t for t in tables if t["verb"] == "memory"])
+    table = _largest([table for table in tables if table["verb"] == "memory"])
     if not table:
         return None
-    rows = [(r["name"], r["saved_bytes"] / 2**20) for r in table["rows"] if "saved_bytes" in r]
-    return (
-        _bars(rows, "MiB kept for backward beside x", _sizes(table)),
-        "memory.png",
-        f"Memory by method: {_sizes(table)}",
-    )
+    rows = []
+    for row in table["rows"]:
+        if "saved_bytes" in row:
+            rows.append((row["name"], row["saved_bytes"] / 2**20))
+    figure = _bars(rows, "MiB kept for backward beside x", _sizes(table))
+    return figure, "memory.png", f"Memory by method: {_sizes(table)}"
 
 
 def _roofline(tables: Sequence[dict]) -> Found:
-    own = [t for t in tables if t["verb"] == "kernels" and "rows" in t]
-    if not own:
+    measured = [table for table in tables if table["verb"] == "kernels" and "rows" in table]
+    if not measured:
         return None
-    table = own[0]
+    table = measured[0]
     rates = table["rates"][table["dtype"]]
     figure, axes = plt.subplots(figsize=(7, 4))
     intensities = [2.0**power for power in range(-2, 12)]
-    roof = [min(rates["matmul_flops"], i * rates["copy_bytes"]) / 1e9 for i in intensities]
+    roof = [min(rates["matmul_flops"], each * rates["copy_bytes"]) / 1e9 for each in intensities]
     axes.plot(intensities, roof, color="black", linewidth=1)
     for row in table["rows"]:
-        if row["flops"]:
+        if row["flops"]:  # a step without arithmetic has no place on a roof
             point = (row["flops"] / row["bytes"], row["flops"] / row["median_ms"] / 1e6)
             axes.plot(*point, "o", color=PLAIN if row["name"] == "frozen layer" else HIGHLIGHT)
             axes.annotate(f" {row['name']} ({row['direction']})", point, fontsize=7)

@@ -1,7 +1,14 @@
-"""The problem sizes that are measured, by name."""
+"""The problem sizes that are measured, by name, and the dtypes."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import torch
+
+from .names import require_known
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DROPOUT = 0.1  # of every adapter that is measured
 
 
 class LayerShape(NamedTuple):
@@ -18,7 +25,7 @@ class LayerShape(NamedTuple):
         return f"{self.T} tokens, {self.D_in} -> {self.D_out}, R={self.R}, E={self.E}, K={self.K}"
 
 
-# On the CPU at hand, on a GPU, and the linear layers of real models by name, at as many tokens as a CPU takes.
+# The linear layers of real models are measured at as many tokens as a CPU takes in a minute.
 LAYERS = {
     "cpu-1024": LayerShape(4096, 1024, 1024, 8, 8, 2),
     "cpu-2048": LayerShape(2048, 2048, 2048, 8, 8, 2),
@@ -30,31 +37,25 @@ LAYERS = {
     "gpu-2048": LayerShape(8192, 2048, 2048, 16, 8, 2),
     "gpu-4096-e32": LayerShape(8192, 4096, 4096, 16, 32, 2),
     "gpu-4096-t1024": LayerShape(1024, 4096, 4096, 16, 8, 2),
-    **{
-        f"{model}-{layer}": LayerShape(tokens, d_in, d_out, 16, 8, 2)
-        for model, tokens, layers in (
-            ("llama-2-7b", 512, {"qkvo": (4096, 4096), "gate-up": (4096, 11008), "down": (11008, 4096)}),
-            (
-                "llama-3-8b",
-                512,
-                {"qo": (4096, 4096), "kv": (4096, 1024), "gate-up": (4096, 14336), "down": (14336, 4096)},
-            ),
-            (
-                "qwen2.5-7b",
-                512,
-                {"qo": (3584, 3584), "kv": (3584, 512), "gate-up": (3584, 18944), "down": (18944, 3584)},
-            ),
-            ("bert-base", 4096, {"qkvo": (768, 768), "up": (768, 3072), "down": (3072, 768)}),
-        )
-        for layer, (d_in, d_out) in layers.items()
-    },
+    "llama-2-7b-qkvo": LayerShape(512, 4096, 4096, 16, 8, 2),
+    "llama-2-7b-gate-up": LayerShape(512, 4096, 11008, 16, 8, 2),
+    "llama-2-7b-down": LayerShape(512, 11008, 4096, 16, 8, 2),
+    "llama-3-8b-qo": LayerShape(512, 4096, 4096, 16, 8, 2),
+    "llama-3-8b-kv": LayerShape(512, 4096, 1024, 16, 8, 2),
+    "llama-3-8b-gate-up": LayerShape(512, 4096, 14336, 16, 8, 2),
+    "llama-3-8b-down": LayerShape(512, 14336, 4096, 16, 8, 2),
+    "qwen2.5-7b-qo": LayerShape(512, 3584, 3584, 16, 8, 2),
+    "qwen2.5-7b-kv": LayerShape(512, 3584, 512, 16, 8, 2),
+    "qwen2.5-7b-gate-up": LayerShape(512, 3584, 18944, 16, 8, 2),
+    "qwen2.5-7b-down": LayerShape(512, 18944, 3584, 16, 8, 2),
+    "bert-base-qkvo": LayerShape(4096, 768, 768, 16, 8, 2),
+    "bert-base-up": LayerShape(4096, 768, 3072, 16, 8, 2),
+    "bert-base-down": LayerShape(4096, 3072, 768, 16, 8, 2),
     "toy": LayerShape(64, 32, 48, 4, 4, 2),
 }
 
 
 def named(known: Mapping[str, LayerShape], names: Sequence[str]) -> dict[str, LayerShape]:
     """The shapes of these names; raises ValueError for a name that does not exist, listing those that do."""
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"there is no shape {', '.join(unknown)}; there are: {', '.join(known)}")
+    require_known("shape", names, known)
     return {name: known[name] for name in names}

@@ -1,6 +1,6 @@
 """Candidate tiles, how one is put in front of the table, and which of them the compiler rules out without a GPU.
 
-A candidate is dropped where `compiled` finds that its launch spills registers, takes more shared memory than the chip
+A candidate is dropped where `compile.machine_code` finds that its launch spills registers, takes more shared memory than the chip
 has, or does not compile. What is merely likely to be slow is left to the clock.
 """
 
@@ -20,9 +20,8 @@ from mosld_kernels.triton import tiles
 from mosld_kernels.triton.launch import padded
 from mosld_kernels.triton.tiles import Row, Tile
 
-from ..compile import machine_code as compiled
-from ..compile import recorded
-from ..timing.shapes import LayerShape
+from ..compile import machine_code, recorded
+from ..timing.shapes import DTYPES, LayerShape
 
 
 class Case(NamedTuple):
@@ -49,7 +48,7 @@ class Case(NamedTuple):
         return self.kernel in ("down", "grad_down")
 
     def element_bytes(self) -> int:
-        return recorded.DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].itemsize
 
     def default(self) -> Row:
         """The row that the launch takes as things are."""
@@ -159,9 +158,9 @@ CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
 
 def candidates(case: Case) -> list[Tile]:
     """The tile that is taken as things are, first, and the others to try; no tile twice."""
-    known = CANDIDATES[case.kernel, case.element_bytes()]
     widest = max(128, padded(case.columns()))
-    return list(dict.fromkeys([case.default().tile, *(tile for tile in known if tile.columns <= widest)]))
+    narrow = [tile for tile in CANDIDATES[case.kernel, case.element_bytes()] if tile.columns <= widest]
+    return list(dict.fromkeys([case.default().tile, *narrow]))
 
 
 @contextlib.contextmanager
@@ -174,37 +173,47 @@ def forced(row: Row) -> Iterator[None]:
 
 def faults(wanted: Mapping[Case, Sequence[Tile]]) -> dict[tuple[Case, Tile], tuple[str, ...]]:
     """What the compiler holds against each tile of each case; nothing of it runs, and no GPU is needed."""
-    launches = {(case, tile): _launch(case, tile) for case, chosen in wanted.items() for tile in chosen}
-    unique = list(dict.fromkeys(launches.values()))
+    launches = {}
+    for case, chosen in wanted.items():
+        for tile in chosen:
+            launches[case, tile] = _launch(case, tile)
+    found = _judged(list(dict.fromkeys(launches.values())))
+    return {key: found[launch] for key, launch in launches.items()}
+
+
+def _judged(launches: Sequence[recorded.Launch]) -> dict[recorded.Launch, tuple[str, ...]]:
+    """Each launch -> its faults, by a process for each core."""
+    workers = min(len(os.sched_getaffinity(0)), len(launches) or 1)
     # Not forked: this process may hold a GPU, and a fork of it may not.
-    workers, context = min(len(os.sched_getaffinity(0)), len(unique) or 1), multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        found = tqdm(pool.map(_faults, unique), total=len(unique), desc="compile", unit="kernel", leave=False)
-        judged = dict(zip(unique, found, strict=True))
-    return {key: judged[launch] for key, launch in launches.items()}
+        found = pool.map(_faults, launches)
+        shown = tqdm(found, total=len(launches), desc="compile", unit="kernel", leave=False)
+        return dict(zip(launches, shown, strict=True))
 
 
 def _launch(case: Case, tile: Tile) -> recorded.Launch:
-    """What the compiler gets for the tile, as on the case's GPU; one that `compiled` does not know counts as sm_80
+    """What the compiler gets for the tile, as on the case's GPU; one that `compile.machine_code` does not know counts as sm_80
     with the shared memory that every GPU from there on has: arch 0 in the row stands for that."""
-    arch = case.arch if case.arch in compiled.ARCHS else 80
+    arch = case.arch if case.arch in machine_code.ARCHS else 80
     row = Row(case.kernel, tile, arch if arch == case.arch else 0)
     with forced(row):
         forward, backward = recorded.launches(recorded.Problem(case.shape, case.dtype, "float32", arch))
-    (launch,) = (launch for launch in (*forward, *backward) if launch.row == row)
+    (launch,) = [launch for launch in (*forward, *backward) if launch.row == row]
     return launch
 
 
 def _faults(launch: recorded.Launch) -> tuple[str, ...]:
-    slow = (compiled.NO_TENSOR_CORES, compiled.NARROW_LOADS)
     try:
-        return tuple(fault for fault in compiled.compile_launch(launch).faults if fault not in slow)
+        faults = machine_code.compile_launch(launch).faults
     except Exception as error:  # a compiler fails in many ways; whichever it is, the tile is out
         return (f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",)
+    slow = (machine_code.NO_TENSOR_CORES, machine_code.NARROW_LOADS)
+    return tuple(fault for fault in faults if fault not in slow)
 
 
 def _start_worker() -> None:
-    """Ctrl-C reaches every process of the terminal: the one that started this one tells it to end. And Triton prints
-    the whole program that an assembler refuses, which is no news here."""
+    """Ctrl-C reaches every process of the terminal: the one that started this one ends it. And Triton prints the whole
+    program that an assembler refuses, which is no news here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -54,24 +54,35 @@ def choose(measured: Sequence[Measurement]) -> list[Verdict]:
         row, default = place(one)
         return row.kernel, row.bytes, row.tokens_to, row.columns_to, default
 
-    return [_verdict(*key, tuple(group)) for key, group in itertools.groupby(sorted(measured, key=order), place)]
+    verdicts = []
+    for (row, default), group in itertools.groupby(sorted(measured, key=order), place):
+        verdicts.append(_verdict(row, default, tuple(group)))
+    return verdicts
 
 
 def _verdict(row: Row, default: Row, measured: tuple[Measurement, ...]) -> Verdict:
     """`row` is the default's tile in the measured bounds."""
-    ratios = {tile: [one.ratio(tile) for one in measured] for tile in _measured_everywhere(measured)}
-    means = {tile: math.prod(each) ** (1 / len(each)) for tile, each in ratios.items()}
-    others = [tile for tile in means if tile != default.tile]
-    if not others:
+    means, loses = {}, {}
+    for tile in _measured_everywhere(measured):
+        if tile == default.tile:
+            continue
+        ratios = [one.ratio(tile) for one in measured]
+        means[tile] = math.prod(ratios) ** (1 / len(ratios))
+        loses[tile] = max(ratios) >= GAIN  # somewhere, however much it wins elsewhere
+    if not means:
         return Verdict(row, default, default.tile, math.nan, measured)
-    loses = {tile: max(ratios[tile]) >= GAIN for tile in others}  # somewhere, however much it wins elsewhere
-    best = min(others, key=lambda tile: (loses[tile], means[tile]))
+    best = min(means, key=lambda tile: (loses[tile], means[tile]))
     wins = means[best] * GAIN < 1 and not loses[best]
     return Verdict(row._replace(tile=best) if wins else row, default, best, means[best], measured)
 
 
 def _measured_everywhere(measured: Sequence[Measurement]) -> list[Tile]:
-    return [tile for tile in measured[0].times if all(tile in one.times for one in measured)]
+    """A tile whose result was wrong at one of the shapes is out for all of them."""
+    first, *others = measured
+    tiles = list(first.times)
+    for other in others:
+        tiles = [tile for tile in tiles if tile in other.times]
+    return tiles
 
 
 def insertions(verdicts: Sequence[Verdict]) -> dict[Row, list[Row]]:
@@ -82,8 +93,10 @@ def insertions(verdicts: Sequence[Verdict]) -> dict[Row, list[Row]]:
     above: dict[Row, list[Row]] = {}
     for default in dict.fromkeys(verdict.default for verdict in verdicts if verdict.is_new()):
         same = [verdict for verdict in verdicts if verdict.default == default]
-        last = max(i for i, verdict in enumerate(same) if verdict.is_new())
-        above[default] = [verdict.row for verdict in same[: last + 1]]
+        # What comes after the last new row has larger bounds, where the default is found anyhow.
+        while not same[-1].is_new():
+            same.pop()
+        above[default] = [verdict.row for verdict in same]
     return above
 
 
@@ -93,10 +106,13 @@ def file_rows(verdicts: Sequence[Verdict], known: Sequence[Row], arch: int) -> l
     above, rows = insertions(verdicts), []
     for kernel, group in itertools.groupby(above, lambda default: default.kernel):
         replaced = list(group)
-        last = max(known.index(default) for default in replaced)
-        for i, row in enumerate(known[: last + 1]):
-            if row.kernel == kernel and any(_share_elements(row, default) for default in replaced):
-                rows += [*above.get(row, []), *([row._replace(arch=arch)] if i < last else [])]
+        last = max(map(known.index, replaced))
+        for place, row in enumerate(known[: last + 1]):
+            if row.kernel != kernel or not any(_share_elements(row, default) for default in replaced):
+                continue
+            rows += above.get(row, [])
+            if place < last:
+                rows.append(row._replace(arch=arch))
     return rows
 
 
@@ -106,9 +122,11 @@ def _share_elements(one: Row, other: Row) -> bool:
 
 def row_text(row: Row) -> str:
     """As a line of tiles.py."""
-    bounds = ("arch", "bytes", "d_in_to", "d_out_to", "columns_to", "tokens_to")
-    given = "".join(f", {name}={getattr(row, name)}" for name in bounds if getattr(row, name))
-    return f'Row("{row.kernel}", {tile_text(row.tile)}{given}),'
+    arguments = [f'"{row.kernel}"', tile_text(row.tile)]
+    for name in ("arch", "bytes", "d_in_to", "d_out_to", "columns_to", "tokens_to"):
+        if bound := getattr(row, name):
+            arguments.append(f"{name}={bound}")
+    return f"Row({', '.join(arguments)}),"
 
 
 def tile_text(tile: Tile) -> str:
@@ -123,7 +141,8 @@ def times_text(one: Measurement) -> str:
         span = f"{1e3 * timing.median_ms:9.1f} us ({1e3 * timing.low_ms:.1f} to {1e3 * timing.high_ms:.1f})"
         mark = "  default" if tile == one.default.tile else ""
         lines.append(f"  {tile_text(tile):34} {span} {rate:7.0f} GB/s {one.ratio(tile):6.3f}{mark}")
-    lines += [f"  {tile_text(tile):34} dropped: {why}" for tile, why in one.dropped.items()]
+    for tile, why in one.dropped.items():
+        lines.append(f"  {tile_text(tile):34} dropped: {why}")
     return "\n".join(lines)
 
 
@@ -131,22 +150,17 @@ def verdict_text(verdict: Verdict) -> str:
     """What was decided, with the times of both tiles at each shape."""
     row = verdict.row
     head = f"{row.kernel}, {row.bytes}-byte elements, up to {row.columns_to} columns and {row.tokens_to} tokens: "
+    default = verdict.default.tile
     if math.isnan(verdict.ratio):
-        return (
-            head
-            + "the default stays, there being no other tile that was right at every shape"
-            + _default_times(verdict)
-        )
-    times = (f"{_us(one, verdict.best)}, default {_us(one, verdict.default.tile)}" for one in verdict.measured)
-    both = [f"{one.case.name} {one.case.dtype} {text}" for one, text in zip(verdict.measured, times, strict=True)]
-    name, change = tile_text(verdict.best), f"takes {verdict.ratio:.3f} of the default's time"
-    end = "" if verdict.is_new() else f", and the default {tile_text(verdict.default.tile)} stays"
-    return f"{head}{name} {change}{end} ({'; '.join(both)})"
-
-
-def _default_times(verdict: Verdict) -> str:
-    times = [f"{one.case.name} {one.case.dtype} {_us(one, verdict.default.tile)}" for one in verdict.measured]
-    return f" ({'; '.join(times)})"
+        times = [f"{one.case.name} {one.case.dtype} {_us(one, default)}" for one in verdict.measured]
+        why = "the default stays, there being no other tile that was right at every shape"
+        return f"{head}{why} ({'; '.join(times)})"
+    times = []
+    for one in verdict.measured:
+        times.append(f"{one.case.name} {one.case.dtype} {_us(one, verdict.best)}, default {_us(one, default)}")
+    change = f"takes {verdict.ratio:.3f} of the default's time"
+    end = "" if verdict.is_new() else f", and the default {tile_text(default)} stays"
+    return f"{head}{tile_text(verdict.best)} {change}{end} ({'; '.join(times)})"
 
 
 def _us(one: Measurement, tile: Tile) -> str:
@@ -157,5 +171,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     """Every verdict, then the rows for tiles.py, each under the row above which it belongs."""
     lines = [verdict_text(verdict) for verdict in verdicts]
     for default, rows in insertions(verdicts).items():
-        lines += ["", f"above {row_text(default)}", *(f"    {row_text(row)}" for row in rows)]
+        lines += ["", f"above {row_text(default)}"]
+        for row in rows:
+            lines.append(f"    {row_text(row)}")
     return "\n".join(lines)

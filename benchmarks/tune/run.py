@@ -22,10 +22,10 @@ from mosld_kernels.triton import down, down_backward, grad_expert_b, tiles, up_b
 from mosld_kernels.triton.launch import properties
 from mosld_kernels.triton.tiles import KERNELS, Row, Tile
 
-from ..compile.recorded import DTYPES
-from ..gpu.run import context_is_lost, write
-from ..peers.compare import DROPOUT
-from ..timing.shapes import LAYERS
+from ..gpu.device import context_is_lost
+from ..timing.files import write
+from ..timing.names import require_known
+from ..timing.shapes import DROPOUT, DTYPES, LAYERS
 from ..timing.timers import Timer, with_graphs
 from .candidates import Case, candidates, faults, forced
 from .choice import Measurement, choose, file_rows, summary, times_text
@@ -40,12 +40,13 @@ Launch = Callable[[], tuple[Tensor, ...]]
 
 def cases(kernels: Sequence[str], names: Sequence[str], dtypes: Sequence[str], arch: int) -> list[Case]:
     """Shape by shape, so that an interruption leaves whole shapes; raises ValueError for what does not exist."""
-    for what, given, known in (("kernel", kernels, KERNELS), ("shape", names, LAYERS), ("dtype", dtypes, DTYPES)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"there is no {what} {', '.join(unknown)}; there are: {', '.join(known)}")
-    places = itertools.product(dict.fromkeys(names), dict.fromkeys(dtypes), dict.fromkeys(kernels))
-    return [Case(kernel, name, LAYERS[name], dtype, arch) for name, dtype, kernel in places]
+    require_known("kernel", kernels, KERNELS)
+    require_known("shape", names, LAYERS)
+    require_known("dtype", dtypes, DTYPES)
+    wanted = []
+    for name, dtype, kernel in itertools.product(names, dtypes, kernels):
+        wanted.append(Case(kernel, name, LAYERS[name], dtype, arch))
+    return list(dict.fromkeys(wanted))  # a name given twice is measured once
 
 
 def launch_of(case: Case, device: torch.device) -> tuple[Launch, Tensor]:
@@ -54,8 +55,9 @@ def launch_of(case: Case, device: torch.device) -> tuple[Launch, Tensor]:
     random = partial(torch.randn, device=device)
     if case.kernel == "down":
         # Eighths: their products and sums are exact in any order, so that no tile decides which of two experts is next.
-        x, router = ((8 * random(size, D_in)).round() / 8 for size in (T, E))
-        x, down_weight = x.to(dtype), torch.cat((random(R, D_in), router / 64)).to(dtype)
+        x = ((8 * random(T, D_in)).round() / 8).to(dtype)
+        router = (8 * random(E, D_in)).round() / 8
+        down_weight = torch.cat((random(R, D_in), router / 64)).to(dtype)
         return lambda: down(x, down_weight, R, K, SCALE), x
     if case.kernel == "grad_down":
         x, dprojected = random(T, D_in).to(dtype), random(T, R + E).to(dtype)
@@ -78,12 +80,19 @@ def measure(case: Case, chosen: Sequence[Tile], device: torch.device, timer: Tim
     (launch, operand), default = launch_of(case, device), case.default()
     runs = {tile: partial(_run, case.row(tile), launch) for tile in chosen}
     dropped = wrong(runs, default.tile, TOLERANCES[case.element_bytes()])
-    timings = timer({str(tile): run for tile, run in runs.items() if tile not in dropped})
-    times = {tile: timings[str(tile)] for tile in runs if tile not in dropped}
-    dropped.update({tile: "no time measured" for tile, timing in times.items() if not timing.median_ms > 0})
+    right = {str(tile): run for tile, run in runs.items() if tile not in dropped}
+    timings = timer(right)
+    times = {}
+    for tile in runs:
+        if tile in dropped:
+            continue
+        timing = timings[str(tile)]
+        if timing.median_ms > 0:
+            times[tile] = timing
+        else:
+            dropped[tile] = "no time measured"
     if default.tile in dropped:
         raise RuntimeError(f"the default {default.tile}: {dropped[default.tile]}")
-    times = {tile: timing for tile, timing in times.items() if tile not in dropped}
     return Measurement(case, default, times, dropped, operand.numel() * operand.element_size())
 
 
@@ -94,18 +103,18 @@ def _run(row: Row, launch: Launch) -> tuple[Tensor, ...]:
 
 def wrong(runs: Mapping[Tile, Launch], default: Tile, tolerance: float) -> dict[Tile, str]:
     """Why a tile may not win: it does not run, or its result is not the default's."""
-    told: dict[Tile, str] = {}
+    reasons: dict[Tile, str] = {}
     with unwritten_memory_is_nan():
         truth = [tensor.float() for tensor in runs[default]()]
         for tile, run in runs.items():
             try:
                 error = max(_error(*pair) for pair in zip(run(), truth, strict=True))
             except Exception as problem:  # more shared memory than there is, or whatever the driver says
-                told[tile] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+                reasons[tile] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
                 continue
             if not error <= tolerance:
-                told[tile] = f"relative error {error:.2g} to the default's result"
-    return told
+                reasons[tile] = f"relative error {error:.2g} to the default's result"
+    return reasons
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
@@ -129,12 +138,15 @@ def survivors(wanted: Sequence[Case]) -> dict[Case, list[Tile]]:
     """The candidates that the compiler has nothing against, and the default in any event; prints how many fell."""
     tried = {case: candidates(case) for case in wanted}
     found = faults(tried)
-    fell = {key: why for key, why in found.items() if why}
-    print(f"{len(found)} launches compiled: {len(fell)} candidates dropped before they run")
-    return {case: [tile for tile in tried[case] if tile == tried[case][0] or not found[case, tile]] for case in wanted}
+    dropped = {key for key, why in found.items() if why}
+    print(f"{len(found)} launches compiled: {len(dropped)} candidates dropped before they run")
+    left = {}
+    for case, (default, *others) in tried.items():
+        left[case] = [default, *(tile for tile in others if (case, tile) not in dropped)]
+    return left
 
 
-def run(
+def measure_all(
     chosen: Mapping[Case, Sequence[Tile]],
     device: torch.device,
     timer: Timer,
@@ -143,7 +155,7 @@ def run(
     lost: Callable[[], bool] = lambda: False,
 ) -> list[Measurement]:
     """Measure case by case and write the rows so far to `out` after each; what was decided is printed at the end,
-    also at an interruption. A case that fails is told and the rest goes on, unless the GPU is `lost`.
+    also at an interruption. A case that fails is reported and the rest goes on, unless the GPU is `lost`.
 
     ends_at: by time.monotonic(); no case is started later.
     """
@@ -180,12 +192,12 @@ def as_json(row: Row) -> dict:
     return {**row._asdict(), "tile": row.tile._asdict()}
 
 
-def main(options: argparse.Namespace, device: torch.device) -> int:
+def tune(options: argparse.Namespace, device: torch.device) -> int:
     """-> 0 where every case was measured, 1 where one failed or was left out; raises ValueError for unknown names."""
     ends_at = time.monotonic() + options.budget
     wanted = cases(options.kernel or KERNELS, options.shape, options.dtype, properties(device)[0])
     chosen = survivors(wanted)
     with torch.cuda.stream(torch.cuda.Stream(device)):  # captures may not be on the default one
-        measured = run(chosen, device, TIMER, ends_at, options.out, context_is_lost)
+        measured = measure_all(chosen, device, TIMER, ends_at, options.out, context_is_lost)
     print(f"{len(measured)} of {len(wanted)} cases measured on {torch.cuda.get_device_name(device)}")
     return 0 if len(measured) == len(wanted) else 1

@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.compile.machine_code import resources
-from benchmarks.gpu import kernels as gpu_kernels
+from benchmarks.gpu import kernels
 
 ALIGNED = ("D_IN", "D_OUT", "N", "T")
 
@@ -29,20 +29,20 @@ def compile_kernel(kernel, types: dict, constants: dict, **options) -> None:
 
 
 def main() -> None:
-    for tile in gpu_kernels.LINEAR_TILES:
+    for tile in kernels.LINEAR_TILES:
         blocks = dict(BLOCK_T=tile.tokens, BLOCK_O=tile.outputs, BLOCK_D=tile.features)
         sides = dict(x_desc=("T", "D"), weight_desc=("O", "D"), out_desc=("T", "O"))
         types = {n: f"tensordesc<bf16[{blocks['BLOCK_' + a]},{blocks['BLOCK_' + b]}]>" for n, (a, b) in sides.items()}
-        constants = dict(PROGRAMS=132, GROUP=gpu_kernels.GROUP, **blocks)
-        compile_kernel(gpu_kernels._linear_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+        constants = dict(PROGRAMS=132, GROUP=kernels.GROUP, **blocks)
+        compile_kernel(kernels._linear_kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
     for rounds in (10, 7):
         for four in (True, False):
-            constants = dict(ROUNDS=rounds, FOUR_PER_CALL=four, BLOCK=gpu_kernels.PHILOX_BLOCK)
+            constants = dict(ROUNDS=rounds, FOUR_PER_CALL=four, BLOCK=kernels.PHILOX_BLOCK)
             types = dict(seed_ptr="*i64", kept_ptr="*i32", limit="i64")
-            compile_kernel(gpu_kernels._philox_kernel, types, constants, num_warps=4)
-    constants = dict(PROGRAMS=12, BLOCK=gpu_kernels.STREAM_BLOCK, STAGES=gpu_kernels.STREAM_STAGES)
-    compile_kernel(gpu_kernels._stream_kernel, dict(x_ptr="*bf16", sums_ptr="*fp32"), constants, num_warps=16)
-    compile_kernel(gpu_kernels._touch_kernel, dict(x_ptr="*fp32"), {}, num_warps=1)
+            compile_kernel(kernels._philox_kernel, types, constants, num_warps=4)
+    constants = dict(PROGRAMS=12, BLOCK=kernels.STREAM_BLOCK, STAGES=kernels.STREAM_STAGES)
+    compile_kernel(kernels._stream_kernel, dict(x_ptr="*bf16", sums_ptr="*fp32"), constants, num_warps=16)
+    compile_kernel(kernels._touch_kernel, dict(x_ptr="*fp32"), {}, num_warps=1)
 
 
 if __name__ == "__main__":

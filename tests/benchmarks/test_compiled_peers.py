@@ -19,11 +19,11 @@ def layers(tmp_path):
 
 
 def kept_bytes(tmp_path):
-    memory.run(list(SHAPES), "float32", choose(("noted",)), tmp_path / "memory.json")
+    memory.measure_shapes(list(SHAPES), "float32", choose(("noted",)), tmp_path / "memory.json")
 
 
 def models(tmp_path):
-    training.run(list(SHAPES), "qv", choose(("noted",)), TWICE, tmp_path / "training.json")
+    training.measure_sizes(list(SHAPES), "qv", choose(("noted",)), TWICE, tmp_path / "training.json")
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks.long import curves
-from benchmarks.long.curves import OURS, RUNS, SEEDS, TRUTH, ReferenceLinear
-from benchmarks.long.small_runs import MODELS, text
+from benchmarks.long.curve_figures import OURS, SEEDS, TRUTH, judged
+from benchmarks.long.curves import RUNS, ReferenceLinear
+from benchmarks.long.models import MODELS, text
 from mosld import MoSLDLinear
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def made(**changes):
 def test_the_figures_are_those_of_made_up_curves():
     runs = made(**{OURS[0]: 2.39, OURS[2]: 2.61})
     runs[OURS[1]]["losses"][0] += 0.82  # 0.41 away in the first window alone
-    told = curves.judged(runs, window=2)
+    told = judged(runs, window=2)
     assert told["spread"] == pytest.approx(0.4) and told["greatest_spread"] == pytest.approx(0.6)
     rows = {row["name"]: row for row in told["rows"]}
     assert rows.keys() == set(RUNS) - {TRUTH, *SEEDS[1:]}
@@ -119,7 +120,7 @@ def test_the_command_fails_where_a_curve_of_ours_leaves_the_spread(monkeypatch, 
     assert (" NO " in capsys.readouterr().out) == bool(code)
     result = json.loads(out.read_text())
     assert {"processor", "torch", "commit"} <= set(result["machine"]) and result["settings"]["steps"] == 4
-    assert curves.judged(result["runs"], 2)["rows"] == result["rows"]
+    assert judged(result["runs"], 2)["rows"] == result["rows"]
     assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -131,7 +132,7 @@ def test_too_few_steps_are_refused(monkeypatch, capsys):
 
 def test_the_committed_figures_follow_from_the_committed_losses():
     result = json.loads((ROOT / curves.OUT).read_text())
-    again = curves.judged(result["runs"], result["settings"]["window"])
+    again = judged(result["runs"], result["settings"]["window"])
     assert {row["name"]: row for row in again["rows"]}.keys() >= set(OURS)
     for row, kept in zip(again["rows"], result["rows"], strict=True):
         for key, value in row.items():

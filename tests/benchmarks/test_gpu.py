@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -13,21 +12,17 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks.gpu import charts as gpu_charts
-from benchmarks.gpu import checks as gpu_checks
-from benchmarks.gpu import layers as gpu_layers
-from benchmarks.gpu import measurements as gpu_measurements
-from benchmarks.gpu import profile as gpu_profile
+from benchmarks.gpu import charts, checks, layers, measurements, profile
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu.run import Part
 from benchmarks.model.methods import DEVICES, METHODS
-from benchmarks.timing import timers as measure
+from benchmarks.peers import compare
 from benchmarks.timing.shapes import LAYERS
 from benchmarks.timing.timers import interleaved
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TOY = gpu_measurements.Setting(CPU, partial(interleaved, rounds=2), torch.float32)
+TOY = measurements.Setting(CPU, partial(interleaved, rounds=2), torch.float32)
 SIZES = (40, 24, 16)
 
 
@@ -56,7 +51,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
     last = Part("last", lambda left, done: [{"of": list(done), "left": left}])
     known = [Part("first", lambda left, done: [{"a": 1}]), Part("second", fails), last]
     result = {"parts": []}
-    gpu.run(known, result, path, 100.0, lost=lambda: False)
+    gpu.run_parts(known, result, path, 100.0, lost=lambda: False)
     assert json.loads(path.read_text()) == result and seen == ["done"]
     first, second, third = result["parts"]
     assert first["rows"] == [{"a": 1}] and second["error"] == "ValueError: no luck" and "raise" in second["line"]
@@ -67,11 +62,11 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
 def test_a_used_budget_and_a_lost_gpu_leave_the_rest_out(tmp_path):
     parts = [Part("one", lambda left, done: 1 / 0), Part("two", lambda left, done: [])]  # type: ignore[arg-type]
     result = {"parts": []}
-    gpu.run(parts, result, tmp_path / "a.json", 100.0, lost=lambda: True)
+    gpu.run_parts(parts, result, tmp_path / "a.json", 100.0, lost=lambda: True)
     assert [part["state"] for part in result["parts"]] == ["failed", "left out"]
     assert "since 'one' failed" in result["parts"][1]["error"]
     result = {"parts": []}
-    gpu.run(parts, result, tmp_path / "a.json", 0.0, lost=lambda: False)
+    gpu.run_parts(parts, result, tmp_path / "a.json", 0.0, lost=lambda: False)
     assert {part["error"] for part in result["parts"]} == {"the budget of 0 s is used"}
 
 
@@ -85,61 +80,30 @@ def test_parts_are_chosen_by_name_and_unknown_ones_list_what_exists():
         gpu.choose(known, ["ratse"])
 
 
-def test_graph_times_leave_the_emptying_of_the_cache_out(monkeypatch):
-    monkeypatch.setattr(measure, "cache_emptier", lambda: lambda: 30.0)
-    monkeypatch.setattr(measure, "_captured", lambda empty, run, repeats: repeats * (empty() + (run() or 0.0)) + 5)
-    monkeypatch.setattr(measure, "_replayed", lambda graph: graph)
-    times = measure.with_graphs({"a": lambda: 2.0, "b": lambda: 7.0}, rounds=3)
-    assert {name: t.median_ms for name, t in times.items()} == {"a": pytest.approx(2.0), "b": pytest.approx(7.0)}
-
-
-def test_event_times_leave_the_emptying_of_the_cache_out(monkeypatch):
-    clock = [0.0]
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = clock[0]
-
-        def elapsed_time(self, end):
-            return end.at - self.at
-
-    def takes(ms):
-        return lambda: clock.__setitem__(0, clock[0] + ms)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(measure, "cache_emptier", lambda: takes(30.0))
-    times = measure.with_events({"a": takes(2.0), "b": takes(7.0)}, rounds=4)
-    assert times["a"].median_ms == pytest.approx(2.0) and times["b"].high_ms == pytest.approx(7.0)
-
-
 def test_the_measurements_without_triton_run_at_toy_size():
-    rows = gpu_measurements.rates(TOY, copied_bytes=4096, side=16)
+    rows = measurements.rates(TOY, copied_bytes=4096, side=16)
     assert [row["name"] for row in rows] == ["copy", "product"] and rows[0]["gb_per_s"] > 0
-    rows = gpu_measurements.accumulate(TOY, [SIZES, (8, 16, 24)])
+    rows = measurements.accumulate(TOY, [SIZES, (8, 16, 24)])
     assert len(rows) == 8 and all(row["over_mm"] == 1 for row in rows if row["name"] == "mm")
-    assert gpu_measurements.skinny(TOY, SIZES)[0]["tflop_per_s"] > 0
-    assert [row["columns"] for row in gpu_measurements.tall(TOY, SIZES, R=4, E=2)] == [8, 8, 6, 6]
+    assert measurements.skinny(TOY, SIZES)[0]["tflop_per_s"] > 0
+    assert [row["columns"] for row in measurements.tall(TOY, SIZES, R=4, E=2)] == [8, 8, 6, 6]
 
 
 def test_the_carve_out_is_taken_back_and_missing_ones_are_told(monkeypatch):
-    with gpu_measurements.sm_carve_out(0) as exists, pytest.raises(ZeroDivisionError):
+    with measurements.sm_carve_out(0) as exists, pytest.raises(ZeroDivisionError):
         assert exists == hasattr(torch._C, "_set_sm_carveout_experimental")
-        with gpu_measurements.sm_carve_out(4):
+        with measurements.sm_carve_out(4):
             assert not exists or torch._C._get_sm_carveout_experimental() == 4
             _ = 1 / 0
     assert not exists or torch._C._get_sm_carveout_experimental() is None
     monkeypatch.delattr(torch._C, "_set_sm_carveout_experimental", raising=False)
-    with gpu_measurements.sm_carve_out(4) as exists:
+    with measurements.sm_carve_out(4) as exists:
         assert exists is False
 
 
 def test_the_layer_comparison_goes_on_past_a_candidate_that_raises():
     timers = {"eager": partial(interleaved, rounds=2)}
-    rows = gpu_layers.compare(CPU, timers, LAYERS["toy"], torch.float32, {"MoSLD triton": "for a reason"})
+    rows = layers.compare(CPU, timers, LAYERS["toy"], torch.float32, {"MoSLD triton": "for a reason"})
     assert rows[0] == {"name": "MoSLD triton", "error": "RuntimeError: for a reason"}
     both = {row["name"]: row for row in rows if row.get("step") == "both"}
     assert set(both) > {"frozen linear", "MoSLD eager", "PEFT LoRA", "HydraLoRA loop", "formula in plain torch"}
@@ -150,9 +114,9 @@ def test_the_layer_comparison_goes_on_past_a_candidate_that_raises():
 
 def test_saved_bytes_are_what_the_operator_keeps():
     shape = LAYERS["toy"]
-    layer = gpu_layers.modules_for(shape, torch.float32, CPU)["MoSLD eager"]
+    layer = layers.modules_for(shape, torch.float32, CPU)["MoSLD eager"]
     x = torch.randn(shape.T, shape.D_in, requires_grad=True)
-    saved = gpu_layers.memory_of(layer, x, torch.randn(shape.T, shape.D_out))["saved_bytes"]
+    saved = compare.memory_of(layer, x, torch.randn(shape.T, shape.D_out))["saved_bytes"]
     assert saved == 4 * shape.T * (shape.R + shape.E) + 8  # hidden, gates and the seed
 
 
@@ -163,10 +127,8 @@ def test_a_failed_capture_drops_one_candidate_and_not_its_rivals():
                 raise RuntimeError("capture\nlost")
         return interleaved(candidates, rounds)
 
-    ready = {
-        name: dict.fromkeys(gpu_layers.STEPS, lambda s=s: s) for name, s in (("frozen linear", 0), ("b", "cannot"))
-    }
-    rows = gpu_layers._timed("graph", timer, ready, {"frozen linear": {}, "b": {}})
+    ready = {name: dict.fromkeys(layers.STEPS, lambda s=s: s) for name, s in (("frozen linear", 0), ("b", "cannot"))}
+    rows = layers._timed("graph", timer, ready, {"frozen linear": {}, "b": {}})
     assert [(row["name"], row.get("error")) for row in rows[:2]] == [
         ("b", "RuntimeError: capture"), ("frozen linear", None)
     ]  # fmt: skip
@@ -174,51 +136,51 @@ def test_a_failed_capture_drops_one_candidate_and_not_its_rivals():
 
 
 def test_kernels_are_told_by_position_or_else_by_name():
-    rows = gpu_profile.by_position([("a", 1.0), ("b", 5.0), ("a", 3.0)] * 3, rounds=3)
+    rows = profile.by_position([("a", 1.0), ("b", 5.0), ("a", 3.0)] * 3, rounds=3)
     assert [(row["position"], row["kernel"], row["median_us"]) for row in rows] == [
         (0, "a", 1.0), (1, "b", 5.0), (2, "a", 3.0)
     ]  # fmt: skip
-    rows = gpu_profile.by_position([("a", 1.0), ("b", 5.0), ("b", 7.0), ("a", 3.0)], rounds=2)
+    rows = profile.by_position([("a", 1.0), ("b", 5.0), ("b", 7.0), ("a", 3.0)], rounds=2)
     assert rows == [{"kernel": "a", "calls": 2, "median_us": 2.0}, {"kernel": "b", "calls": 2, "median_us": 6.0}]
-    assert gpu_profile.by_position([], rounds=2) == []
+    assert profile.by_position([], rounds=2) == []
 
 
 def test_the_suite_for_gpus_is_told_as_absent_counted_or_failed(tmp_path):
-    assert gpu_checks.tests(5, tmp_path / "nothing") == [{"name": "tests", "state": "absent"}]
+    assert checks.tests(5, tmp_path / "nothing") == [{"name": "tests", "state": "absent"}]
     marked = "import pytest\npytestmark = pytest.mark.gpu\n"
     (tmp_path / "test_good.py").write_text(marked + "def test_good(): pass\ndef test_skips(): pytest.skip('no need')\n")
-    rows = gpu_checks.tests(60, tmp_path)
+    rows = checks.tests(60, tmp_path)
     assert rows[0]["tests"] == 2 and rows[0]["skipped"] == 1 and rows[0]["exit_status"] == 0
     (tmp_path / "test_bad.py").write_text(marked + "def test_bad(): assert 1 == 2\n")
-    with pytest.raises(gpu_checks.CheckFailed, match="test_bad") as failed:
-        gpu_checks.tests(60, tmp_path)
+    with pytest.raises(checks.CheckFailed, match="test_bad") as failed:
+        checks.tests(60, tmp_path)
     assert failed.value.rows[0]["failures"] == 1
 
 
 @pytest.mark.slow
 def test_the_sanitizer_is_told_as_absent_clean_or_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_checks.sanitizer(5)[0]["state"] == "absent"
+    assert checks.sanitizer(5)[0]["state"] == "absent"
     tool = tmp_path / "compute-sanitizer"
     # A stand-in that prints its summary and runs the program as it is.
     tool.write_text('#!/bin/bash\nshift 4\necho "========= ERROR SUMMARY: 0 errors"\nexec "$@"\n')
     tool.chmod(0o755)
-    rows = gpu_checks.sanitizer(120, device="cpu", backend="eager")
+    rows = checks.sanitizer(120, device="cpu", backend="eager")
     assert [(row["name"], row["state"]) for row in rows] == [("memcheck", "clean"), ("racecheck", "clean")]
     assert rows[0]["summary"] == ["ERROR SUMMARY: 0 errors"]
     tool.write_text('#!/bin/bash\necho "RACECHECK SUMMARY: 1 hazard"\nexit 66\n')
-    with pytest.raises(gpu_checks.CheckFailed, match="memcheck: failed; racecheck: failed"):
-        gpu_checks.sanitizer(120)
+    with pytest.raises(checks.CheckFailed, match="memcheck: failed; racecheck: failed"):
+        checks.sanitizer(120)
 
 
 def test_a_trial_tells_each_size_and_a_process_ends_at_its_limit():
     sizes = [(LAYERS["toy"], "float32"), (LAYERS["toy"]._replace(K=9), "float32")]
-    with pytest.raises(gpu_checks.CheckFailed, match="1 of 2 sizes: ValueError: top_k must be in") as failed:
-        gpu_checks.trial(60, sizes, device="cpu", backend="eager")
+    with pytest.raises(checks.CheckFailed, match="1 of 2 sizes: ValueError: top_k must be in") as failed:
+        checks.trial(60, sizes, device="cpu", backend="eager")
     assert [row["state"] for row in failed.value.rows] == ["ran", "failed"]
-    broken = gpu_checks.failures(failed.value.rows)
-    assert list(broken) == [gpu_checks.size_name(*sizes[1])]
-    status, text = gpu_checks.run_process([sys.executable, "-uc", "import time; print('on'); time.sleep(60)"], 1.5)
+    broken = checks.failures(failed.value.rows)
+    assert list(broken) == [checks.size_name(*sizes[1])]
+    status, text = checks.run_process([sys.executable, "-uc", "import time; print('on'); time.sleep(60)"], 1.5)
     assert status is None and text in ("on\n", "")
 
 
@@ -226,12 +188,12 @@ def test_pictures_are_drawn_from_the_rows(tmp_path):
     names = ("frozen linear", "MoSLD triton", "PEFT LoRA", "HydraLoRA loop")
     rows = [{"name": n, "way": "graph", "step": "both", "ratio": 1.0 + 0.2 * i} for i, n in enumerate(names)]
     part = {"name": "layer gpu-4096 bfloat16", "rows": rows}
-    assert gpu_charts.draw({"parts": [part, {"name": "rates"}]}, tmp_path) == ["overhead.png", "modelled.png"]
+    assert charts.draw({"parts": [part, {"name": "rates"}]}, tmp_path) == ["overhead.png", "modelled.png"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("overhead.png", "modelled.png"))
-    assert gpu_charts.draw({"parts": [{"name": "layer gpu-4096 bfloat16", "rows": []}]}, tmp_path) == []
-    assert set(gpu_charts.MODELLED.values()) <= set(METHODS)
+    assert charts.draw({"parts": [{"name": "layer gpu-4096 bfloat16", "rows": []}]}, tmp_path) == []
+    assert set(charts.MODELLED.values()) <= set(METHODS)
     shape = LAYERS["gpu-4096"]
-    assert round(gpu_charts.modelled_percent("MoSLD triton", shape, DEVICES["H200"]), 1) == 13.5
+    assert round(charts.modelled_percent("MoSLD triton", shape, DEVICES["H200"]), 1) == 13.5
 
 
 @pytest.mark.slow
@@ -266,26 +228,10 @@ def test_the_kernels_compile_for_sm_90_within_its_limits():
             assert kernel["wgmma"] > 0 and kernel["tma"] > 0, kernel
 
 
-def test_the_machine_is_told_where_the_library_is_not_installed(monkeypatch):
-    def missing(package):
-        raise measure.PackageNotFoundError(package)
-
-    monkeypatch.setattr(measure, "version", missing)
-    assert measure.machine()["mosld"] == "not installed"
-
-
-def test_the_gpu_is_described(monkeypatch):
-    properties = types.SimpleNamespace(name="a GPU", multi_processor_count=132, total_memory=1, L2_cache_size=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
-    monkeypatch.setenv("PATH", "")
-    told = measure.gpu()
-    assert told["gpu"] == "a GPU" and told["driver"] == "unknown" and {"cuda", "triton"} <= set(told)
-
-
 def test_steps_give_gradients_of_x_and_of_what_is_trained():
     linear = nn.Linear(4, 3).requires_grad_(False)
     x = torch.randn(2, 4, requires_grad=True)
-    steps = gpu_layers.steps_of(linear, x, torch.ones(2, 3))
+    steps = layers.steps_of(linear, x, torch.ones(2, 3))
     (forward,) = (steps["forward"](),)
     torch.testing.assert_close(forward, linear(x))
     for step in ("backward", "both"):

@@ -5,8 +5,10 @@ import re
 import sys
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
+from benchmarks.model import cpu as cpu_model
 from benchmarks.model.kernels import Cuts, kernel_table, tensor_bytes
 from benchmarks.model.methods import (
     DEVICES,
@@ -17,6 +19,8 @@ from benchmarks.model.methods import (
     floor,
     method_table,
 )
+from benchmarks.peers.known import FROZEN, OURS
+from benchmarks.timing.shapes import LayerShape
 
 
 def percents(device: str, method: str, *sizes) -> list[float]:
@@ -126,3 +130,13 @@ def test_wrong_sizes_end_with_the_rule(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "roofline", *arguments])
     assert command.main() == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_model_of_the_cpu_prices_products_and_passes():
+    rates = cpu_model.Rates(copy_bytes=10e9, matmul_flops=100e9)
+    p = cpu_model.problem(LayerShape(1000, 500, 400, 8, 4, 2), rates, torch.float32)
+    frozen = cpu_model.predict(FROZEN, p)
+    assert frozen["forward"] == pytest.approx(1e3 * 2 * 1000 * 500 * 400 / 100e9)
+    ours, bound = cpu_model.predict(OURS, p), cpu_model.limit(p)
+    assert frozen["both"] < bound["both"] <= ours["both"] < cpu_model.predict("HydraLoRA loop", p)["both"]
+    assert cpu_model.predict("PEFT Lily", p) is None

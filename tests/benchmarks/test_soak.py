@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.long import soak
-from benchmarks.long.small_runs import live_tensors, memory
+from benchmarks.long.memory import live_tensors, memory
 from benchmarks.long.soak_work import Samples
 
 ROOT = Path(__file__).parents[2]

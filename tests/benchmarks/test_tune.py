@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.gpu import run as gpu
+from benchmarks.gpu import device
+from benchmarks.timing import files
 from benchmarks.timing.shapes import LAYERS
 from benchmarks.timing.timers import Timing, interleaved
-from benchmarks.tune import candidates as tune_candidates
-from benchmarks.tune import choice as tune_choice
+from benchmarks.tune import candidates, choice
 from benchmarks.tune import run as tune
 from benchmarks.tune.candidates import Case, forced
 from benchmarks.tune.choice import Measurement, choose
@@ -78,10 +78,10 @@ def test_candidates_are_few_valid_and_led_by_the_default(tmp_path):
             for arch in (80, 86, 90, 100, 120):
                 for dtype in ("bfloat16", "float32"):
                     one = Case(kernel, name, shape, dtype, arch)
-                    found = tune_candidates.candidates(one)
+                    found = candidates.candidates(one)
                     assert found[0] == one.default().tile and len(set(found)) == len(found) <= 12
     path = tmp_path / "all.json"
-    known = [Row(kernel, tile) for (kernel, _), found in tune_candidates.CANDIDATES.items() for tile in found]
+    known = [Row(kernel, tile) for (kernel, _), found in candidates.CANDIDATES.items() for tile in found]
     path.write_text(json.dumps([tune.as_json(row) for row in known]))
     assert tiles.read_rows(str(path)) == known
 
@@ -107,12 +107,12 @@ def test_a_tile_must_gain_more_than_3_percent():
     for ms, wins in ((0.96, True), (0.975, False), (1.2, False)):
         (verdict,) = choose([measurement(case(), {None: 1.0, B: ms, A: 1.5})])
         assert verdict.is_new() == wins and verdict.best == B and verdict.ratio == ms
-        text = tune_choice.summary([verdict])
+        text = choice.summary([verdict])
         assert f"{1e3 * ms:.1f} us, default 1000.0 us" in text
         assert ("stays" in text) != wins and ("Row(" in text) == wins
     assert verdict.row.tile == verdict.default.tile
     (verdict,) = choose([measurement(case(), {None: 1.0})])
-    assert not verdict.is_new() and "the default stays" in tune_choice.summary([verdict])
+    assert not verdict.is_new() and "the default stays" in choice.summary([verdict])
 
 
 def test_shapes_with_the_same_bounds_share_a_row_and_none_may_lose():
@@ -133,8 +133,8 @@ def test_a_new_row_hides_neither_measured_nor_listed_smaller_sizes(tmp_path, mon
     few, many = (case(name, "up_backward") for name in ("gpu-4096-t1024", "gpu-4096"))
     verdicts = choose([measurement(many, {None: 1.0, new: 0.5}, broad), measurement(few, {None: 1.0, new: 1.1}, broad)])
     guard, winner = few.row(broad.tile), many.row(new)
-    assert tune_choice.insertions(verdicts) == {broad: [guard, winner]}
-    found = tune_choice.file_rows(verdicts, known, 90)
+    assert choice.insertions(verdicts) == {broad: [guard, winner]}
+    found = choice.file_rows(verdicts, known, 90)
     assert found == [listed._replace(arch=90), guard, winner]
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps([tune.as_json(row) for row in found]))
@@ -145,12 +145,12 @@ def test_a_new_row_hides_neither_measured_nor_listed_smaller_sizes(tmp_path, mon
     beyond = (90, 8193, 0, 4096, 128, 2), (90, 8192, 0, 4096, 129, 2), (80, 8192, 0, 4096, 128, 2)
     assert not {tiles.pick("up_backward", *sizes) for sizes in beyond} & set(found)
     larger_only = choose([measurement(few, {None: 1.0, new: 0.5}, broad), measurement(many, {None: 1.0}, broad)])
-    assert tune_choice.insertions(larger_only) == {broad: [few.row(new)]}  # nothing to say of what lies beyond
+    assert choice.insertions(larger_only) == {broad: [few.row(new)]}  # nothing to say of what lies beyond
 
 
 def test_rows_are_printed_as_the_table_of_tiles_has_them():
     row = Row("down", A, arch=90, bytes=2, columns_to=24, tokens_to=8192)
-    text = tune_choice.row_text(row)
+    text = choice.row_text(row)
     assert text == 'Row("down", Tile(64, 128, 0, 4, 3, 128), arch=90, bytes=2, columns_to=24, tokens_to=8192),'
     assert eval(text)[0] == row  # it is Python
 
@@ -191,7 +191,7 @@ def test_a_wrong_tile_is_not_timed_however_fast(monkeypatch):
     monkeypatch.setattr(tune, "down", broken)
     found = tune.measure(one, [default, B, C], CPU, stand_in([2.0, 1.0]))
     assert set(found.times) == {default, C} and "relative error" in found.dropped[B]
-    assert "dropped: relative error" in tune_choice.times_text(found)
+    assert "dropped: relative error" in choice.times_text(found)
     with pytest.raises(RuntimeError, match="the default Tile.*no time measured"):
         tune.measure(one, [default, C], CPU, stand_in([0.0, 1.0]))
 
@@ -199,8 +199,8 @@ def test_a_wrong_tile_is_not_timed_however_fast(monkeypatch):
 @interpreted
 def test_rehearsed_at_toy_size_in_the_interpreter(capsys):
     wanted = tune.cases(tiles.KERNELS, ["toy"], ["float32"], 80)
-    chosen = {one: tune_candidates.candidates(one)[:3] for one in wanted}
-    measured = tune.run(chosen, CPU, partial(interleaved, rounds=2), time.monotonic() + 100)
+    chosen = {one: candidates.candidates(one)[:3] for one in wanted}
+    measured = tune.measure_all(chosen, CPU, partial(interleaved, rounds=2), time.monotonic() + 100)
     assert [one.case.kernel for one in measured] == list(tiles.KERNELS)
     for one in measured:
         assert len(one.times) == 3 and not one.dropped and one.default.tile in one.times
@@ -214,20 +214,20 @@ def test_what_won_is_written_and_then_picked(tmp_path, monkeypatch, capsys):
     out, seen = tmp_path / "new" / "tiles.json", []
     wanted = tune.cases(["down", "grad_down"], ["toy"], ["float32"], 80)
     chosen = {one: [one.default().tile, B._replace(columns=32)] for one in wanted}
-    monkeypatch.setattr(tune, "write", lambda rows, path: (gpu.write(rows, path), seen.append(len(rows))))
-    tune.run(chosen, CPU, stand_in([2.0, 1.0]), time.monotonic() + 100, out)
+    monkeypatch.setattr(tune, "write", lambda rows, path: (files.write(rows, path), seen.append(len(rows))))
+    tune.measure_all(chosen, CPU, stand_in([2.0, 1.0]), time.monotonic() + 100, out)
     assert seen == [1, len(tiles.read_rows(str(out)))]
     monkeypatch.setenv("MOSLD_TILES", str(out))
     for one in wanted:
         expected = Row(one.kernel, B._replace(columns=32), arch=80, bytes=4, columns_to=8, tokens_to=64)
         assert one.default() == expected and one._replace(shape=one.shape._replace(T=65)).default() != expected
-        assert tune_choice.row_text(expected) in capsys.readouterr().out or one is wanted[1]
+        assert choice.row_text(expected) in capsys.readouterr().out or one is wanted[1]
 
 
 @interpreted
 def test_an_interruption_a_failure_and_a_used_budget_keep_what_was_measured(tmp_path, capsys):
     wanted = tune.cases(tiles.KERNELS, ["toy"], ["float32"], 80)
-    chosen = {one: [one.default().tile, tune_candidates.candidates(one)[1]] for one in wanted}
+    chosen = {one: [one.default().tile, candidates.candidates(one)[1]] for one in wanted}
     good, calls = stand_in([2.0, 1.0]), []
 
     def third(error):
@@ -243,21 +243,21 @@ def test_an_interruption_a_failure_and_a_used_budget_keep_what_was_measured(tmp_
 
     out = tmp_path / "tiles.json"
     with pytest.raises(KeyboardInterrupt):
-        tune.run(chosen, CPU, third(KeyboardInterrupt), time.monotonic() + 100, out)
+        tune.measure_all(chosen, CPU, third(KeyboardInterrupt), time.monotonic() + 100, out)
     printed = capsys.readouterr().out
     assert "up_backward toy float32 failed: RuntimeError: no luck" in printed and "above Row(" in printed
     assert [row.tile for row in tiles.read_rows(str(out))][-1] == chosen[wanted[0]][1]
     calls.clear()
-    measured = tune.run(chosen, CPU, third(ValueError), time.monotonic() + 100, lost=lambda: True)
+    measured = tune.measure_all(chosen, CPU, third(ValueError), time.monotonic() + 100, lost=lambda: True)
     assert len(measured) == 1 and len(calls) == 2
-    assert tune.run(chosen, CPU, good, time.monotonic()) == [] and "budget is used" in capsys.readouterr().out
+    assert tune.measure_all(chosen, CPU, good, time.monotonic()) == [] and "budget is used" in capsys.readouterr().out
 
 
 @interpreted
 def test_the_command_counts_what_was_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "nvidia_gpu", lambda: CPU)
+    monkeypatch.setattr(device, "nvidia_gpu", lambda: CPU)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(tune, "survivors", lambda wanted: {one: tune_candidates.candidates(one)[:2] for one in wanted})
+    monkeypatch.setattr(tune, "survivors", lambda wanted: {one: candidates.candidates(one)[:2] for one in wanted})
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no GPU")
@@ -290,14 +290,14 @@ def test_without_a_gpu_the_command_says_so_and_writes_nothing(tmp_path, capsys, 
     ],
 )
 def test_unknown_names_list_what_exists(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "nvidia_gpu", lambda: CPU)
+    monkeypatch.setattr(device, "nvidia_gpu", lambda: CPU)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert run_command(monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_interpreter_is_not_measured(capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "nvidia_gpu", lambda: CPU)
+    monkeypatch.setattr(device, "nvidia_gpu", lambda: CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert run_command(monkeypatch) == 2 and "unset it" in capsys.readouterr().err
     options = command._parser().parse_args(["tune"])

@@ -6,7 +6,7 @@ faults: for each architecture, what the compiler holds against the default and a
 import json
 
 from benchmarks.timing.shapes import LAYERS
-from benchmarks.tune import candidates as tune_candidates
+from benchmarks.tune import candidates
 from benchmarks.tune.candidates import Case, Tile
 
 HOPELESS = {
@@ -17,20 +17,19 @@ HOPELESS = {
 
 
 def main() -> None:
-    from benchmarks.tune import (
-        run as tune,  # here, because the processes that compile import this file, and this takes long
-    )
+    # Here, because the processes that compile import this file, and this takes long.
+    from benchmarks.tune.run import survivors
 
     cases = [Case("up_backward", "gpu-4096", LAYERS["gpu-4096"], "bfloat16", arch) for arch in (80, 89, 90, 100)]
-    tune_candidates.CANDIDATES["up_backward", 2] = (HOPELESS["shared"],)
-    left = tune.survivors(cases)
+    candidates.CANDIDATES["up_backward", 2] = (HOPELESS["shared"],)
+    left = survivors(cases)
     told = {case.arch: [tile == case.default().tile for tile in tiles] for case, tiles in left.items()}
     names = {tile: name for name, tile in HOPELESS.items()}
-    found = tune_candidates.faults({cases[2]: list(HOPELESS.values())})
+    found = candidates.faults({cases[2]: list(HOPELESS.values())})
     faults = {names[tile]: why for (_, tile), why in found.items()}
     blocks = {}
     for tile in (Tile(64, 128, 0, 4, 3), Tile(32, 64, 0, 8, 2, 96)):
-        launch = tune_candidates._launch(cases[2]._replace(kernel="down"), tile)
+        launch = candidates._launch(cases[2]._replace(kernel="down"), tile)
         sizes = dict(launch.constants)
         blocks[str(tuple(tile))] = [
             sizes["BLOCK_T"],

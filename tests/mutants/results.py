@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing.files import write
-from benchmarks.timing.timers import installed, machine
+from benchmarks.timing.machine import installed, machine
 from tests.mutants.fault import Fault
 from tests.mutants.runner import Outcome, key
 

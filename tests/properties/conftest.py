@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.timing.timers import installed, machine
+from benchmarks.timing.machine import installed, machine
 
 from .profile import FUZZ, SEED, TIMES, tried
 

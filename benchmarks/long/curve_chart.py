@@ -1,10 +1,11 @@
-"""The picture of `python -m benchmarks curves`: the curves, and their distances from float64 under the spread of seeds."""
+"""The picture of `python -m benchmarks curves`: the curves, and their distances from float64 under the spread of
+seeds."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .curves import OURS, SEEDS, TRUTH, smooth
+from .curve_figures import OURS, SEEDS, TRUTH, smoothed
 
 COLORS = ("#c2410c", "#1d4ed8", "#0f766e")
 GREY, DPI = "#94a3b8", 120
@@ -13,7 +14,7 @@ GREY, DPI = "#94a3b8", 120
 def draw(result: dict, path: Path) -> None:
     """Write the picture of a result to `path` as PNG."""
     window = result["settings"]["window"]
-    curves = {name: smooth(run["losses"], window) for name, run in result["runs"].items()}
+    curves = smoothed(result["runs"], window)
     steps = range(window, window + len(curves[TRUTH]))
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
