@@ -144,15 +144,13 @@ def trial(
     """
     arguments = [device, backend, json.dumps([[*shape, dtype] for shape, dtype in sizes])]
     status, text = run_process([sys.executable, "-c", PROGRAM, *arguments], limit_s)
-    written = [line for line in text.splitlines() if line.startswith('{"state"')]
+    outcomes = [json.loads(line) for line in text.splitlines() if line.startswith('{"state"')]
+    # A process that ended early has left no line for the sizes after that.
+    ended = "it ran out of time" if status is None else f"the process ended with {status}"
+    missing = {"state": "failed", "error": f"{ended}: {text.strip()[-300:]}"}
+    outcomes += [missing] * (len(sizes) - len(outcomes))
     rows = []
-    for (shape, dtype), line in zip(sizes, [*written, *[""] * (len(sizes) - len(written))], strict=True):
-        # A process that ended early has left no line for the sizes after that.
-        if not line:
-            ended = "it ran out of time" if status is None else f"the process ended with {status}"
-            outcome = {"state": "failed", "error": f"{ended}: {text.strip()[-300:]}"}
-        else:
-            outcome = json.loads(line)
+    for (shape, dtype), outcome in zip(sizes, outcomes, strict=True):
         rows.append({"name": size_name(shape, dtype), **outcome})
     failed = [row for row in rows if row["state"] != "ran"]
     if failed:
