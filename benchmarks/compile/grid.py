@@ -1,4 +1,4 @@
-"""The launches that are compiled: layers over mixtures, tokens, dtypes and architectures, and sizes that are awkward."""
+"""The launches that are compiled: mixtures, tokens, dtypes and architectures, and sizes that are awkward."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,8 @@ from .recorded import Problem
 # R and E.
 MIXTURES = ((16, 8), (8, 8), (1, 1), (5, 3), (64, 4), (64, 8), (48, 5), (24, 33), (16, 32), (8, 64), (128, 64))
 DIAGONAL = ((8, 8), (16, 4), (4, 8), (5, 3), (16, 8), (4, 32))  # with an A for each expert
-TOKENS = (8192, 256)  # a full chip, and one that needs planes
+# One that fills the chip, and one that needs planes.
+TOKENS = (8192, 256)
 # Sizes of one, which a compiler takes for constants, and rows that no vector of 16 bytes divides.
 AWKWARD = (
     LayerShape(1, 4096, 4096, 16, 8, 2),

@@ -28,7 +28,8 @@ WIDE_LOADS = (  # of 16 bytes, from global memory
     r"cp\.async\.\w+\.shared\.global.*0x10|ld\.global[\w.:]*\.v(4\.b32|4\.f32|2\.b64)|ld\.global[\w.:]*\.v8\.b32"
 )
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-NO_TENSOR_CORES = "no tensor-core instruction"  # of the chip's own kind; it may have those of older chips
+# No instruction of the chip's own kind; there may be those of older chips.
+NO_TENSOR_CORES = "no tensor-core instruction"
 NARROW_LOADS = "x or dout is not loaded 16 bytes at a time"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -109,7 +110,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def _sizes(launch: Launch) -> str:
     shown = ("R", "Z", "E", "C", "EXPANDS", "DIAGONAL", "PLANES", "DROPS", "CASTS_B", "PRECISION")
-    return " ".join(f"{name}={value}" for name, value in launch.constants if name in shown)
+    sizes = []
+    for name, value in launch.constants:
+        if name in shown:
+            sizes.append(f"{name}={value}")
+    return " ".join(sizes)
 
 
 def _faults(report: Report, launch: Launch, code: Mapping[str, Any]) -> Iterator[str]:
@@ -148,8 +153,11 @@ def _rows_aligned(launch: Launch) -> bool:
     """Whether the rows of x or dout start at multiples of 16 bytes, as they do in real layers; true without a row."""
     if launch.row is None:
         return True
-    divisible = {launch.signature[place][0] for place in launch.divisible}
-    return not divisible.isdisjoint(("stride_x_t", "stride_left_t", "D_OUT"))
+    for place in launch.divisible:
+        name, _ = launch.signature[place]
+        if name in ("stride_x_t", "stride_left_t", "D_OUT"):
+            return True
+    return False
 
 
 def _loads_large_operand_wide(tile: tiles.Tile, ttgir: str) -> bool:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mosld_kernels.triton import tiles
 
+from ..timing.names import require_known
 from .grid import grid
 from .machine_code import ARCHS, Report, compile_launch
 from .recorded import Launch, launches
@@ -30,9 +31,7 @@ def compile_grid(archs: Sequence[int], quick: bool, out: Path | None) -> int:
     A tile row that no launch of the whole grid selects is a fault as well.
     raises ValueError for an architecture that is not one of ARCHS.
     """
-    unknown = [str(arch) for arch in archs if arch not in ARCHS]
-    if unknown:
-        raise ValueError(f"there is no {', '.join(unknown)}; there are: {', '.join(map(str, ARCHS))}")
+    require_known("", map(str, archs), list(map(str, ARCHS)))
     recorded = set()
     for problem in grid(archs, quick):
         forward, backward = launches(problem)
@@ -91,13 +90,15 @@ def summary(reports: Sequence[Report]) -> str:
     lines = [f"{'kernel':14}{'dtype':>6}{'sm':>5}{heads}"]
     for (kernel, dtype, arch), group in itertools.groupby(sorted(reports, key=_kind), key=_kind):
         variants = list(group)
-        registers = max(variant.registers for variant in variants)
-        stack = max(variant.stack_bytes for variant in variants)
-        shared = max(variant.shared_bytes for variant in variants)
+        registers, stack = _largest(variants, "registers"), _largest(variants, "stack_bytes")
+        shared = _largest(variants, "shared_bytes")
         fits = min(variant.programs_per_processor for variant in variants)
-        figures = f"{len(variants):>10}{registers:>11}{stack:>9}{shared:>9}{fits:>8}"
-        lines.append(f"{kernel:16}{dtype:>6}{arch:>5}{figures}")
+        lines.append(f"{kernel:16}{dtype:>6}{arch:>5}{len(variants):>10}{registers:>11}{stack:>9}{shared:>9}{fits:>8}")
     return "\n".join(lines)
+
+
+def _largest(reports: Sequence[Report], field: str) -> int:
+    return max(getattr(report, field) for report in reports)
 
 
 def _kind(report: Report) -> tuple[str, str, int]:

@@ -1,4 +1,4 @@
-"""Adapted linear layers beside their peers on the CPU: every chosen shape and dtype is one table of `compare`'s rows."""
+"""Adapted linear layers beside their peers on the CPU: each chosen shape and dtype is one table of `compare`'s rows."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,8 @@ from ..timing.options import add_budget, add_out, budget_of
 from ..timing.shapes import DROPOUT, DTYPES, LAYERS, LayerShape, named
 from ..timing.timers import Budget
 
-LONGEST_STEP_S = 2.0  # of the frozen layer; beyond it a table would take minutes
+# Of the frozen layer; beyond it a table would take minutes.
+LONGEST_STEP_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def steps(shape: LayerShape, dtype: torch.dtype) -> list[Step]:
     shared_a = torch.randn(R, D_in).to(dtype)
     expert_b = torch.randn(D_out, E * R).to(dtype)
     router = torch.randn(E, D_in).to(dtype)
-    seeds = itertools.count()  # a new mask every time, as in training
+    # Every run draws a new mask, as in training.
+    seeds = itertools.count()
 
     def prepare():
         return eager.prepare(shared_a, router, expert_b, torch.tensor([next(seeds)]), DROPOUT, dtype)

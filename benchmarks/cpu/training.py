@@ -60,7 +60,8 @@ def base_model(size: Size) -> LlamaForCausalLM:
         max_position_embeddings=size.length + PROMPT + NEW,
     )  # fmt: skip
     model = LlamaForCausalLM(config).requires_grad_(False)
-    model.enable_input_require_grads()  # so that the frozen model has a backward pass, as it has under an adapter
+    # With this the frozen model has a backward pass, as it has under an adapter.
+    model.enable_input_require_grads()
     return model
 
 

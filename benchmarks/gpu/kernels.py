@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tile: LinearTile, programs: i
 
 
 def philox_kept(seed: Tensor, elements: int, p: float, rounds: int, four_per_call: bool) -> Tensor:
-    """seed int64 [1] -> int32 [blocks of 1024 elements]: how many of `elements` each block keeps; below 2^31 elements"""
+    """seed int64 [1] -> int32 [blocks of 1024 elements]: how many of `elements`, below 2^31, each block keeps"""
     kept = torch.empty(triton.cdiv(elements, PHILOX_BLOCK), dtype=torch.int32, device=seed.device)
     _philox_kernel[(len(kept),)](seed, kept, elements, threshold(p), rounds, four_per_call, PHILOX_BLOCK, num_warps=4)
     return kept

@@ -210,7 +210,8 @@ def philox(on: Setting, shape: tuple[int, int, int] = SHAPE) -> list[dict]:
 
 
 def _expect_share(name: str, kept: float, elements: int) -> None:
-    deviation = (DROP_P * (1 - DROP_P) / elements) ** 0.5  # of the share kept by independent draws
+    # The standard deviation of the share that independent draws keep.
+    deviation = (DROP_P * (1 - DROP_P) / elements) ** 0.5
     if abs(kept - (1 - DROP_P)) > 5 * deviation:
         raise RuntimeError(f"{name} keeps {kept:.4f} of the elements, not {1 - DROP_P}")
 

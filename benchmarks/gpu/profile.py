@@ -70,17 +70,17 @@ def profiled(run: Callable[[], object], rounds: int = ROUNDS) -> list[tuple[str,
 
 def by_position(events: Sequence[tuple[str, float]], rounds: int) -> list[dict]:
     """-> one row a kernel of a round. Where rounds differ from each other, one row a name, with its calls."""
-    names = [name for name, _ in events]
+    names, times = zip(*events, strict=True) if events else ((), ())
     count = len(events) // rounds
     rows = []
     if names[:count] * rounds == names:
         for position, name in enumerate(names[:count]):
-            times = [us for _, us in events[position::count]]
-            rows.append({"position": position, "kernel": name[:200], "median_us": statistics.median(times)})
+            median_us = statistics.median(times[position::count])
+            rows.append({"position": position, "kernel": name[:200], "median_us": median_us})
         return rows
     by_name = defaultdict(list)
     for name, us in events:
         by_name[name].append(us)
-    for name, times in by_name.items():
-        rows.append({"kernel": name[:200], "calls": len(times), "median_us": statistics.median(times)})
+    for name, own in by_name.items():
+        rows.append({"kernel": name[:200], "calls": len(own), "median_us": statistics.median(own)})
     return rows

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU in one command: checks, measurements, the layer beside its rivals; one JSON, two pictures.
+"""Everything that needs a GPU in one command: checks, measurements, the layer beside its rivals; a JSON and pictures.
 
 Parts run one after the other, and after each the file is written: an interruption keeps what is measured. A part that
 fails is recorded with its error and the rest goes on; when the time is used, no further part is started.
@@ -22,7 +22,8 @@ from ..timing.timers import Timer, interleaved, with_events, with_graphs
 from . import checks, device, layers, measurements, profile
 
 BUDGET_S = 450.0
-TESTS_S, SANITIZER_S, TRIAL_S = 150.0, 60.0, 60.0  # the most that each check may take
+# The most that each check may take.
+TESTS_S, SANITIZER_S, TRIAL_S = 150.0, 60.0, 60.0
 LAYERS_MEASURED = (
     ("gpu-4096", "bfloat16"),
     ("gpu-4096-14336", "bfloat16"),
@@ -87,7 +88,8 @@ def _layer(device: torch.device, scale: Scale, name: str, dtype: str, left: floa
     failed = checks.failures(done.get("trial", ())).get(checks.size_name(LAYERS[name], dtype))
     left_out = {"MoSLD triton": f"its trial failed: {failed}"} if failed else {}
     timers = {"eager": scale.layer_eager}
-    if dtype == "bfloat16":  # the others are there to be compared, not to be explained
+    # The other dtypes are there to be compared, not to be explained.
+    if dtype == "bfloat16":
         timers["graph"] = scale.layer_graph
     return layers.compare(device, timers, LAYERS[name], getattr(torch, dtype), left_out)
 
@@ -115,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         "budget_s": options.budget,
         "dropout": DROPOUT,
         "timers": _timers_in_words(scale),
-        "parts": [part.name for part in chosen],
+        "parts": names_of(chosen),
     }
     result = {"machine": {**machine(), **gpu()}, "settings": settings, "parts": []}
     # One stream for everything, not the default one: captures need that, and autograd stays on the stream of forward.
@@ -146,11 +148,15 @@ def choose(known: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
         return list(known)
     wanted = set()
     for name in names:
-        matching = {part.name for part in known if part.name == name or part.name.startswith(f"{name} ")}
+        matching = [part for part in known if part.name == name or part.name.startswith(f"{name} ")]
         if not matching:
-            raise ValueError(f"there is no part {name!r}; there are: {', '.join(part.name for part in known)}")
-        wanted |= matching
+            raise ValueError(f"there is no part {name!r}; there are: {', '.join(names_of(known))}")
+        wanted.update(names_of(matching))
     return [part for part in known if part.name in wanted]
+
+
+def names_of(parts: Sequence[Part]) -> list[str]:
+    return [part.name for part in parts]
 
 
 def run_parts(chosen: Sequence[Part], result: dict, path: Path, budget_s: float, lost: Callable[[], bool]) -> None:
@@ -187,7 +193,8 @@ def run_part(part: Part, left_s: float, done: Mapping[str, Rows]) -> dict:
 def _pictures(result: dict, folder: Path) -> list[str] | str:
     """-> the names of the pictures, or why there are none"""
     try:
-        from .charts import draw  # here, because Matplotlib may be missing where times can be taken
+        # Imported here, because Matplotlib may be missing where times can be taken.
+        from .charts import draw
 
         return draw(result, folder)
     except Exception as error:  # pictures are no reason to lose an exit status

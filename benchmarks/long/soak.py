@@ -75,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
 
 def training(folder: Path, model: str, steps: int, resumes: int) -> dict:
     """-> "memory" of an uninterrupted training, and "resuming": what a killed one has in common with it"""
-    save_every = max(2, steps // max(30, 2 * (resumes + 1)))  # so that there is a checkpoint before the first kill
+    # Often enough that there is a checkpoint before the first kill.
+    save_every = max(2, steps // max(30, 2 * (resumes + 1)))
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -89,7 +90,7 @@ def training(folder: Path, model: str, steps: int, resumes: int) -> dict:
     memory = json.loads((whole / "0.json").read_text())
     losses = dict(_losses(whole / "0.losses"))
     legs = [_losses(cut / f"{number}.losses") for number in range(resumes + 1)]
-    adapters = [load_file(each / "adapter" / WEIGHTS) for each in (whole, cut)]
+    undisturbed, resumed = load_file(whole / "adapter" / WEIGHTS), load_file(cut / "adapter" / WEIGHTS)
     resuming = {
         "steps": steps,
         "save_every": save_every,
@@ -98,7 +99,7 @@ def training(folder: Path, model: str, steps: int, resumes: int) -> dict:
         "seconds": seconds,
         "resumed_from": [_first_step(leg) - 1 for leg in legs[1:]],
         **compared(losses, legs),
-        **drift(*adapters),
+        **drift(undisturbed, resumed),
     }
     ends = {"first": losses[1], "last": losses[steps]}
     return {"memory": {"steps": steps, "loss": ends, **memory}, "resuming": resuming}
@@ -118,7 +119,11 @@ def _run(ends_with: int, work: Callable[..., None], *arguments: object) -> None:
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:
-    return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
+    losses = []
+    for line in path.read_text().splitlines():
+        step, loss = json.loads(line)
+        losses.append((step, loss))
+    return losses
 
 
 def compared(losses: dict[int, float], legs: list[list[tuple[int, float]]]) -> dict:

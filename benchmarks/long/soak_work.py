@@ -29,8 +29,10 @@ ROWS = 512  # of training data
 LOGGED = 50  # steps between the Trainer's logs
 CHECKED = 10  # switches between forwards
 SAMPLES = 60  # of memory, over a run
-WARM_UP = 1 / 6  # of a run: after it memory must not grow
-FILLED = 40  # steps after which the operator's cache of 512 masks is full, with 14 layers
+# A share of the run, after which memory must not grow.
+WARM_UP = 1 / 6
+# Steps after which the operator's cache of 512 masks is full, with 14 layers.
+FILLED = 40
 
 
 class Samples:
@@ -98,7 +100,8 @@ class _AtStep(TrainerCallback):
 
 
 def _begin() -> None:
-    gc.freeze()  # what was imported: the collector would copy it into this process
+    # The collector would copy what was imported into this process.
+    gc.freeze()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT calls what it was
     transformers.logging.set_verbosity_error()
 

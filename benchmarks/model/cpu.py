@@ -14,7 +14,8 @@ from . import methods
 from .methods import Device, Problem
 
 COPIED_BYTES = 64 << 20
-SIDES = (512, 2048)  # of the product that is timed: the small one where the large one would take too long
+# Of the product that is timed: the small one serves where the large one would take too long.
+SIDES = (512, 2048)
 LONGEST_S = 0.5
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from .methods import DEVICES, Device, Problem, ceil_div, padded
 
-PHILOX_OPS = 60  # 32-bit instructions of one call: ten rounds of two wide products, two three-way xors, two key steps
+# 32-bit instructions of one call: ten rounds of two wide products, two three-way xors, two key steps.
+PHILOX_OPS = 60
 
 
 class Cuts(NamedTuple):

@@ -1,4 +1,4 @@
-"""A model, not a measurement: what an adapter adds to a frozen linear layer, from bytes, FLOP and two rates of a device.
+"""A model, not a measurement: what an adapter adds to a frozen linear layer, by bytes, FLOP and two device rates.
 
     time = max(FLOP / FLOP per s, bytes / bytes per s) of each step        pass = one read or write of a 16-bit tensor
 
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 ELEMENT_BYTES = 2  # bfloat16 and float16
-MMA_WIDTH = 16  # tensor cores take ranks in multiples of this
+# Tensor cores take ranks in multiples of this.
+MMA_WIDTH = 16
 US = 1e6
 
 

@@ -38,7 +38,7 @@ class Linear(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The linear layers of a model by name, then the number of weights in its head and in its embedding, not adapted."""
+    """The linear layers of a model by name, then the numbers of weights in its head and embedding, not adapted."""
 
     layers: dict[str, Linear]
     head: int

@@ -63,7 +63,8 @@ def compare(
     training: False measures modules in eval mode without gradients, and gives rows of the step "forward" alone.
     A peer that raises gives one row with `failure`, and the others go on.
     """
-    torch._dynamo.reset()  # so that a compiled peer is compiled for these sizes, in every table of a run
+    # Without this a compiled peer would be compiled for any size once a second table comes.
+    torch._dynamo.reset()
     linear, x, dout = inputs_of(shape, dtype, torch.device("cpu"))
     rows, ready, facts = [], {}, {}
     for name in tqdm(peers, desc=f"{label}: peers", leave=False):
@@ -135,7 +136,8 @@ def saved_bytes(forward: Callable[[], object], module: nn.Module, x: Tensor) -> 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = tensor  # held, so that no other storage takes the address meanwhile
+            # The tensor is held, so that no other storage takes the address meanwhile.
+            saved[storage.data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

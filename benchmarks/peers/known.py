@@ -173,7 +173,8 @@ class _AccumulateAfter(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         down = dout @ b  # [T, r]
         da = torch.mm(down.t(), x).mul_(ctx.scale)
-        db = torch.mm((x @ a.t()).t(), dout).mul_(ctx.scale).t()  # the way round that walks dout in memory order
+        # This way round dout is walked in memory order.
+        db = torch.mm((x @ a.t()).t(), dout).mul_(ctx.scale).t()
         dx = dout @ weight
         dx.addmm_(down, a, alpha=ctx.scale)
         return dx, None, None, da, db, None

@@ -10,7 +10,8 @@ from ..timing.timers import Budget
 from . import page
 
 FEW = (FROZEN, OURS, LORA, "PEFT LoRA, no dropout", "fused LoRA pattern, no dropout", "concatenated product")
-ENDS = (FROZEN, OURS, LORA, "HydraLoRA loop")  # end to end, where every peer costs a model's step
+# End to end, where every peer costs a model's step, few are measured.
+ENDS = (FROZEN, OURS, LORA, "HydraLoRA loop")
 LAYERS = ("cpu-1024", "cpu-2048", "cpu-768-3072", "decode-2048")
 FILES = ("layer", "peers", "inference", "kernels", "memory", "scaling", "training_qv", "training_all")
 RESULTS = Path("benchmarks/results")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
@@ -31,6 +32,11 @@ def draw(tables: Sequence[dict], folder: Path) -> dict[str, str]:
 
 
 Found = tuple[Figure, str, str] | None
+
+
+def _measured(tables: Sequence[dict], verb: str) -> list[dict]:
+    """The tables of one verb that were not left out."""
+    return [table for table in tables if table["verb"] == verb and "rows" in table]
 
 
 def _largest(tables: Sequence[dict]) -> dict | None:
@@ -68,8 +74,8 @@ def _sizes(table: dict) -> str:
 
 
 def _overhead(tables: Sequence[dict]) -> Found:
-    layers = [table for table in tables if table["verb"] == "layer" and "rows" in table]
-    table = _largest([table for table in layers if table.get("mode") != "eval"])
+    training = [table for table in _measured(tables, "layer") if table.get("mode") != "eval"]
+    table = _largest(training)
     if not table:
         return None
     rows = []
@@ -113,7 +119,7 @@ def _points(tables: Sequence[dict]) -> dict[str, list[tuple[float, float]]]:
 
 
 def _memory(tables: Sequence[dict]) -> Found:
-    table = _largest([table for table in tables if table["verb"] == "memory"])
+    table = _largest(_measured(tables, "memory"))
     if not table:
         return None
     rows = []
@@ -125,17 +131,18 @@ def _memory(tables: Sequence[dict]) -> Found:
 
 
 def _roofline(tables: Sequence[dict]) -> Found:
-    measured = [table for table in tables if table["verb"] == "kernels" and "rows" in table]
+    measured = _measured(tables, "kernels")
     if not measured:
         return None
     table = measured[0]
     rates = table["rates"][table["dtype"]]
     figure, axes = plt.subplots(figsize=(7, 4))
-    intensities = [2.0**power for power in range(-2, 12)]
-    roof = [min(rates["matmul_flops"], each * rates["copy_bytes"]) / 1e9 for each in intensities]
+    intensities = 2.0 ** np.arange(-2, 12)
+    roof = np.minimum(rates["matmul_flops"], intensities * rates["copy_bytes"]) / 1e9
     axes.plot(intensities, roof, color="black", linewidth=1)
     for row in table["rows"]:
-        if row["flops"]:  # a step without arithmetic has no place on a roof
+        # A step without arithmetic has no place on a roof.
+        if row["flops"]:
             point = (row["flops"] / row["bytes"], row["flops"] / row["median_ms"] / 1e6)
             axes.plot(*point, "o", color=PLAIN if row["name"] == "frozen layer" else HIGHLIGHT)
             axes.annotate(f" {row['name']} ({row['direction']})", point, fontsize=7)

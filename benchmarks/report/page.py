@@ -12,7 +12,8 @@ from . import charts, targets
 PAGE = Path("docs/results/performance.md")
 VERBS = ("layer", "memory", "scaling", "training", "kernels")
 MIB = 2**20
-WIDTH = 120  # of a paragraph; rows of tables are as long as they are
+# Of a paragraph; rows of tables are as long as they are.
+WIDTH = 120
 HEAD = """\
 # Performance
 
@@ -176,15 +177,17 @@ def _layer_row(name: str, steps: dict[str, dict], step: str, frozen_ms: float) -
 
 def headline(tables: Sequence[dict]) -> list[str]:
     """One line a table of `layer.json`, the ratios of forward + backward: what the README shows."""
-    peers = [name for name in names(tables[0]) if name != FROZEN]
+    peers = names(tables[0])
+    peers.remove(FROZEN)
     lines = [f"| tokens, layer, rank | | {' | '.join(peers)} |", "|---|---|" + "---|" * len(peers)]
     for table in tables:
         both = _ratios(table, "both")
-        best = min(both.get(name, float("inf")) for name in peers)
+        both.pop(FROZEN, None)
+        best = min(both.values(), default=None)
         cells = []
         for name in peers:
             cell = f"{both[name]:.2f}" if name in both else "-"
-            cells.append(f"**{cell}**" if both.get(name) == best else cell)
+            cells.append(f"**{cell}**" if name in both and both[name] == best else cell)
         s = table["shape"]
         sizes = f"{s['T']:,}, {s['D_in']} → {s['D_out']}, {s['R']}"
         lines.append(f"| {sizes} | {table['dtype']} | {' | '.join(cells)} |")
@@ -202,7 +205,10 @@ def _ratios(table: dict, step: str) -> dict[str, float]:
 
 
 def _failures(table: dict) -> list[str]:
-    failed = [f"{row['name']} ({row['failure']})" for row in table["rows"] if "failure" in row]
+    failed = []
+    for row in table["rows"]:
+        if "failure" in row:
+            failed.append(f"{row['name']} ({row['failure']})")
     return [_wrapped(f"Not run: {'; '.join(failed)}."), ""] if failed else []
 
 
@@ -224,14 +230,19 @@ def _wrapped(text: str) -> str:
 
 def _scaling(tables: Sequence[dict]) -> list[str]:
     lines = ["## How cost grows", ""]
-    for swept in dict.fromkeys(table["swept"] for table in tables):
-        lines += _sweep(swept, [table for table in tables if table["swept"] == swept])
+    by_sweep: dict[str, list[dict]] = {}
+    for table in tables:
+        by_sweep.setdefault(table["swept"], []).append(table)
+    for swept, own in by_sweep.items():
+        lines += _sweep(swept, own)
     return lines
 
 
 def _sweep(swept: str, tables: Sequence[dict]) -> list[str]:
-    measured = [table for table in tables if "rows" in table]
-    everyone = dict.fromkeys(name for table in measured for name in names(table))
+    everyone: dict[str, None] = {}
+    for table in tables:
+        if "rows" in table:
+            everyone.update(dict.fromkeys(names(table)))
     peers = list(everyone)[1:]  # the frozen layer comes first
     fixed = ", ".join(f"{key}={value}" for key, value in tables[-1]["shape"].items() if key != swept)
     lines = [
@@ -247,8 +258,10 @@ def _sweep(swept: str, tables: Sequence[dict]) -> list[str]:
             lines.append(f"| {table['value']} | {table['left_out']} |" + " |" * len(peers))
             continue
         both = {row["name"]: row for row in table["rows"] if row.get("step") == "both"}
-        cells = [f"{both[name]['ratio']:.2f}" if name in both else "failed" for name in peers]
-        lines.append(f"| {table['value']} | {both[FROZEN]['median_ms']:.2f} | {' | '.join(cells)} |")
+        cells = [str(table["value"]), f"{both[FROZEN]['median_ms']:.2f}"]
+        for name in peers:
+            cells.append(f"{both[name]['ratio']:.2f}" if name in both else "failed")
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 

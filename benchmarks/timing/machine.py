@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-CODE = ("mosld", "mosld_kernels", ":(glob)benchmarks/**/*.py")  # what a measurement runs; documents may differ
+# What a measurement runs; results and documents may differ from the commit.
+CODE = ("mosld", "mosld_kernels", ":(glob)benchmarks/**/*.py")
 
 
 def machine() -> dict[str, object]:

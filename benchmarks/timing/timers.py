@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from tqdm.auto import tqdm
 
-WARM_UP = 3  # rounds that are run and not counted
+# Rounds that are run and not counted: compilation, allocation and caches belong to no candidate.
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def interleaved_phases(candidates: Mapping[str, Phases], budget: Budget, label: 
             middle = time.perf_counter()
             backward(out)
             end = time.perf_counter()
-            del out  # freed outside every other candidate's time
+            # What forward returned is freed outside every other candidate's time.
+            del out
             if number >= WARM_UP:
                 times[name].append((1e3 * (middle - start), 1e3 * (end - middle)))
     return {name: _steps(runs) for name, runs in times.items()}
@@ -99,7 +101,8 @@ def _summaries(times: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
 
 
 def _summary(runs: Sequence[float]) -> Timing:
-    fifths = statistics.quantiles(runs, n=5, method="inclusive")  # never beyond what was measured
+    # The inclusive method never goes beyond what was measured.
+    fifths = statistics.quantiles(runs, n=5, method="inclusive")
     return Timing(statistics.median(runs), fifths[0], fifths[-1], tuple(runs))
 
 
@@ -144,7 +147,8 @@ def with_graphs(candidates: Candidates, rounds: int, label: str = "", repeats: i
 
 
 def _captured(empty: Callable[[], object], run: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
-    for _ in range(WARM_UP):  # compiles, chooses algorithms and allocates workspaces before the capture
+    # Kernels compile, choose algorithms and allocate workspaces before the capture.
+    for _ in range(WARM_UP):
         empty()
         run()
     graph = torch.cuda.CUDAGraph()
@@ -175,6 +179,7 @@ def cache_emptier() -> Callable[[], object]:
     It reads because lines that it had written would wait to be stored, at the expense of the run that comes next.
     """
     l2_bytes = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
-    filler = torch.zeros(l2_bytes // 2, device="cuda")  # of four bytes each, so twice the cache
+    # Numbers of four bytes, so twice the cache.
+    filler = torch.zeros(l2_bytes // 2, device="cuda")
     total = torch.zeros((), device="cuda")
     return lambda: torch.sum(filler, dim=0, out=total)

@@ -1,7 +1,7 @@
 """Candidate tiles, how one is put in front of the table, and which of them the compiler rules out without a GPU.
 
-A candidate is dropped where `compile.machine_code` finds that its launch spills registers, takes more shared memory than the chip
-has, or does not compile. What is merely likely to be slow is left to the clock.
+A candidate is dropped where `compile.machine_code` finds that its launch spills registers, takes more shared memory
+than the chip has, or does not compile. What is merely likely to be slow is left to the clock.
 """
 
 import contextlib
@@ -193,8 +193,11 @@ def _judged(launches: Sequence[recorded.Launch]) -> dict[recorded.Launch, tuple[
 
 
 def _launch(case: Case, tile: Tile) -> recorded.Launch:
-    """What the compiler gets for the tile, as on the case's GPU; one that `compile.machine_code` does not know counts as sm_80
-    with the shared memory that every GPU from there on has: arch 0 in the row stands for that."""
+    """What the compiler gets for the tile, as on the case's GPU.
+
+    A GPU that `compile.machine_code` does not know counts as sm_80 with the shared memory that every GPU from there on
+    has: arch 0 in the row stands for that.
+    """
     arch = case.arch if case.arch in machine_code.ARCHS else 80
     row = Row(case.kernel, tile, arch if arch == case.arch else 0)
     with forced(row):

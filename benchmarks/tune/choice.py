@@ -15,7 +15,8 @@ from mosld_kernels.triton.tiles import Row, Tile
 from ..timing.timers import Timing
 from .candidates import Case
 
-GAIN = 1.03  # a smaller one is within what two runs of the same tile differ by
+# A smaller gain is within what two runs of the same tile differ by.
+GAIN = 1.03
 
 
 class Measurement(NamedTuple):
@@ -68,7 +69,8 @@ def _verdict(row: Row, default: Row, measured: tuple[Measurement, ...]) -> Verdi
             continue
         ratios = [one.ratio(tile) for one in measured]
         means[tile] = math.prod(ratios) ** (1 / len(ratios))
-        loses[tile] = max(ratios) >= GAIN  # somewhere, however much it wins elsewhere
+        # A tile that loses at one shape is out, however much it wins elsewhere.
+        loses[tile] = max(ratios) >= GAIN
     if not means:
         return Verdict(row, default, default.tile, math.nan, measured)
     best = min(means, key=lambda tile: (loses[tile], means[tile]))
@@ -78,11 +80,11 @@ def _verdict(row: Row, default: Row, measured: tuple[Measurement, ...]) -> Verdi
 
 def _measured_everywhere(measured: Sequence[Measurement]) -> list[Tile]:
     """A tile whose result was wrong at one of the shapes is out for all of them."""
-    first, *others = measured
-    tiles = list(first.times)
-    for other in others:
-        tiles = [tile for tile in tiles if tile in other.times]
-    return tiles
+    common = dict.fromkeys(measured[0].times)
+    for one in measured[1:]:
+        for tile in common.keys() - one.times.keys():
+            del common[tile]
+    return list(common)
 
 
 def insertions(verdicts: Sequence[Verdict]) -> dict[Row, list[Row]]:
@@ -91,13 +93,22 @@ def insertions(verdicts: Sequence[Verdict]) -> dict[Row, list[Row]]:
     Where the default stays at smaller bounds than those of a new row, a row with its tile says so before.
     """
     above: dict[Row, list[Row]] = {}
-    for default in dict.fromkeys(verdict.default for verdict in verdicts if verdict.is_new()):
+    for default in _replaced(verdicts):
         same = [verdict for verdict in verdicts if verdict.default == default]
         # What comes after the last new row has larger bounds, where the default is found anyhow.
         while not same[-1].is_new():
             same.pop()
         above[default] = [verdict.row for verdict in same]
     return above
+
+
+def _replaced(verdicts: Sequence[Verdict]) -> list[Row]:
+    """The defaults that lose somewhere, each once, in the order of the verdicts."""
+    defaults = []
+    for verdict in verdicts:
+        if verdict.is_new() and verdict.default not in defaults:
+            defaults.append(verdict.default)
+    return defaults
 
 
 def file_rows(verdicts: Sequence[Verdict], known: Sequence[Row], arch: int) -> list[Row]:
@@ -151,16 +162,17 @@ def verdict_text(verdict: Verdict) -> str:
     row = verdict.row
     head = f"{row.kernel}, {row.bytes}-byte elements, up to {row.columns_to} columns and {row.tokens_to} tokens: "
     default = verdict.default.tile
-    if math.isnan(verdict.ratio):
-        times = [f"{one.case.name} {one.case.dtype} {_us(one, default)}" for one in verdict.measured]
-        why = "the default stays, there being no other tile that was right at every shape"
-        return f"{head}{why} ({'; '.join(times)})"
     times = []
     for one in verdict.measured:
-        times.append(f"{one.case.name} {one.case.dtype} {_us(one, verdict.best)}, default {_us(one, default)}")
-    change = f"takes {verdict.ratio:.3f} of the default's time"
-    end = "" if verdict.is_new() else f", and the default {tile_text(default)} stays"
-    return f"{head}{tile_text(verdict.best)} {change}{end} ({'; '.join(times)})"
+        best = "" if math.isnan(verdict.ratio) else f"{_us(one, verdict.best)}, default "
+        times.append(f"{one.case.name} {one.case.dtype} {best}{_us(one, default)}")
+    if math.isnan(verdict.ratio):
+        change = "the default stays, there being no other tile that was right at every shape"
+    else:
+        change = f"{tile_text(verdict.best)} takes {verdict.ratio:.3f} of the default's time"
+        if not verdict.is_new():
+            change += f", and the default {tile_text(default)} stays"
+    return f"{head}{change} ({'; '.join(times)})"
 
 
 def _us(one: Measurement, tile: Tile) -> str:

@@ -46,7 +46,8 @@ def cases(kernels: Sequence[str], names: Sequence[str], dtypes: Sequence[str], a
     wanted = []
     for name, dtype, kernel in itertools.product(names, dtypes, kernels):
         wanted.append(Case(kernel, name, LAYERS[name], dtype, arch))
-    return list(dict.fromkeys(wanted))  # a name given twice is measured once
+    # A name given twice is measured once.
+    return list(dict.fromkeys(wanted))
 
 
 def launch_of(case: Case, device: torch.device) -> tuple[Launch, Tensor]:
@@ -138,11 +139,14 @@ def survivors(wanted: Sequence[Case]) -> dict[Case, list[Tile]]:
     """The candidates that the compiler has nothing against, and the default in any event; prints how many fell."""
     tried = {case: candidates(case) for case in wanted}
     found = faults(tried)
-    dropped = {key for key, why in found.items() if why}
-    print(f"{len(found)} launches compiled: {len(dropped)} candidates dropped before they run")
-    left = {}
+    dropped = sum(bool(reasons) for reasons in found.values())
+    print(f"{len(found)} launches compiled: {dropped} candidates dropped before they run")
+    left: dict[Case, list[Tile]] = {}
     for case, (default, *others) in tried.items():
-        left[case] = [default, *(tile for tile in others if (case, tile) not in dropped)]
+        left[case] = [default]
+        for tile in others:
+            if not found[case, tile]:
+                left[case].append(tile)
     return left
 
 
@@ -197,7 +201,8 @@ def tune(options: argparse.Namespace, device: torch.device) -> int:
     ends_at = time.monotonic() + options.budget
     wanted = cases(options.kernel or KERNELS, options.shape, options.dtype, properties(device)[0])
     chosen = survivors(wanted)
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # captures may not be on the default one
+    # Captures may not be on the default stream.
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         measured = measure_all(chosen, device, TIMER, ends_at, options.out, context_is_lost)
     print(f"{len(measured)} of {len(wanted)} cases measured on {torch.cuda.get_device_name(device)}")
     return 0 if len(measured) == len(wanted) else 1

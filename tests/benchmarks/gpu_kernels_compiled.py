@@ -1,4 +1,4 @@
-"""The measurements' Triton kernels compiled for sm_90, run as a program; prints one JSON line a kernel. No GPU needed."""
+"""The measurements' Triton kernels compiled for sm_90, run as a program; prints a JSON line a kernel. No GPU needed."""
 
 import json
 

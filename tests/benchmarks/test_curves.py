@@ -82,7 +82,7 @@ def test_float32_follows_float64_and_fewer_bits_follow_less_closely(trained):
     far = {name: (own - losses[TRUTH]).abs().max().item() for name, own in losses.items()}
     assert 0 < far["ours float32"] < 1e-5 and 0 < far["eager float32"] < 1e-5
     assert 1e-4 < far["ours bfloat16"] < 0.02 and 1e-4 < far["eager bfloat16"] < 0.02
-    # The scaler skips the first step, where float16's gradients overflow at its scale, and both paths are behind by one.
+    # The scaler skips the first step, where float16's gradients overflow at its scale: both paths are behind by one.
     half, eager = trained["ours float16"], trained["eager float16"]
     assert half["skipped_steps"] == eager["skipped_steps"] == 1 and half["scale"] == eager["scale"] == 2.0**15
     assert 1e-5 < (losses["ours float16"] - losses["eager float16"]).abs().max() < 0.005 < far["ours float16"] < 0.1
@@ -94,7 +94,10 @@ def test_float32_follows_float64_and_fewer_bits_follow_less_closely(trained):
 def made(**changes):
     """Runs whose curves, over two steps, are 2 in float64, and those of the three seeds 2, 2.3 and 2.6."""
     levels = {**dict.fromkeys(RUNS, 2.0), SEEDS[1]: 2.3, SEEDS[2]: 2.6, **changes}
-    return {name: {"losses": [level + 1, level - 1, level + 1], "generator": "", "seed": 0} for name, level in levels.items()}  # fmt: skip
+    runs = {}
+    for name, level in levels.items():
+        runs[name] = {"losses": [level + 1, level - 1, level + 1], "generator": "", "seed": 0}
+    return runs
 
 
 def test_the_figures_are_those_of_made_up_curves():

@@ -1,4 +1,4 @@
-"""What the GPU benchmark can show without a GPU: its parts at toy size, its kernels interpreted and compiled, its rules."""
+"""What the GPU benchmark can show without a GPU: its parts at toy size, its kernels interpreted and compiled."""
 
 import json
 import os
