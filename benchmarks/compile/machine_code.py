@@ -54,8 +54,11 @@ def compile_launch(launch: Launch) -> Report:
     module, _, name = launch.kernel.partition(":")
     function = getattr(importlib.import_module(module), name)
     # Triton names constants by the path to their argument, and wants to hear of divisible arguments by their place.
-    constants = {(function.arg_names.index(argument),): value for argument, value in launch.constants}
-    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.divisible}
+    constants, attributes = {}, {}
+    for argument, value in launch.constants:
+        constants[function.arg_names.index(argument),] = value
+    for place in launch.divisible:
+        attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)
     options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.most_registers)
     report = Report(

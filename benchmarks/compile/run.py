@@ -45,7 +45,9 @@ def compile_grid(archs: Sequence[int], quick: bool, out: Path | None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(report._asdict()) for report in reports)
         out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{rows}\n]}}\n')
-    faults = len(unused) + sum(bool(report.faults) for report in reports)
+    faults = len(unused)
+    for report in reports:
+        faults += bool(report.faults)
     print(f"{len(reports)} kernels compiled with Triton {triton.__version__}, {faults} at fault")
     return faults
 
