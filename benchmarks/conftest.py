@@ -3,7 +3,7 @@
 
 import pytest
 
-from .shapes import LAYERS, LayerShape
+from .timing.shapes import LAYERS, LayerShape
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from benchmarks import compiled
-from benchmarks.kernel_model import Cuts, KernelRow, cuts_of, kernel_lines, kernel_table
-from benchmarks.roofline import DEVICES, Problem
+from benchmarks.compile import run as compiled
+from benchmarks.compile.machine_code import Report
+from benchmarks.model.kernels import Cuts, KernelRow, cuts_of, kernel_lines, kernel_table
+from benchmarks.model.methods import DEVICES, Problem
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs/reference/kernels.md").read_text()
@@ -21,7 +22,7 @@ def test_the_tile_rows_are_those_of_the_code():
 
 def test_the_compile_table_is_that_of_the_committed_run():
     written = results("compiled.json")
-    reports = [compiled.Report(**row) for row in written["kernels"]]
+    reports = [Report(**row) for row in written["kernels"]]
     assert compiled.summary(reports) in PAGE
     assert f"Triton {written['triton']}" in PAGE
 

@@ -9,8 +9,8 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.recorded import Problem, launches, recording
-from benchmarks.shapes import LayerShape
+from benchmarks.compile.recorded import Problem, launches, recording
+from benchmarks.timing.shapes import LayerShape
 from mosld_kernels import autograd
 
 # These make or view memory; every other operator launches something.

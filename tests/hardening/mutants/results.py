@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import installed, machine
-from benchmarks.results import write
+from benchmarks.timing.files import write
+from benchmarks.timing.machine import installed, machine
 from tests.hardening.mutants.fault import Fault
 from tests.hardening.mutants.runner import Outcome, key
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import installed, machine
-from tests.hardening.properties.profile import FUZZ, SEED, TIMES, tried
+from benchmarks.timing.machine import installed, machine
+
+from .profile import FUZZ, SEED, TIMES, tried
 
 START = time.monotonic()
 

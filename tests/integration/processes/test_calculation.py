@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import processes
 from benchmarks.__main__ import _parser
+from benchmarks.model import processes
 from mosld import MoSLDConfig
 
 ROOT = Path(__file__).parents[3]
