@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# PEFT 0.21.2: model.load_adapter(folder, name) over an adapter of that name, which the model has already, loads the weights
-# and keeps the configuration that is there; the folder's own adapter_config.json is passed over, without a word. This is
-# what transformers' Trainer does on resume and for the best model, so a changed lora_alpha changes the function.
+# PEFT 0.21.2: model.load_adapter(folder, name) over an adapter of that name, which the model has already, loads the
+# weights and keeps the configuration that is there; the folder's own adapter_config.json is passed over, without a
+# word. This is what transformers' Trainer does on resume and for the best model, so a changed lora_alpha changes the
+# function.
 # Seen: trained with lora_alpha 64 (scaling 32), loaded into lora_alpha 2: scaling stays 1.0, outputs differ.
 set -euo pipefail
 work=$(mktemp -d)
@@ -34,7 +35,7 @@ with warnings.catch_warnings(record=True) as caught:
 x = torch.ones(1, 4)
 scaling = other.base_model.model[0].scaling["default"]
 difference = (trained(x) - other(x)).abs().max().item()
-print(f"saved with scaling 32.0, scaling after loading {scaling}, outputs differ by {difference:.3f}, warnings {len(caught)}")
+print(f"saved with scaling 32.0, after loading {scaling}, outputs differ by {difference:.3f}, warnings {len(caught)}")
 assert scaling == 1.0 and difference > 0.01
 assert not any("alpha" in str(warning.message) for warning in caught)
 PYTHON

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# PEFT 0.21.2: saving an adapter with safe_serialization=False into a folder that holds an earlier safetensors save writes
-# adapter_model.bin beside it and leaves adapter_model.safetensors. Loading the folder takes the safetensors file: the OLD
-# weights come back, without a word.
+# PEFT 0.21.2: saving an adapter with safe_serialization=False into a folder that holds an earlier safetensors save
+# writes adapter_model.bin beside it and leaves adapter_model.safetensors. Loading the folder takes the safetensors
+# file: the OLD weights come back, without a word.
 # Seen: saved 1.0, then 2.0; both files are there; loaded 1.0.
 set -euo pipefail
 work=$(mktemp -d)

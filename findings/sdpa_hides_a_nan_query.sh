@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torch 2.13.0, CPU: scaled_dot_product_attention with a query row of NaN. The math backend returns NaN for that row; the flash
-# backend, which is the default, returns zeros: a NaN that arose upstream is gone behind the attention, and the logits are
-# finite and wrong. A NaN in a key comes through (but for a row of the causal mask that sees the key).
+# torch 2.13.0, CPU: scaled_dot_product_attention with a query row of NaN. The math backend returns NaN for that row;
+# the flash backend, which is the default, returns zeros: a NaN that arose upstream is gone behind the attention, and
+# the logits are finite and wrong. A NaN in a key comes through (but for a row of the causal mask that sees the key).
 # Seen: rows with NaN, flash [F, F, F, F], math [F, T, F, F].
 set -euo pipefail
 work=$(mktemp -d)

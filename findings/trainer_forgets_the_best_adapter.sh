@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# transformers 5.23.0 with peft 0.21.2: load_best_model_at_end with an adapter that is not called "default". PEFT saves such an
-# adapter in a folder of its own inside the checkpoint; the Trainer looks for the files in the checkpoint itself, logs that it
-# could not locate the best model, and the training ends with the LAST weights. An adapter called "default" is loaded.
+# transformers 5.23.0 with peft 0.21.2: load_best_model_at_end with an adapter that is not called "default". PEFT saves
+# such an adapter in a folder of its own inside the checkpoint; the Trainer looks for the files in the checkpoint
+# itself, logs that it could not locate the best model, and the training ends with the LAST weights. An adapter called
+# "default" is loaded.
 # Seen: evaluation loss now against the best: default 4.1307 = 4.1307, another name 4.1590 > 4.1307.
 set -euo pipefail
 work=$(mktemp -d)

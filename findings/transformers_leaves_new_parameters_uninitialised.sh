@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: a subclass of a model that adds a module with a plain nn.Parameter, loaded by from_pretrained from a
-# checkpoint of the parent class. The module's own __init__ set the parameter to zero; the model is built on the meta device
-# and what the checkpoint lacks and _init_weights does not know is left as memory is found, not as __init__ had set it.
-# The loading report lists the key as newly initialised.
+# transformers 5.23.0: a subclass of a model that adds a module with a plain nn.Parameter, loaded by from_pretrained
+# from a checkpoint of the parent class. The module's own __init__ set the parameter to zero; the model is built on the
+# meta device and what the checkpoint lacks and _init_weights does not know is left as memory is found, not as __init__
+# had set it. The loading report lists the key as newly initialised.
 # Seen: five loads of a parameter that __init__ sets to zero: values up to 1e37, NaN among them.
 set -euo pipefail
 work=$(mktemp -d)
@@ -34,7 +34,8 @@ class WithGate(LlamaForCausalLM):
 
 
 config = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2,
 )
 assert not WithGate(config).gate.scale.any()  # built directly, it is zero
 folder = tempfile.mkdtemp()

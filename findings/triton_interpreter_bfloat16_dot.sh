@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Triton 3.7.1, TRITON_INTERPRET=1 (kernels run on CPU tensors, as tests without a GPU do): tl.dot of two bfloat16 tiles is
-# wrong by many orders of magnitude, without an error; float16 and float32 are right.
+# Triton 3.7.1, TRITON_INTERPRET=1 (kernels run on CPU tensors, as tests without a GPU do): tl.dot of two bfloat16
+# tiles is wrong by many orders of magnitude, without an error; float16 and float32 are right.
 # Seen: largest error of a 16x16 product of normal data: float16 0.0, float32 0.0, bfloat16 2.4e10.
 set -euo pipefail
 work=$(mktemp -d)
