@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mosld import MoSLDConfig
 from mosld.analysis.saved_adapters import inspect_adapter
-from mosld.files.adapter_folder import CONFIG, DIGEST, TOLD, WEIGHTS
+from mosld.files.adapter_folder import CONFIG, DIGEST, DESCRIPTIVE_FIELDS, WEIGHTS
 from mosld.merging.vectors import MergeError, read_task_vectors
 from mosld.tuner.layer import MoSLDLayer
 from tests.hardening.properties.damage import (
@@ -189,7 +189,7 @@ def test_weights_that_are_not_those_that_were_saved(place, damage, reader):
 def counts(files: dict[str, bytes]) -> str:
     """All of the configuration that decides what is computed, and what JSON made of it."""
     fields = json.loads(files[CONFIG])
-    return repr(sorted((name, value) for name, value in fields.items() if name not in TOLD))
+    return repr(sorted((name, value) for name, value in fields.items() if name not in DESCRIPTIVE_FIELDS))
 
 
 @cases(150, damage=flips(CONFIG, len(SAVED[CONFIG])) | cuts(CONFIG, len(SAVED[CONFIG])), reader=readers())
