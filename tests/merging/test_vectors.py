@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mosld import MoSLDConfig, export_lora
 from mosld.merging import MergeSettings, applied, merge, save_checkpoint, save_lora
-from mosld.merging.channel import received, sent
+from mosld.merging.channel import received, sent_powers
 from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
 from mosld.merging.factored import FactoredMerge, shared_basis, stacked
 from mosld.merging.unlabelled import entropy
@@ -198,11 +198,11 @@ def test_the_noise_has_the_power_that_was_asked_for(noise):
     weights = {"a": torch.randn(2, 40, 30), "b": torch.randn(2, 50)}
     weights["a"][1] *= 2
     generator, ratios, kept = torch.Generator().manual_seed(1), [], []
-    own, _ = sent(weights.items)
+    own, _ = sent_powers(weights.items)
     for _ in range(400):
         arrived = dict(received(weights.items, noise, 10.0, generator))
         noises = {n: arrived[n] - weights[n] for n in weights}
-        ratios.append(sent(noises.items)[0] / own)
+        ratios.append(sent_powers(noises.items)[0] / own)
         kept.append(noises)
     mean = torch.stack(ratios).mean(0)
     # The mean of 400 squares: of one normal number each along a direction (7 % off by itself), of 1250 of them elsewhere.

@@ -98,8 +98,8 @@ FAULTS = [
     Fault(
         "stacked_in_the_first_place",
         "mosld/merging/factored.py",
-        "                    up[:, k, : len(own.down)] = own.up",
-        "                    up[:, 0, : len(own.down)] = own.up",
+        "            up[:, k, : len(own.down)] = own.up",
+        "            up[:, 0, : len(own.down)] = own.up",
         "the second adapter's B meets the first one's A",
         VECTORS,
     ),
@@ -194,8 +194,8 @@ FAULTS = [
     Fault(
         "resumed_without_adams_state",
         "mosld/merging/descent.py",
-        "                    own.setdefault(int(i), {})[name] = value",
-        "                    own.setdefault(int(i), {})[name] = 0 * value",
+        "                    state.setdefault(int(i), {})[name] = value",
+        "                    state.setdefault(int(i), {})[name] = 0 * value",
         "a run that goes on ends elsewhere than one that was not cut off",
         ADAPTIVE,
     ),
@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "resumed_with_other_settings",
         "mosld/merging/descent.py",
-        "        if settings != json.loads(json.dumps(self._fields())) or not fits",
-        "        if not fits",
+        "        if settings != self._deciding_settings() or not self._fits(tensors):",
+        "        if not self._fits(tensors):",
         "a run with new settings goes on from one with old ones",
         ADAPTIVE,
     ),
@@ -242,8 +242,8 @@ FAULTS = [
     Fault(
         "coefficients_put_in_another_layer",
         "mosld/merging/factored.py",
-        "            for gate, (name, weight) in zip(own, self.routers.items(), strict=True)",
-        "            for gate, (name, weight) in zip(own.flip(0), self.routers.items(), strict=True)",
+        "        for gate, weight in zip(by_layer, self.routers.values(), strict=True):",
+        "        for gate, weight in zip(by_layer.flip(0), self.routers.values(), strict=True):",
         "layer-wise coefficients of adapters are trained for other layers than they are written to",
         VECTORS,
     ),
