@@ -6,8 +6,8 @@
     isotropic    covariance proportional to the identity
     worst        all of the same power in one direction, that of the strongest user's vector: covariance P v v^T
 
-The paper's body was not at hand: it derives worst cases for a sum-rate and a strongest-user criterion; the second is built
-here, as a rank-one covariance. Users freeze their embeddings and do not send them.
+The paper's body was not at hand: it derives worst cases for a sum-rate and a strongest-user criterion; the second is
+built here, as a rank-one covariance. Users freeze their embeddings and do not send them.
 """
 
 import math

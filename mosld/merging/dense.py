@@ -34,7 +34,7 @@ class DenseMerge:
         return list(self.parts)
 
     def updates(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """coefficients [K], or [layers, K] in the order of `layers`; masks: weight's name -> [*shape], times every update
+        """coefficients [K], or [layers, K] in the order of `layers`; masks: weight's name -> [*shape], or none
         -> weight's name, sum_k lambda_k (m * tau_k) in float32"""
         for i, (name, taus) in enumerate(self.parts.items()):
             own = coefficients if coefficients.dim() == 1 else coefficients[i]

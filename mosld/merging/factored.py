@@ -2,8 +2,8 @@
 
     W0 + sum_k lambda_k s_k B_k A_k    =    the diagonal mixing with an expert a task and gates that no token decides
 
-So layer-wise coefficients train through the fast path, in memory that grows with the ranks and not with the base, and the
-result leaves as one LoRA exactly (`mosld.export_lora`) or goes on as a mixture: "merge, then mix".
+So layer-wise coefficients train through the fast path, in memory that grows with the ranks and not with the base, and
+the result leaves as one LoRA exactly (`mosld.export_lora`) or goes on as a mixture: "merge, then mix".
 """
 
 from collections.abc import Sequence
@@ -71,16 +71,16 @@ def unload(model: PeftModel) -> nn.Module:
 
 @torch.no_grad()
 def mixed(
-    base: nn.Module, vectors: Sequence[TaskVector], coefficients: Tensor, layers: Sequence[str], rank: int | None = None,
-    **settings: Any,
+    base: nn.Module, vectors: Sequence[TaskVector], coefficients: Tensor, layers: Sequence[str],
+    rank: int | None = None, **settings: Any,
 ) -> PeftModel:  # fmt: skip
-    """Merge, then mix: `base`, adapted in place, with one expert a task and a router of tokens that can be trained from here.
+    """Merge, then mix: `base`, adapted in place, with one expert a task and a router of tokens to be trained from here.
 
-    The router starts at zero with a softmax over all experts, so that every gate is 1 / K, and expert k holds K lambda_k
-    times its task vector: the mixture starts as the merged model.
+    The router starts at zero with a softmax over all experts, so that every gate is 1 / K, and expert k holds
+    K lambda_k times its task vector: the mixture starts as the merged model.
     coefficients: [K], or [layers, K] in the order of `layers`. settings: fields of MoSLDConfig.
-    rank: of the A that all experts share, the best basis of that size; None keeps an A for each expert, and every vector
-        exactly.
+    rank: of the A that all experts share, the best basis of that size; None keeps an A for each expert, and every
+        vector exactly.
     raises MergeError as `stacked`.
     """
     count = len(vectors)
@@ -154,7 +154,7 @@ def stacked(base: nn.Module, vectors: Sequence[TaskVector], **settings: Any) -> 
 
 @torch.no_grad()
 def _fill_experts(adapter: Any, factors: Sequence[Factors | None], rank: int) -> None:
-    """Put one task's factors into each expert of a layer's adapter, with zeros up to `rank` and where there are none."""
+    """Put one task's factors into each expert of a layer's adapter; zeros up to `rank`, and where there are none."""
     down = adapter.shared_a.weight.view(len(factors), rank, -1)
     up = adapter.expert_b.weight.view(-1, len(factors), rank)
     down.zero_()
@@ -166,7 +166,7 @@ def _fill_experts(adapter: Any, factors: Sequence[Factors | None], rank: int) ->
 
 
 def check_fit(base: nn.Module, vectors: Sequence[TaskVector]) -> None:
-    """raises MergeError, naming folder, layer and sizes, where an adapter's layer is not in `base` or has another size."""
+    """raises MergeError, naming folder, layer and sizes, for an adapter's layer that `base` has not in this size."""
     modules = dict(base.named_modules())
     for vector in vectors:
         for name, own in (vector.factors or {}).items():

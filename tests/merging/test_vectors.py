@@ -12,8 +12,9 @@ from mosld.merging import MergeSettings, applied, merge, save_checkpoint, save_l
 from mosld.merging.channel import received, sent_powers
 from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
 from mosld.merging.factored import FactoredMerge, shared_basis, stacked
+from mosld.merging.read import read_task_vectors
 from mosld.merging.unlabelled import entropy
-from mosld.merging.vectors import Factors, MergeError, deltas, read_task_vectors
+from mosld.merging.vectors import Factors, MergeError, deltas
 from tests.helpers.models import perturb, tiny_llama, token_ids
 
 IDS = token_ids()

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from mosld import MoSLDConfig
 from mosld.analysis.saved_adapters import inspect_adapter
-from mosld.files.adapter_folder import CONFIG, DIGEST, DESCRIPTIVE_FIELDS, WEIGHTS
-from mosld.merging.vectors import MergeError, read_task_vectors
+from mosld.files.adapter_folder import CONFIG, DESCRIPTIVE_FIELDS, DIGEST, WEIGHTS
+from mosld.merging.read import read_task_vectors
+from mosld.merging.vectors import MergeError
 from mosld.tuner.layer import MoSLDLayer
 from tests.hardening.properties.damage import (
     Damage,

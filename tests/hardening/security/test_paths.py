@@ -12,7 +12,8 @@ from mosld import MoSLDConfig, export_lora
 from mosld.experiments.run_folder import MERGE, OWN, RunFolderError, check_free, claim, release
 from mosld.files.adapter_folder import AdapterFileError, read_json
 from mosld.files.model_folder import INDEX, ModelFileError, check_model_folder, files_of
-from mosld.merging.vectors import MergeError, read_task_vectors
+from mosld.merging.read import read_task_vectors
+from mosld.merging.vectors import MergeError
 from mosld.tasks.examples import TaskFileError, parse_task
 from mosld.tuner.weights import AdapterWeights
 from tests.hardening.security.conftest import seen

@@ -9,23 +9,23 @@ ADAPTIVE = ("tests/merging/test_adaptive.py",)
 FAULTS = [
     Fault(
         "rank_of_the_pattern_ignored",
-        "mosld/merging/vectors.py",
-        "        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)",
-        "        scale = alpha / (math.sqrt(config.r) if config.use_rslora else config.r)",
+        "mosld/merging/read.py",
+        "    return alpha / (math.sqrt(rank) if config.use_rslora else rank)",
+        "    return alpha / (math.sqrt(config.r) if config.use_rslora else config.r)",
         "LoRAs with a rank_pattern are merged with wrong scales",
         VECTORS,
     ),
     Fault(
         "rslora_merged_as_lora",
-        "mosld/merging/vectors.py",
-        "        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)",
-        "        scale = alpha / rank",
+        "mosld/merging/read.py",
+        "    return alpha / (math.sqrt(rank) if config.use_rslora else rank)",
+        "    return alpha / rank",
         "rsLoRAs are merged too weakly by the root of r",
         VECTORS,
     ),
     Fault(
         "mixture_not_scaled",
-        "mosld/merging/vectors.py",
+        "mosld/merging/read.py",
         '        up = mixture.scale * tensors["expert_b"].double() @ matrix',
         '        up = tensors["expert_b"].double() @ matrix',
         "a merged mixture lacks alpha / r",
@@ -41,7 +41,7 @@ FAULTS = [
     ),
     Fault(
         "bases_not_compared",
-        "mosld/merging/vectors.py",
+        "mosld/merging/read.py",
         "    if len(bases) > 1:\n",
         "    if len(bases) > len(vectors):\n",
         "adapters of different models are merged into nonsense",
@@ -49,7 +49,7 @@ FAULTS = [
     ),
     Fault(
         "not_a_number_is_merged",
-        "mosld/merging/vectors.py",
+        "mosld/merging/read.py",
         "    if not (torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()):",
         "    if not torch.isfinite(factors.up).all():",
         "one NaN in an adapter's A makes the merged model NaN",

@@ -195,7 +195,7 @@ FAULTS = [
     ),
     Fault(
         "a_saved_loras_expressions_are_not_looked_at",
-        "mosld/merging/vectors.py",
+        "mosld/merging/read.py",
         "            check_expressions(fields, folder / CONFIG)\n",
         "",
         "a LoRA whose rank_pattern never ends hangs mosld merge",
