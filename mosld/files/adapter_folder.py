@@ -87,10 +87,10 @@ def write_digest(folder: Path) -> None:
     The configuration's checksum is a comment, which `sha256sum` passes over: the file itself may change, since its base
     model may move and be called anew.
     """
-    lines = [f"{sha256(folder / WEIGHTS)}  {WEIGHTS}"]
+    text = f"{sha256(folder / WEIGHTS)}  {WEIGHTS}\n"
     if (folder / CONFIG).is_file():
-        lines.append(f"# {_config_digest(folder / CONFIG)}  {CONFIG}")
-    write_text_atomic(folder / DIGEST, "".join(f"{line}\n" for line in lines))
+        text += f"# {_config_digest(folder / CONFIG)}  {CONFIG}\n"
+    write_text_atomic(folder / DIGEST, text)
 
 
 def check_digest(weights: Path) -> None:

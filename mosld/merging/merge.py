@@ -281,6 +281,8 @@ def _parts(base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettin
 
 def embeddings(model: nn.Module) -> set[str]:
     """The names of the weights of embeddings, and of what is tied to them."""
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    ids = set(map(id, tables))
-    return {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in ids}
+    tables = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables.add(module.weight)
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if weight in tables}

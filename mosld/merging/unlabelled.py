@@ -100,15 +100,14 @@ class Questions:
 
     def _batch(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
         """-> input_ids, attention_mask and the answers' places (bool), all [rows, longest row]"""
-        width = max(len(row.prompt) + len(row.answer) for row in rows)
+        width = max(row.length for row in rows)
         input_ids = torch.full((len(rows), width), self.pad)
         mask = torch.zeros_like(input_ids)
         target = torch.zeros_like(input_ids, dtype=torch.bool)
         for i, row in enumerate(rows):
-            length = len(row.prompt) + len(row.answer)
-            input_ids[i, :length] = torch.tensor(row.prompt + row.answer)
-            mask[i, :length] = 1
-            target[i, len(row.prompt) : length] = True
+            input_ids[i, : row.length] = torch.tensor(row.prompt + row.answer)
+            mask[i, : row.length] = 1
+            target[i, len(row.prompt) : row.length] = True
         return input_ids, mask, target
 
 
@@ -212,4 +211,9 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    """`values` with its tensors on `device`."""
+    moved = dict(values)
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+    return moved

@@ -155,12 +155,14 @@ def deltas(
     without: names that are left out.
     raises MergeError for a layer that the base has not, and as `TaskVector.delta`.
     """
+    for vector in vectors:
+        for name in vector.weights():
+            if name not in base:
+                raise _unknown(vector, name)
     has_checkpoint = any(vector.factors is None for vector in vectors)
     tied = _names_by_tensor(base)
     seen = set()
     for name in all_weights(vectors):
-        if name not in base:
-            raise _unknown(next(vector for vector in vectors if name in vector.weights()), name)
         weight = base[name].detach().cpu()
         known = tied[id(base[name])] if has_checkpoint else [name]
         if not weight.is_floating_point() or known[0] in without or known[0] in seen:

@@ -114,8 +114,8 @@ FAULTS = [
     Fault(
         "first_token_not_scored",
         "mosld/merging/unlabelled.py",
-        "        target[i, len(row.prompt) : length] = True",
-        "        target[i, len(row.prompt) + 1 : length] = True",
+        "            target[i, len(row.prompt) : row.length] = True",
+        "            target[i, len(row.prompt) + 1 : row.length] = True",
         "choices are told apart without their first token",
         ADAPTIVE,
     ),
