@@ -105,7 +105,8 @@ def _ways_of(kind: Any, value: Any) -> int:
         # What a back reference stands for has any length. Two ways keep it from being repeated.
         return 2
     if kind is c.GROUPREF_EXISTS:
-        return sum(_ways(side) if side else 1 for side in value[1:])
+        _, yes, no = value
+        return _ways(yes) + (_ways(no) if no else 1)
     inside = value if isinstance(value, tuple) else (value,)  # of groups, lookaheads and what else holds an expression
     ways = 1
     for part in inside:

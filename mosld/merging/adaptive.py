@@ -75,6 +75,7 @@ def minimise_entropy(
         raise ValueError("adaptive merging needs unlabelled data of at least one task, got none")
     settings = settings or AdaptiveSettings()
     coefficients = torch.full(tuple(shape), settings.start, requires_grad=True)
+    # The descent finds an earlier state in the folder, if there is one, and sets the coefficients to it.
     descent = Descent(label, {"coefficients": coefficients}, settings, folder)
     streams = descent.streams([*tasks])
     for _ in descent.steps():

@@ -84,6 +84,7 @@ def mixed(
     raises MergeError as `stacked`.
     """
     count = len(vectors)
+    # Every gate is 1 / K at first, so that K times a vector gives what is to be merged.
     scaled = _scaled_vectors(vectors, coefficients.expand(len(layers), count) * count, layers)
     if rank is None:
         routed = {"router": "token", "gate": "softmax", "router_std": 0.0, "top_k": count, **settings}
@@ -97,6 +98,7 @@ def mixed(
     assert isinstance(model, PeftModel)
     for name, (_, adapter) in adapted_layers(model.get_base_model()).items():
         d_out, d_in = adapter.expert_b.weight.shape[0], adapter.shared_a.weight.shape[1]
+        # Of a task whose adapter leaves this layer out.
         none = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
         of_tasks = [adapter_factors(vector).get(name, none) for vector in scaled]
         shared, ups, _ = shared_basis(of_tasks, rank)

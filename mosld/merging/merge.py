@@ -135,6 +135,7 @@ class Merged:
         """
         names = merged_weights(self)
         by_layer = dict(zip(names, self.coefficients.expand(len(names), len(self.vectors)), strict=True))
+        # TIES averages what the trimmed vectors agree on. AdaMerging++ sums the same vectors by its coefficients.
         if self.settings.method == "ties":
             for name, parts in _parts(base, self.vectors, self.settings):
                 yield name, by_layer[name][0] * disjoint_mean(parts)
@@ -192,6 +193,7 @@ def merge(
     check_whole(vectors, named_tensors(base))
     if settings.kind.factored and all(vector.factors is not None for vector in vectors):
         return _merge_factored(base, vectors, settings, unlabelled, folder)
+    # Whole matrices are added to the base's weights, so that a tied weight cannot be changed for one layer alone.
     check_untied(vectors, named_tensors(base))
     names = [name for name, _ in _walk(base, vectors, settings.method)]
     if not names:
@@ -213,12 +215,14 @@ def _merge_dense(
         concrete = _concrete_settings(settings)
         logits, losses = train_masks(dense, unlabelled, count, concrete, folder and folder / "mask")
         masks = final(logits, concrete.temperature, concrete.discrete)
+    # Concrete task arithmetic trains its mask alone.
     if settings.kind.masked and not settings.kind.by_layer:
         coefficients = torch.full((count,), settings.start)
     else:
         forward = partial(dense, masks=masks)
         coefficients, more = _train_coefficients(forward, dense.layers, count, settings, unlabelled, folder)
         losses = losses + more
+    # They are kept for as long as the result is, so not in the device's memory.
     if masks is not None:
         masks = {name: mask.cpu() for name, mask in masks.items()}
     return Merged(settings, vectors, dense.layers, coefficients, losses, masks)

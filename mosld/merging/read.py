@@ -142,6 +142,7 @@ def _read_mosld(folder: Path) -> TaskVector:
                 f"{folder} has mixing={mixture.mixing!r}: export a LoRA of it with `mosld export` and merge that"
             )
         mixer = tensors["mixer"].double() if "mixer" in tensors else None
+        # With fixed gates the mixture is linear: its B, gates and mixer are one matrix.
         matrix = mixture.matrix(_fixed_gates(mixture, tensors), mixer)
         up = mixture.scale * tensors["expert_b"].double() @ matrix
         own = Factors(tensors["shared_a"], up.to(tensors["expert_b"].dtype))

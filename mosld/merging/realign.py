@@ -109,6 +109,7 @@ def realign(
     """
     rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for example in few(tasks, settings)]
     set_seed(settings.seed)
+    # The Trainer's arguments are built as those of every training here, from the words of a command line.
     words = []
     for name, value in _trainer_options(settings).items():
         words += [f"--{name}", str(value)]

@@ -170,6 +170,7 @@ def save_checkpoint(
     True
     """
     check_untied(merged.vectors, named_tensors(base))
+    # The base's own weights hold the merged ones while they are saved, so that there is no second copy of the model.
     with kept(base, merged_weights(merged)):
         lost = write(base, merged.updates(base))
         save_model(base, Path(folder), tokenizer)

@@ -160,6 +160,7 @@ class Inputs:
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Places in batches for ever; each pass over all `count` has an order of its own, decided by `seed`."""
     generator = torch.Generator().manual_seed(seed)
+    # A last batch that would be smaller than the others is left out, so that each weighs the same.
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator).tolist()

@@ -108,6 +108,7 @@ class TaskVector:
         if self.factors is None:
             if weight not in self.files:
                 return None
+            # One tensor at a time is in memory, however large the checkpoint.
             with safe_open(self.files[weight], framework="pt") as file:
                 tuned = file.get_tensor(weight)
             self.check(weight, tuned.shape, base.shape)
@@ -164,6 +165,7 @@ def deltas(
     seen = set()
     for name in all_weights(vectors):
         weight = base[name].detach().cpu()
+        # A checkpoint may have a tied weight by any of its names. An adapter of a tied layer is that layer's alone.
         known = tied[id(base[name])] if has_checkpoint else [name]
         if not weight.is_floating_point() or known[0] in without or known[0] in seen:
             continue
