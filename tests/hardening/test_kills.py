@@ -85,7 +85,7 @@ def test_pefts_save_that_is_killed_leaves_the_old_adapter_or_the_new_or_is_refus
         seen.append(which(old))
         save_new(old)  # whatever was left, saving once more mends it
         assert which(old) == "new"
-    # Between PEFT's weights and our configuration nothing here runs; what is left then must not be taken for an adapter.
+    # Between PEFT's weights and our configuration nothing here runs. What is left then must not pass for an adapter.
     assert seen == sorted(seen, key=["old", "refused", "new"].index) and set(seen) == {"old", "refused", "new"}
 
 

@@ -244,8 +244,11 @@ class Classifier(torch.nn.Module):
 
 
 def test_a_classifiers_coefficient_is_the_one_with_the_least_entropy():
-    """One vector on a linear model, inputs e_1: logits (l, 0), so the entropy falls for ever with l; two inputs that pull in
-    opposite ways, with logits (1 - l, 0) and (l, 0), have their least sum at an end, and their greatest at 1/2."""
+    """One vector on a linear model. Inputs e_1 give logits (l, 0), so that the entropy falls for ever with l.
+
+    Two inputs that pull in opposite ways, with logits (1 - l, 0) and (l, 0), have their least sum at an end, and their
+    greatest at 1/2.
+    """
     vector = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
     model = Classifier(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     merge = DenseMerge(model, [("head.weight", vector)])
@@ -259,7 +262,8 @@ def test_a_classifiers_coefficient_is_the_one_with_the_least_entropy():
         assert losses[-1] < losses[0]
     clamped, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=0.7, clamp=True))
     assert clamped.item() == 1.0
-    # Logits (l, 0) and (8 - l, 0): both are certain enough for the entropy to be convex between, and 4 is best by symmetry.
+    # Logits (l, 0) and (8 - l, 0): both are certain enough for the entropy to be convex between, and 4 is best by
+    # symmetry.
     merge = DenseMerge(Classifier(torch.tensor([[0.0, 8.0], [0.0, 0.0]])), [("head.weight", vector)])
     for start in (3.0, 5.0):
         found, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=start, steps=400))

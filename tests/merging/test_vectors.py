@@ -206,7 +206,7 @@ def test_the_noise_has_the_power_that_was_asked_for(noise):
         ratios.append(sent_powers(noises.items)[0] / own)
         kept.append(noises)
     mean = torch.stack(ratios).mean(0)
-    # The mean of 400 squares: of one normal number each along a direction (7 % off by itself), of 1250 of them elsewhere.
+    # The mean of 400 squares: of one normal number each along a direction (7 % off by itself), of 1250 elsewhere.
     torch.testing.assert_close(mean, torch.full((2,), 0.1).double(), rtol=0.25 if noise == "worst" else 0.01, atol=0.0)
     flat = torch.stack([torch.cat([n[0].flatten() for n in noises.values()]) for noises in kept])
     along = torch.cat([w[1].flatten() for w in weights.values()])  # the strongest user's

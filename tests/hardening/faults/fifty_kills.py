@@ -2,10 +2,10 @@
 
 python -m tests.hardening.faults.fifty_kills --output benchmarks/results/kills.json
 
-Every run is killed several times: in the phase that was killed least, at a random entry, after a random part of the time
-that the phase took in an undisturbed run (`tests.hardening.faults.moments`; the seed decides, the machine's load moves a kill by a
-little). At the end its folder is compared with the undisturbed run's, file by file, and what each process did with what
-was finished before it.
+Every run is killed several times: in the phase that was killed least, at a random entry, after a random part of the
+time that the phase took in an undisturbed run (`tests.hardening.faults.moments`; the seed decides, the machine's load
+moves a kill by a little). At the end its folder is compared with the undisturbed run's, file by file, and what each
+process did with what was finished before it.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def case(verb: str, own: list[str], folder: Path) -> Case:
 
 
 def killed_run(case: Case, folder: Path, generator: random.Random, seen: Counter, kills: int) -> dict[str, Any]:
-    """The command of `case` in `folder`, killed `kills` times and begun again until it ends; -> what is to be told of it.
+    """The command of `case` in `folder`, killed `kills` times and begun again until it ends; -> what happened.
 
     seen: kills by phase, of this verb, so far; the next goes where fewest were.
     """
@@ -244,7 +244,9 @@ def gather(runs: list[dict[str, Any]], seed: int) -> dict[str, Any]:
                            "mean": round(statistics.fmean(len(run["kills"]) for run in runs), 2)},
         "runs_equal_to_the_undisturbed": sum(not run["faults"] for run in runs),
         "faults": [fault for run in runs for fault in run["faults"]],
-        "steps_trained_again_since_last_checkpoint": sum(run["steps_trained_again_since_last_checkpoint"] for run in runs),
+        "steps_trained_again_since_last_checkpoint": sum(
+            run["steps_trained_again_since_last_checkpoint"] for run in runs
+        ),
         "stages_kept": sum(run["stages_kept"] for run in runs),
         "compared": dict(compared),
         "save_steps": {"train": 2, "compare": 2, "merge": SAVE_STEPS},

@@ -44,8 +44,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Event:
-    """phase: in force from now on. what: "step", "kept", "scored", "finished", with `name` of the stage and the step, or a
-    phase that begins or ends. at_s: since the process began."""
+    """What a process reports.
+
+    phase: in force from now on. what: "step", "kept", "scored", "finished", with `name` of the stage and the step, or a
+    phase that begins or ends. at_s: since the process began.
+    """
 
     phase: str
     what: str

@@ -77,7 +77,7 @@ def test_folders_differ_by_names_bytes_and_numbers_but_not_by_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_after_its_last_step_takes_no_further_step(data, tmp_path):
-    """The last step is in the middle of an epoch, where the Trainer itself would take another, with any learning rate."""
+    """The last step is in the middle of an epoch, where the Trainer itself would take another, at any learning rate."""
     steps = ["--max_steps", "8", "--lr_scheduler_type", "constant"]
     more = ["--no-lora", "--r", "2", *FAST, *SAVING, *steps]
     assert attempt(words(data, tmp_path / "whole", *more), tmp_path / "printed.txt").exit_code == 0

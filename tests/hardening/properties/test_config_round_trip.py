@@ -1,4 +1,4 @@
-"""A configuration is what its JSON says, whichever way it goes there and back; what cannot be used is refused by name."""
+"""A configuration is what its JSON says, whichever way it is written and read; what is unusable is refused by name."""
 
 import json
 import tempfile

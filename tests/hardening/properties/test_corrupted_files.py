@@ -1,11 +1,11 @@
 """A saved adapter that was damaged, in whatever way, is refused with the file's name, and the model stays as it was.
 
-What cannot be seen: weights that were altered where no checksum lies beside them. PEFT needs none, adapters saved by other
-programs or before there were checksums have none, and who deletes it asks for that. There a changed number is a number.
-Of such files what is tested is all but the numbers, and that merging refuses what is not finite.
+What cannot be seen: weights that were altered where no checksum lies beside them. PEFT needs none, adapters saved by
+other programs or before there were checksums have none, and who deletes it asks for that. There a changed number is a
+number. Of such files what is tested is all but the numbers, and that merging refuses what is not finite.
 
-PEFT reads adapter_config.json before any code of ours. Where the file no longer says that it is of MoSLD, PEFT's loaders
-fail with PEFT's own error, which does not name the file; the commands name it.
+PEFT reads adapter_config.json before any code of ours. Where the file no longer says that it is of MoSLD, PEFT's
+loaders fail with PEFT's own error, which does not name the file; the commands name it.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Place:
-    """Where damaged files lie, and the models that they are loaded into: none of them may change, so they are made once."""
+    """Where damaged files lie, and the models they are loaded into, made once: none of them may change."""
 
     def __init__(self, folder: Path):
         self.folder, self.base, self.loaded = folder, tiny_llama(**SMALL), adapter(3)
@@ -217,7 +217,7 @@ def told_can_be_read(files: dict[str, bytes]) -> bool:
     reader=readers(),
 )
 def test_a_checksum_that_is_another_refuses_or_says_the_same(place, damage, reader):
-    """A capital letter is the same number, and a comment that is none any more says nothing: the weights are what they were."""
+    """A capital letter is the same number, and what is no comment any more has no meaning: the weights are the same."""
     write(damage(SAVED), place.folder)
     try:
         logits = READERS[reader](place)

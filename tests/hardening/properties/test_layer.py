@@ -1,4 +1,4 @@
-"""`MoSLDLinear` as a whole against the formula: values, all gradients, those that come through the balance loss, too."""
+"""`MoSLDLinear` as a whole against the formula: values and all gradients, those through the balance loss too."""
 
 import math
 
@@ -47,7 +47,7 @@ def layer_of(recipe: Recipe, alpha: float, tensors: dict[str, Tensor]) -> MoSLDL
 
 
 def balance_gradient(logits: Tensor, top_k: int) -> tuple[float, Ball]:
-    """E sum_e f_e P_e over the tokens, NaN where a row of logits has no softmax, and its gradient for the logits [T, E]"""
+    """-> E sum_e f_e P_e over the tokens, NaN where a row of logits has no softmax; its gradient [T, E]"""
     tokens, experts = logits.shape
     load = torch.zeros(experts, dtype=torch.float64)
     for row in logits.tolist():

@@ -74,7 +74,7 @@ def test_an_adapter_has_no_such_name(name, tmp_path):
 
 @pytest.fixture
 def sharded(data, tmp_path):
-    """file name -> a checkpoint's folder whose index says that one tensor is in that file, beside a folder `elsewhere`."""
+    """file name -> a checkpoint's folder whose index has one tensor in that file, beside a folder `elsewhere`."""
 
     def make(file):
         folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
@@ -93,8 +93,11 @@ def sharded(data, tmp_path):
     return make
 
 
-OUTSIDE = ["../elsewhere/secret.safetensors", "{tmp}/elsewhere/secret.safetensors", "./part.safetensors", "..\\part.safetensors",
-           "part.bin", "C:part.safetensors", "a\0.safetensors", "\x1b.safetensors", "..", "", 7, None, ["part.safetensors"]]  # fmt: skip
+OUTSIDE = [
+    "../elsewhere/secret.safetensors", "{tmp}/elsewhere/secret.safetensors", "./part.safetensors",
+    "..\\part.safetensors", "part.bin", "C:part.safetensors", "a\0.safetensors", "\x1b.safetensors", "..", "", 7, None,
+    ["part.safetensors"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", OUTSIDE)
@@ -126,7 +129,8 @@ def test_a_good_index_is_read_and_a_bad_one_is_named(sharded, say, data):
     assert set(files_of(folder).values()) == {folder / "part.safetensors"}
     for text, said in {
         "{}": "has no weight_map", "[]": "must hold an object", "{": "is not JSON", "[" * 99_999: "is not JSON",
-        '{"weight_map": {"a": "b.safetensors"}}': "b.safetensors, which is missing", '{"weight_map": []}': "has no weight_map",
+        '{"weight_map": {"a": "b.safetensors"}}': "b.safetensors, which is missing",
+        '{"weight_map": []}': "has no weight_map",
     }.items():  # fmt: skip
         (folder / INDEX).write_text(text)
         with pytest.raises(ModelFileError, match=said):

@@ -1,4 +1,4 @@
-"""Forward: the fused operator, the sorted path of wide mixtures, the three stages, mixing matrices, gate functions, blocks."""
+"""Forward: the fused operator, the sorted path of wide mixtures, the three stages, mixing matrices, gates, blocks."""
 
 from tests.hardening.mutants.fault import Fault
 
@@ -85,7 +85,8 @@ FAULTS = [
         "same_a_for_every_expert",
         "mosld_kernels/reference.py",
         "        return hidden.unflatten(-1, (experts, expert_rank(hidden.shape[-1], experts, mixing)))",
-        "        return hidden.unflatten(-1, (expert_rank(hidden.shape[-1], experts, mixing), experts)).transpose(-1, -2)",
+        "        return hidden.unflatten(-1, (expert_rank(hidden.shape[-1], experts, mixing), experts))"
+        ".transpose(-1, -2)",
         "with an A for each expert, experts read rows of each other's A",
         ("tests/kernels/test_reference.py",),
     ),

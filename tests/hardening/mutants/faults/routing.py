@@ -1,4 +1,4 @@
-"""Who is chosen and how much they count: top-k, renormalisation, temperature, tasks, what the caller gives, statistics."""
+"""Who is chosen, with what weight: top-k, renormalisation, temperature, tasks, what the caller gives, statistics."""
 
 from tests.hardening.mutants.fault import Fault
 

@@ -1,4 +1,4 @@
-"""Files from strangers: what they must not have read, run, written or printed, and lines that must not end a program."""
+"""Files of unknown origin: what they must not cause to be read, run, written or printed, or end a program by."""
 
 from tests.hardening.mutants.fault import Fault
 

@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter: ends of tiles, accumulators, planes, masks drawn again, strides, precision."""
+"""The Triton kernels, in Triton's interpreter: ends of tiles, accumulators, split sums, masks, strides, precision."""
 
 from tests.hardening.mutants.fault import Fault
 
@@ -167,7 +167,8 @@ FAULTS = [
         "mask_of_da_transposed",
         "mosld_kernels/triton/gram.py",
         "            grad = tl.where(keep_elements(tl.load(seed_ptr), n, limit),",
-        "            grad = tl.where(keep_elements(tl.load(seed_ptr), f[:, None].to(tl.int64) * C + columns[None, :], limit),",
+        "            grad = tl.where(keep_elements("
+        "tl.load(seed_ptr), f[:, None].to(tl.int64) * C + columns[None, :], limit),",
         "on a GPU A's gradient has rows and columns of the mask swapped",
         SIZES,
     ),
