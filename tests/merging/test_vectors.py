@@ -277,7 +277,7 @@ def test_a_tied_weight_is_the_same_one_under_each_of_its_names(tmp_path):
 def test_an_adapter_on_a_tied_layer_is_merged_factored_and_not_into_the_embeddings(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], ensure_weight_tying=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT tells of the tied weight, which is what is tested
+        warnings.simplefilter("ignore")  # PEFT warns of the tied weight, which is what is tested
         model = peft.get_peft_model(tied(), config)
         perturb(model)
         model.save_pretrained(str(tmp_path / "a"))

@@ -1,4 +1,4 @@
-"""A process of `mosld` that tells what it does, and dies by SIGKILL in the middle of it.
+"""A process of `mosld` that reports what it does, and dies by SIGKILL in the middle of it.
 
 phase    start         until the frozen base is scored: the folder is claimed, the model loaded, what is finished read
          training      of an adapter, or of a merge's coefficients

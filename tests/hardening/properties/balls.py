@@ -53,7 +53,7 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def least(dtype: torch.dtype) -> float:
-    """What may be lost absolutely: a processor may flush numbers below the smallest normal one to zero, not in float16."""
+    """What may be lost absolutely: numbers below the smallest normal one may be flushed to zero, but not in float16."""
     info = torch.finfo(dtype)
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
 

@@ -252,7 +252,7 @@ def test_tensors_of_another_adapter(place, damage, reader):
     value=st.sampled_from((math.inf, -math.inf, math.nan)),
 )
 def test_merging_refuses_numbers_that_are_not_finite(place, name, place_in, value):
-    """Without a checksum, which alone tells of altered numbers otherwise."""
+    """Without a checksum, which alone shows altered numbers otherwise."""
     changed = {own: tensor.clone() for own, tensor in TENSORS.items()}
     changed[name].view(-1)[place_in % changed[name].numel()] = value
     made = save(changed, metadata={"format": "pt"})

@@ -1,7 +1,7 @@
 """PEFT's operations in any order, on several adapters of any methods, against a plain account of what must hold.
 
-The account is, for each adapter, its configuration and a copy of its tensors. What an adapter computes is told twice:
-bit for bit by a fresh model that gets the copy, and by loops over tokens from the method's paper
+The account is, for each adapter, its configuration and a copy of its tensors. What an adapter computes is compared
+twice: bit for bit with a fresh model that gets the copy, and with loops over tokens from the method's paper
 (tests/mixture/naive.py).
 """
 

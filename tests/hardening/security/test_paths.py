@@ -169,7 +169,7 @@ def test_an_adapter_that_names_other_files_is_refused(fields, adapter, data, say
 
 @pytest.mark.parametrize("layer", ["../../x", "/tmp/x", "..", "a\\b"])
 def test_a_layers_name_is_no_path(layer, adapter, data, say, tmp_path):
-    """It is told, and names no file."""
+    """It is reported, and names no file."""
     folder, out = adapter("mosld"), tmp_path / "out"
     tensors = load_file(folder / WEIGHTS)
     tensors = {key.replace("model.layers.0.self_attn.q_proj", layer): tensor for key, tensor in tensors.items()}
@@ -199,9 +199,9 @@ def test_a_tensor_whose_name_commands_the_terminal_is_refused(name, tmp_path):
 
 def test_a_field_whose_name_commands_the_terminal_is_warned_of_in_plain_letters(adapter, data):
     """PEFT reads the configuration by itself, in Python's own calls."""
-    with pytest.warns(UserWarning, match="fields that this version of mosld does not know") as told:
+    with pytest.warns(UserWarning, match="fields that this version of mosld does not know") as warned:
         MoSLDConfig.from_pretrained(str(adapter("mosld", **{"\x1b]0;owned\x07": 1})))
-    assert all(str(one.message).isprintable() for one in told)
+    assert all(str(one.message).isprintable() for one in warned)
 
 
 def test_texts_of_other_lands_and_lines_are_no_commands(adapter):
