@@ -17,9 +17,9 @@ from ..merging.adaptive import AdaptiveSettings
 from ..merging.concrete import ConcreteSettings
 from ..merging.merge import MergeSettings, merge
 from ..merging.methods import METHODS, WIRELESS
+from ..merging.read import read_task_vectors
 from ..merging.save import applied
 from ..merging.unlabelled import Unlabelled, without_labels
-from ..merging.vectors import read_task_vectors
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.scoring import score_tasks

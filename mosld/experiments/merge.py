@@ -19,10 +19,11 @@ from ..merging.concrete import ConcreteSettings
 from ..merging.factored import check_fit
 from ..merging.merge import Merged, MergeSettings, merge
 from ..merging.methods import METHODS, WIRELESS
+from ..merging.read import read_task_vectors
 from ..merging.realign import RealignSettings, few, realign
 from ..merging.save import applied, merged_weights, save_checkpoint, save_lora, save_mixture, save_model
 from ..merging.unlabelled import Unlabelled, without_labels
-from ..merging.vectors import TaskVector, check_whole, named_tensors, read_task_vectors
+from ..merging.vectors import TaskVector, check_whole, named_tensors
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.scoring import score_tasks

@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, however the process that writes them ends.
 
 They are written beside their place, under a name that begins with a dot, and renamed into it. A process that is killed
-leaves what was there before, and a leftover beside it. A power failure is another matter: nothing is flushed to the disk.
+leaves what was there before, and a leftover beside it. Nothing is flushed to the disk: a power failure may lose both.
 """
 
 import contextlib
@@ -16,11 +16,12 @@ from pathlib import Path
 
 NEW, OLD = "new", "old"
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}\.(?P<kind>{NEW}|{OLD})")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
+# Of <fcntl.h> and <linux/fs.h>.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` to the file `path`, or replace what it holds."""
+    """Make the file `path`, or replace it, with the content `text` in UTF-8."""
     aside = _beside(path, NEW)
     try:
         aside.write_text(text, encoding="utf-8", newline="")
@@ -31,7 +32,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, for what is to be renamed to it; removed at the end with all that is in it then."""
+    """A new folder beside `path`, for what is then renamed to `path`; removed at the end with what is left in it."""
     aside = _beside(path, NEW)
     aside.mkdir()
     try:
@@ -42,8 +43,9 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` at the end; `check` may object by raising just before.
+    """A new folder to write into, which takes the place of `folder` at the end.
 
+    check: called just before; when it raises, `folder` stays as it was.
     Where the system cannot swap two folders in one step (Linux can, on local file systems), a process that is killed
     between its two renames leaves no `folder`, and the previous one beside it; `remove_leftovers` puts it back.
     """
@@ -75,19 +77,22 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")  # no other process or thread has it
+    # The random part keeps other processes and threads from using the same name.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is called as what a killed process leaves of the above."""
+    """Whether `path` has the name of a file or folder that was being written when its process was killed."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in `folder` and below it, where nobody else writes now."""
-    for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
+    """Remove what killed processes left in `folder` and below it; no other process may be writing there."""
+    # All names are read before the first is removed: the walk must not meet what changes under it.
+    for path in list(folder.rglob(".*")):
         match = _LEFTOVER.fullmatch(path.name)
-        assert match is not None
+        if match is None:
+            continue
         if match["kind"] == OLD and not (place := path.with_name(match["name"])).exists():
             path.replace(place)  # killed between the two renames
         elif path.is_dir():

@@ -1,4 +1,4 @@
-"""What stops a run from outside, and what is said then: a full disk, a folder that cannot be written, too little memory."""
+"""What stops a run from outside, and its message: a full disk, a folder that is not writable, too little memory."""
 
 import errno
 import gc
@@ -15,14 +15,15 @@ NO_ROOM = {
     errno.EFBIG: "a file is larger than this process or the file system may make one",
 }
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-FULL_BYTES = 1 << 20  # free at most, where a writer does not tell why it failed
+# torch.save does not say why a write failed. With less than this left free, the disk counts as full.
+FULL_BYTES = 1 << 20
 _RUST = re.compile(r"\(os error (\d+)\)")  # safetensors
 _TORCH_SAVE = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed", re.DOTALL)
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
-# What needs less memory. All of it changes the settings of a run, which then is another run.
+# What needs less memory. All of it changes the settings of a run, which then needs another folder.
 LESS_MEMORY = {
-    "train": "a smaller --per_device_train_batch_size (with --gradient_accumulation_steps), --gradient_checkpointing true "
-    "or a smaller --eval-batch-size",
+    "train": "a smaller --per_device_train_batch_size (with --gradient_accumulation_steps), "
+    "--gradient_checkpointing true or a smaller --eval-batch-size",
     "merge": "a smaller --batch-size or --eval-batch-size",
 }
 LESS_MEMORY["compare"] = LESS_MEMORY["train"]
@@ -33,7 +34,7 @@ class CellsFailed(RuntimeError):
 
 
 def explain(error: BaseException, command: str, folder: Path | None) -> str | None:
-    """What to tell the user of `mosld command`, who writes to `folder`; None for an error that is the program's own."""
+    """The message for the user of `mosld command`, which writes to `folder`; None for a fault of the program."""
     if isinstance(error, CellsFailed):
         return str(error)
     go_on = "Run the same command again"
@@ -51,7 +52,7 @@ def explain(error: BaseException, command: str, folder: Path | None) -> str | No
 
 
 def no_room(error: BaseException, folder: Path | None) -> str | None:
-    """Why there was no room for a file, in words, or None; `error` may have been raised from the one that tells."""
+    """Why there was no room for a file, in words; None where that is not what `error`, or a cause of it, says."""
     while True:
         number = error.errno if isinstance(error, OSError) else None
         if match := _RUST.search(str(error)):
@@ -67,7 +68,7 @@ def no_room(error: BaseException, folder: Path | None) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking, the device's or the machine's."""
+    """Whether `error` says that the device's memory or the machine's was used up."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -76,34 +77,37 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what nobody uses any more; the error that told of it must be gone, since it holds the frames."""
+    """Return memory that is no longer used to the device; the error must be gone first, since it holds the frames."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
 
 
 def escape_control_chars(text: str) -> str:
-    """`text` with all that would command a terminal written out: a message may quote a stranger's file."""
+    """`text` with its control characters written out: a message may quote a file that would command a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
+    """Of the message; the name of the error's class where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def writable(place: Path) -> bool:
-    """Whether this process may write to what is there; in a folder, whether it may make files."""
+    """Whether this process may write to the file `place`, or make files in the folder `place`."""
     return os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0))
 
 
 def _place(error: BaseException, folder: Path | None) -> str:
-    """The folder, and the file where the system tells which."""
+    """The folder, and the file where the error names it."""
     file = error.filename if isinstance(error, OSError) else None
     if folder is None:
         return str(file or "a file")

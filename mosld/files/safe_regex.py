@@ -1,12 +1,13 @@
 """Regular expressions from configurations, which PEFT matches with the names of layers: only those that end in time.
 
-Python's `re` tries one way after the other: `(a+)+` has 2 to the power of n ways through n letters. Here the ways are counted
-on the parsed expression before it is used. What repeats may hold no repetition and no choice, and the ways through the whole
-are at most MAX_WAYS, where an open repetition such as `.*` counts WAYS, `a?` two, and `a|b` the sum of its sides.
+Python's `re` tries one way after the other: `(a+)+` has 2 to the power of n ways through n letters. Here the ways are
+counted on the parsed expression before it is used. What repeats may hold no repetition and no choice, and the ways
+through the whole are at most MAX_WAYS, where an open repetition such as `.*` counts WAYS, `a?` two, and `a|b` the sum
+of its sides.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,26 @@ except ImportError:
     import sre_parse as parser
 
 WAYS = 30
-MAX_WAYS = 200_000_000  # five times `.*` in a layer's name take a tenth of a second, six a second
-MAX_LENGTH = 100_000  # characters: all layers of a large model, each by its whole name, are some ten thousands
+# Five times `.*` in a layer's name take a tenth of a second, six a second.
+MAX_WAYS = 200_000_000
+# Characters. All layers of a large model, each by its whole name, are some ten thousands.
+MAX_LENGTH = 100_000
 # PEFT's fields whose value is one expression; where its entries are a list, `re` gets them as well.
 EXPRESSIONS = (
-    "target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save", "feedforward_modules",
+    "target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save",
+    "feedforward_modules",
 )  # fmt: skip
 LISTS = ("layers_pattern", "modules_to_save", "feedforward_modules")
-PATTERNS = "_pattern"  # ends the names of fields from an expression to a number
-REPEATS = tuple(getattr(c, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(c, name))
+# Ends the names of the fields that map an expression to a number.
+PATTERNS = "_pattern"
+REPEATS = (c.MAX_REPEAT, c.MIN_REPEAT, getattr(c, "POSSESSIVE_REPEAT", None))  # the last from Python 3.11 on
 
 
 def check_expression(name: str, pattern: Any, inside: str = "{}") -> None:
-    """raises ValueError where `pattern` is no regular expression, none `inside` that of PEFT, or one that may not end.
+    """raises ValueError where `pattern` is no regular expression, or one whose match may take for ever.
 
-    name: of the setting, for the message.
+    name: of the setting, for the message. inside: the expression that PEFT puts `pattern` into, in the place of {}; it
+    must be an expression too.
     """
     try:
         if not isinstance(pattern, str):
@@ -52,20 +58,30 @@ def check_expression(name: str, pattern: Any, inside: str = "{}") -> None:
 
 
 def check_expressions(fields: Mapping[str, Any], path: Path) -> None:
-    """raises ValueError for an expression in the adapter_config.json at `path`, of any method, that `check_expression` refuses."""
-    expressions = [(name, fields[name]) for name in EXPRESSIONS if isinstance(fields.get(name), str)]
-    for name, value in fields.items():
-        if name in LISTS and isinstance(value, list) or name.endswith(PATTERNS) and isinstance(value, dict):
-            expressions += [(name, pattern) for pattern in value]
-    for name, pattern in expressions:
+    """raises ValueError for an expression among the `fields` of the configuration at `path` that is refused.
+
+    The configuration may be any method's. `check_expression` refuses.
+    """
+    for name, pattern in _expressions(fields):
         try:
             check_expression(name, pattern)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from error
 
 
+def _expressions(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """-> a field's name and an expression in it"""
+    for name in EXPRESSIONS:
+        if isinstance(fields.get(name), str):
+            yield name, fields[name]
+    for name, value in fields.items():
+        if name in LISTS and isinstance(value, list) or name.endswith(PATTERNS) and isinstance(value, dict):
+            for pattern in value:
+                yield name, pattern
+
+
 def _ways(sequence: Any) -> int:
-    """How many ways there are through a parsed expression. raises ValueError for a repetition in a repetition."""
+    """How many ways there are through a parsed expression; raises ValueError for a repetition in a repetition."""
     ways = 1
     for kind, value in sequence:
         ways *= _ways_of(kind, value)
@@ -86,9 +102,11 @@ def _ways_of(kind: Any, value: Any) -> int:
     if kind is c.BRANCH:
         return sum(_ways(side) for side in value[1])
     if kind is c.GROUPREF:
-        return 2  # so that none is repeated: what it stands for has any length
+        # What a back reference stands for has any length. Two ways keep it from being repeated.
+        return 2
     if kind is c.GROUPREF_EXISTS:
-        return sum(_ways(side) if side else 1 for side in value[1:])
+        _, yes, no = value
+        return _ways(yes) + (_ways(no) if no else 1)
     inside = value if isinstance(value, tuple) else (value,)  # of groups, lookaheads and what else holds an expression
     ways = 1
     for part in inside:

@@ -13,10 +13,11 @@ from .adaptive import AdaptiveSettings
 from .concrete import ConcreteSettings
 from .merge import Merged, MergeSettings, merge
 from .methods import METHODS
+from .read import read_task_vectors
 from .realign import RealignSettings, realign
 from .save import applied, save_checkpoint, save_lora, save_mixture
 from .unlabelled import Inputs, Questions, without_labels
-from .vectors import MergeError, TaskVector, read_task_vectors
+from .vectors import MergeError, TaskVector
 
 __all__ = [
     "METHODS",

@@ -14,13 +14,25 @@ from torch import Tensor
 from .descent import Descent
 from .unlabelled import Forward, Unlabelled
 
-Merged = Callable[[Tensor], Forward]  # coefficients [K] or [layers, K] -> a forward that is differentiable in them
+# Coefficients [K] or [layers, K] -> a forward that is differentiable in them.
+MergedForward = Callable[[Tensor], Forward]
 
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """start: every coefficient at first. clamp: keep them in [0, 1], as the authors' code does. batch_size: inputs of each
-    task in a step. seed: of the order of the questions. save_steps: how often a run in a folder is saved.
+    """How coefficients are trained.
+
+    Args:
+        start: The value of every coefficient before the first step.
+        learning_rate: Adam's.
+        steps: Of Adam.
+        batch_size: Inputs of each task in a step.
+        clamp: Whether the coefficients are kept in [0, 1], as in the authors' code.
+        seed: Decides the order of the inputs.
+        save_steps: A run in a folder is saved after every so many steps.
+
+    Raises:
+        ValueError: For a number that is not positive.
 
     >>> from mosld.merging import AdaptiveSettings, MergeSettings
     >>> MergeSettings("adamerging_layer", adaptive=AdaptiveSettings(steps=100, clamp=True)).adaptive.steps
@@ -47,7 +59,7 @@ class AdaptiveSettings:
 
 
 def minimise_entropy(
-    merged: Merged,
+    merged: MergedForward,
     shape: Sequence[int],
     tasks: Sequence[Unlabelled],
     settings: AdaptiveSettings | None = None,
@@ -56,19 +68,21 @@ def minimise_entropy(
 ) -> tuple[Tensor, list[float]]:
     """-> the coefficients of `shape`, and the loss of every step.
 
-    folder: keeps the coefficients and Adam's state while it runs, so that the same call goes on where it was cut off.
+    folder: keeps the coefficients and Adam's state, so that the same call goes on where it was cut off.
     raises ValueError without a task.
     """
     if not tasks:
         raise ValueError("adaptive merging needs unlabelled data of at least one task, got none")
     settings = settings or AdaptiveSettings()
     coefficients = torch.full(tuple(shape), settings.start, requires_grad=True)
+    # The descent finds an earlier state in the folder, if there is one, and sets the coefficients to it.
     descent = Descent(label, {"coefficients": coefficients}, settings, folder)
     streams = descent.streams([*tasks])
     for _ in descent.steps():
         descent.optimiser.zero_grad()
         total = 0.0
-        for task, stream in zip(tasks, streams, strict=True):  # one by one, so that one graph is in memory
+        # A backward pass for each task, so that no two graphs are in memory at once.
+        for task, stream in zip(tasks, streams, strict=True):
             loss = task.entropy(merged(coefficients), next(stream))
             loss.backward()
             total += loss.item()

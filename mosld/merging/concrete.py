@@ -4,14 +4,14 @@ m = sigma((log u / (1 - u) + phi) / T)  relaxed Bernoulli, T = 0.5        m <- m
 theta = theta_0 + sum_k lambda_k (m * tau_k)
 
 task arithmetic   lambda = 0.3 stays; phi minimises the entropy of the predictions by Adam, lr 1e-3
-AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m held, then phi is trained with the new lambda,
-                  on other inputs
+AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m held, then phi is trained with the new
+                  lambda, on other inputs
 
-The authors' code takes the inner step by an Adam whose moments last from step to step; the paper tells of a step of gradient
-descent. Both are here.
+The authors' code takes the inner step by an Adam whose moments last from step to step; in the paper it is a step of
+gradient descent. Both are here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,23 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ConcreteSettings:
-    """temperature: of the relaxed Bernoulli. start: every coefficient at first. inner_rate: of the step on the coefficients,
-    None for task arithmetic, whose coefficients stay; inner: "adam" as in the authors' code, or "sgd". by_layer: whether these
-    are one a task and weight. discrete: whether the final mask is 0 or 1 instead of sigma(phi / T).
+    """How a mask is trained.
+
+    Args:
+        temperature: T, of the relaxed Bernoulli.
+        start: The value of every coefficient before the first step.
+        learning_rate: Adam's, for the mask.
+        steps: Of Adam, for the mask.
+        batch_size: Inputs of each task in a step.
+        inner_rate: The size of the step on the coefficients. None for task arithmetic, whose coefficients stay.
+        inner: What takes that step: "adam" as in the authors' code, or "sgd".
+        by_layer: Whether there is a coefficient for each task and weight, instead of each task.
+        discrete: Whether the final mask is 0 or 1 instead of sigma(phi / T).
+        seed: Decides the noise and the order of the inputs.
+        save_steps: A run in a folder is saved after every so many steps.
+
+    Raises:
+        ValueError: For a number that is not positive, and another `inner`.
 
     >>> from mosld.merging import ConcreteSettings, MergeSettings
     >>> MergeSettings("concrete_task_arithmetic", concrete=ConcreteSettings(discrete=True)).concrete.temperature
@@ -72,10 +86,11 @@ def sampled(logits: Masks, temperature: float, generator: torch.Generator) -> di
 
 def final(logits: Masks, temperature: float, discrete: bool = False) -> dict[str, Tensor]:
     """The masks without noise, rescaled: sigma(phi / T), or 1 where phi > 0 and 0 elsewhere."""
-    return {
-        name: rescaled((phi > 0).to(phi.dtype) if discrete else torch.sigmoid(phi / temperature))
-        for name, phi in logits.items()
-    }
+    masks = {}
+    for name, phi in logits.items():
+        mask = (phi > 0).to(phi.dtype) if discrete else torch.sigmoid(phi / temperature)
+        masks[name] = rescaled(mask)
+    return masks
 
 
 def rescaled(mask: Tensor) -> Tensor:
@@ -89,49 +104,61 @@ def train_masks(
 ) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
     """-> mask logits, weight's name -> [*shape], and the loss of every step.
 
-    count: K, the number of task vectors. folder: keeps the state, as in `minimise_entropy`. raises ValueError without a task.
+    count: K, the number of task vectors. folder: keeps the state, as in `minimise_entropy`.
+    raises ValueError without a task.
     """
     if not tasks:
         raise ValueError("Concrete masks need unlabelled data of at least one task, got none")
     settings = settings or ConcreteSettings()
-    logits = {
-        name: torch.zeros(taus.shape[1:], device=taus.device, requires_grad=True) for name, taus in merge.parts.items()
-    }
+    logits: dict[str, Tensor] = {}
+    for name, taus in merge.parts.items():
+        logits[name] = torch.zeros(taus.shape[1:], device=taus.device, requires_grad=True)
     bilevel = settings.inner_rate is not None
     shape = (len(logits), count) if settings.by_layer else (count,)
     coefficients = torch.full(shape, settings.start, requires_grad=bilevel)
-    steps = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.inner]
-    inner = steps([coefficients], lr=settings.inner_rate) if settings.inner_rate is not None else None
-    moments = {"inner": inner} if isinstance(inner, torch.optim.Adam) else {}
-    descent = Descent("train the mask", logits, settings, folder, moments)
+    inner = inner_optimiser(coefficients, settings)
+    # Adam's moments are part of the state that a run goes on from; gradient descent has none.
+    others = {"inner": inner} if isinstance(inner, torch.optim.Adam) else {}
+    descent = Descent("train the mask", logits, settings, folder, others)
     streams = descent.streams([*tasks], rounds=2 if bilevel else 1)
     for _ in descent.steps():
         masks = sampled(logits, settings.temperature, descent.generator)
         if inner is not None:
-            held = {name: mask.detach() for name, mask in masks.items()}
-            inner_step(merge, held, coefficients, inner, tasks, streams, settings.start)
+            inner_step(merge, detached(masks), coefficients, inner, tasks, streams, settings.start)
         descent.optimiser.zero_grad()
-        now = coefficients.detach()
-        loss = sum_of_entropies(lambda: merge(now, masks), tasks, streams)  # noqa: B023  called at once
+        loss = sum_of_entropies(merge(coefficients.detach(), masks), tasks, streams)
         loss.backward()
         descent.done(loss.item())
-    return {name: phi.detach() for name, phi in logits.items()}, descent.losses
+    return detached(logits), descent.losses
+
+
+def inner_optimiser(coefficients: Tensor, settings: ConcreteSettings) -> torch.optim.Optimizer | None:
+    """What takes the step on the coefficients; None where they stay."""
+    if settings.inner_rate is None:
+        return None
+    optimiser = torch.optim.Adam if settings.inner == "adam" else torch.optim.SGD
+    return optimiser([coefficients], lr=settings.inner_rate)
+
+
+def detached(tensors: Masks) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def inner_step(
     merge: DenseMerge, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer,
     tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]], start: float,
 ) -> None:  # fmt: skip
-    """The coefficients from `start` one step down, in place; first order, so the mask's gradient does not go through it."""
+    """Set the coefficients to `start` and take one step, in place; of first order, without a gradient for the masks."""
     with torch.no_grad():
         coefficients.fill_(start)
     optimiser.zero_grad()
-    sum_of_entropies(lambda: merge(coefficients, masks), tasks, streams).backward()
+    sum_of_entropies(merge(coefficients, masks), tasks, streams).backward()
     optimiser.step()
 
 
-def sum_of_entropies(
-    merged: Callable[[], Forward], tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]]
-) -> Tensor:
-    forward = merged()
-    return torch.stack([task.entropy(forward, next(own)) for task, own in zip(tasks, streams, strict=True)]).sum()
+def sum_of_entropies(forward: Forward, tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]]) -> Tensor:
+    """Of the predictions on the next batch of every task."""
+    entropies = []
+    for task, stream in zip(tasks, streams, strict=True):
+        entropies.append(task.entropy(forward, next(stream)))
+    return torch.stack(entropies).sum()

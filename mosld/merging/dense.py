@@ -24,15 +24,17 @@ class DenseMerge:
 
     def __init__(self, model: nn.Module, parts: Iterable[tuple[str, Tensor]]):
         self.model = model.requires_grad_(False).eval()
-        self.own = dict(model.named_parameters())
-        self.parts = {name: taus.to(self.own[name].device) for name, taus in parts}
+        self.weights = dict(model.named_parameters())
+        self.parts: dict[str, Tensor] = {}
+        for name, taus in parts:
+            self.parts[name] = taus.to(self.weights[name].device)
 
     @property
     def layers(self) -> list[str]:
         return list(self.parts)
 
     def updates(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """coefficients [K], or [layers, K] in the order of `layers`; masks: weight's name -> [*shape], times every update
+        """coefficients [K], or [layers, K] in the order of `layers`; masks: weight's name -> [*shape], or none
         -> weight's name, sum_k lambda_k (m * tau_k) in float32"""
         for i, (name, taus) in enumerate(self.parts.items()):
             own = coefficients if coefficients.dim() == 1 else coefficients[i]
@@ -41,21 +43,22 @@ class DenseMerge:
 
     def __call__(self, coefficients: Tensor, masks: Mapping[str, Tensor] | None = None) -> Forward:
         """-> the merged model's forward, in the model's dtype"""
-        weights = {
-            name: (self.own[name].detach().float() + update).to(self.own[name].dtype)
-            for name, update in self.updates(coefficients, masks)
-        }
-        return running(self.model, weights)
+        merged: dict[str, Tensor] = {}
+        for name, update in self.updates(coefficients, masks):
+            weight = self.weights[name].detach()
+            merged[name] = (weight.float() + update).to(weight.dtype)
+        return forward_with(self.model, merged)
 
 
-def running(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+def forward_with(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
     """The forward of `model` with other `weights`, from its arguments to its logits."""
     device = next(model.parameters()).device
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
+    has_keep = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def forward(**arguments: Any) -> Tensor:
-        keep = None if keeps else arguments.pop("logits_to_keep", None)
+        # A model without the argument computes all logits, and the wanted ones are picked here.
+        keep = None if has_keep else arguments.pop("logits_to_keep", None)
         logits = functional_call(model, dict(weights), kwargs=on_device(arguments, device)).logits
         return logits if keep is None else logits[:, keep.to(logits.device)]
 
@@ -68,9 +71,10 @@ def write(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> float:
 
     -> |rounded - merged| / |update|, what the weights' dtype loses, as Frobenius norms over all
     """
-    own, lost, size = dict(model.named_parameters()), 0.0, 0.0
+    weights = dict(model.named_parameters())
+    lost = size = 0.0
     for name, update in updates:
-        weight = own[name]
+        weight = weights[name]
         merged = weight.float() + update.to(weight.device)
         weight.copy_(merged)
         lost += float((weight.float() - merged).double().square().sum())
@@ -80,7 +84,7 @@ def write(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> float:
 
 @contextlib.contextmanager
 def kept(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """The weights `names` of `model` are afterwards what they are now."""
+    """Restores the weights `names` of `model` at the end of the block."""
     own = dict(model.named_parameters())
     before = {name: own[name].detach().clone() for name in names}
     try:

@@ -21,9 +21,10 @@ STATE = "state.safetensors"
 class Descent:
     """One descent: its variables, Adam's state, a generator of its own, and the loss of every step.
 
-    variables: name -> leaf tensor that is trained, in place. settings: a dataclass with learning_rate, steps, seed and
-        save_steps; a state of other settings (but for the number of steps and how often they are saved) is not gone on with.
-    others: further optimisers whose state belongs to the run, by name. folder: where the state is kept, or nowhere.
+    variables: name -> leaf tensor that is trained, in place. folder: where the state is kept; None keeps none.
+    settings: a dataclass with learning_rate, steps, seed and save_steps. A saved state of other settings, but for steps
+        and save_steps, is not used.
+    others: further optimisers whose state belongs to the run, by name.
     """
 
     def __init__(
@@ -64,29 +65,37 @@ class Descent:
         self.losses.append(loss)
 
     def streams(self, tasks: list[Unlabelled], rounds: int = 1) -> list[Iterator[list[int]]]:
-        """Each task's batches, those that steps before have seen left out; `rounds` batches of a task belong to a step."""
-        own = [batches(len(task), self.settings.batch_size, self.settings.seed + i) for i, task in enumerate(tasks)]
-        for stream in own:
+        """Each task's batches from the next step on; `rounds` batches of a task belong to a step."""
+        streams = []
+        for i, task in enumerate(tasks):
+            stream = batches(len(task), self.settings.batch_size, self.settings.seed + i)
+            # A run that goes on does not see again what its earlier steps have seen.
             for _ in range(rounds * len(self.losses)):
                 next(stream)
-        return own
+            streams.append(stream)
+        return streams
 
-    def _fields(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self.settings).items() if key not in ("steps", "save_steps")}
+    def _deciding_settings(self) -> dict[str, Any]:
+        """What a saved state must agree with, as JSON gives it back."""
+        fields = asdict(self.settings)
+        del fields["steps"], fields["save_steps"]
+        return json.loads(json.dumps(fields))
 
     def _save(self) -> None:
         """All in one file, so that a killed process leaves the state before or this one, each with its own losses."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"variable.{name}": value.detach() for name, value in self.variables.items()}
-        tensors |= {"generator": self.generator.get_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
+        tensors = {"generator": self.generator.get_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for name, value in self.variables.items():
+            tensors[f"variable.{name}"] = value.detach().contiguous()
         for title, optimiser in self.optimisers.items():
             for i, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"{title}.{i}.{name}": value for name, value in state.items()}
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with folder_beside(self.folder / STATE) as aside:  # safetensors' own leftovers have no name to know them by
-            save_file(whole, aside / STATE, metadata={"settings": json.dumps(self._fields())})
+                for name, value in state.items():
+                    tensors[f"{title}.{i}.{name}"] = value.contiguous()
+        # Written in a folder of its own: a file that safetensors leaves unfinished has no name by which to find it.
+        with folder_beside(self.folder / STATE) as aside:
+            save_file(tensors, aside / STATE, metadata={"settings": json.dumps(self._deciding_settings())})
             (aside / STATE).replace(self.folder / STATE)
 
     def _resume(self) -> None:
@@ -95,19 +104,25 @@ class Descent:
         tensors = load_file(self.folder / STATE)
         with safe_open(self.folder / STATE, framework="pt") as file:
             settings = json.loads((file.metadata() or {}).get("settings", "null"))
-        shapes = {name: tensors.get(f"variable.{name}", torch.empty(0)).shape for name in self.variables}
-        fits = all(shapes[name] == value.shape for name, value in self.variables.items())
-        if settings != json.loads(json.dumps(self._fields())) or not fits:
+        if settings != self._deciding_settings() or not self._fits(tensors):
             return
         with torch.no_grad():
             for name, value in self.variables.items():
                 value.copy_(tensors[f"variable.{name}"])
         self.generator.set_state(tensors["generator"])
         for title, optimiser in self.optimisers.items():
-            own: dict[int, dict[str, Tensor]] = {}
+            state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
                 if key.startswith(f"{title}."):
                     _, i, name = key.split(".", 2)
-                    own.setdefault(int(i), {})[name] = value
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": own})
+                    state.setdefault(int(i), {})[name] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         self.losses = tensors["losses"].tolist()
+
+    def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a saved state has every variable in its shape."""
+        for name, value in self.variables.items():
+            saved = tensors.get(f"variable.{name}")
+            if saved is None or saved.shape != value.shape:
+                return False
+        return True

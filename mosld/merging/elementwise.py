@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-Deltas = Callable[[], Iterable[tuple[str, Tensor]]]  # walks the weights anew: name, updates [K, *shape]
-LOW_BITS = 15  # of a float32's 31 bits without the sign, which order magnitudes like integers
+# Each call begins a new walk over the weights: name, updates [K, *shape].
+Deltas = Callable[[], Iterable[tuple[str, Tensor]]]
+# Of a float32's 31 bits without the sign, which order magnitudes like integers.
+LOW_BITS = 15
 
 
 def summed(
@@ -19,22 +21,26 @@ def summed(
 ) -> Iterator[tuple[str, Tensor]]:
     """name -> sum_k scales_k tau_k [*shape], in float32; scales: one, or K, or K of every weight by its name"""
     for name, taus in walk():
-        own = scales[name] if isinstance(scales, Mapping) else scales
-        weights = torch.as_tensor(own, dtype=torch.float32).expand(len(taus))
-        yield name, torch.tensordot(weights, taus, dims=1)
+        of_weight = scales[name] if isinstance(scales, Mapping) else scales
+        of_vectors = torch.as_tensor(of_weight, dtype=torch.float32).expand(len(taus))
+        yield name, torch.tensordot(of_vectors, taus, dims=1)
 
 
 def ties(walk: Deltas, keep: float = 0.2) -> Iterator[tuple[str, Tensor]]:
-    """name -> the vectors that TIES merges, [K, *shape]: trimmed, and zero where they have not the elected sign.
+    """name -> the vectors that TIES merges, [K, *shape]: trimmed, and zero where their sign is not the elected one.
 
     keep: share of each vector's elements that trimming leaves, over all its weights together, in (0, 1].
     """
     limits = thresholds(walk, keep)
     for name, taus in walk():
-        limit = limits.view(-1, *[1] * (taus.dim() - 1))
-        trimmed = torch.where(taus.abs() >= limit, taus, 0.0)
+        trimmed = torch.where(taus.abs() >= per_vector(limits, taus), taus, 0.0)
         elected = trimmed.sum(0).sign()
         yield name, torch.where(trimmed.sign() == elected, trimmed, 0.0)
+
+
+def per_vector(values: Tensor, taus: Tensor) -> Tensor:
+    """values [K] -> [K, 1, ...], to be broadcast over taus [K, *shape]"""
+    return values.view(-1, *[1] * (taus.dim() - 1))
 
 
 def disjoint_mean(parts: Tensor) -> Tensor:
@@ -54,25 +60,32 @@ def thresholds(walk: Deltas, keep: float) -> Tensor:
     upper: Tensor | None = None
     for _, taus in walk():
         bits = _magnitude_bits(taus) >> LOW_BITS
-        counts = torch.stack([torch.bincount(own, minlength=1 << (31 - LOW_BITS)) for own in bits])
+        counts = torch.stack([torch.bincount(of_vector, minlength=1 << (31 - LOW_BITS)) for of_vector in bits])
         upper = counts if upper is None else upper + counts
     if upper is None:
         raise ValueError("there is nothing to merge")
     wanted = (upper.sum(1) * keep).round().long().clamp(min=1)  # how many are kept
-    above = upper.flip(1).cumsum(1).flip(1)  # [K, bins], elements in this bin or one of larger magnitude
-    place = (above >= wanted.unsqueeze(1)).sum(1) - 1  # the bin that holds the threshold
-    left = wanted - (above.gather(1, place.unsqueeze(1)) - upper.gather(1, place.unsqueeze(1))).squeeze(1)
+    place, before = _bin_of_rank(upper, wanted)
     lower = torch.zeros(len(upper), 1 << LOW_BITS, dtype=torch.long)
     for _, taus in walk():
         bits = _magnitude_bits(taus)
-        for k, own in enumerate(bits):
-            inside = own[own >> LOW_BITS == place[k]] & ((1 << LOW_BITS) - 1)
+        for k, of_vector in enumerate(bits):
+            inside = of_vector[of_vector >> LOW_BITS == place[k]] & ((1 << LOW_BITS) - 1)
             lower[k] += torch.bincount(inside, minlength=1 << LOW_BITS)
-    above = lower.flip(1).cumsum(1).flip(1)
-    last = (above >= left.unsqueeze(1)).sum(1) - 1
+    last, _ = _bin_of_rank(lower, wanted - before)
+    # A threshold of zero keeps all elements. Those that it should not keep are zeros, which change nothing.
     limit = ((place << LOW_BITS) | last).to(torch.int32).view(torch.float32)
-    # Zeros are never kept for their magnitude: a threshold of zero keeps all of them, which changes nothing.
     return limit
+
+
+def _bin_of_rank(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """counts [K, bins] of ever larger magnitudes, wanted [K]: how many elements, the largest first
+    -> [K], the bin in which the last wanted element is; [K], how many are in the bins above it"""
+    from_here = counts.flip(1).cumsum(1).flip(1)  # elements in this bin or one of larger magnitude
+    place = (from_here >= wanted.unsqueeze(1)).sum(1) - 1
+    own = place.unsqueeze(1)
+    above = from_here.gather(1, own) - counts.gather(1, own)
+    return place, above.squeeze(1)
 
 
 def _magnitude_bits(taus: Tensor) -> Tensor:

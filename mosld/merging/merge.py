@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adaptive import AdaptiveSettings, minimise_entropy
+from .adaptive import AdaptiveSettings, MergedForward, minimise_entropy
 from .channel import NOISES, received
 from .concrete import ConcreteSettings, final, train_masks
 from .dense import DenseMerge
@@ -22,11 +22,20 @@ from .vectors import MergeError, TaskVector, check_untied, check_whole, deltas, 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """method: of METHODS. scale: every coefficient at first, and where nothing trains them for good; None is the method's.
-    keep: the share that TIES trims to. adaptive, concrete: how coefficients and masks are trained; their `start`, `by_layer`
-    and inner step follow from the method. noise, snr_db: the channel of r_mtllmf, which `seed` draws.
+    """How vectors are merged.
 
-    raises ValueError for values that cannot be used.
+    Args:
+        method: A name of METHODS.
+        scale: Every coefficient; where the method trains them, their value before the first step. None is the method's.
+        keep: The share of a vector's elements that TIES keeps, in (0, 1].
+        adaptive: How coefficients are trained. Its `start` follows from `scale` and the method.
+        concrete: How masks are trained. Its `start`, `by_layer` and inner step follow from `scale` and the method.
+        noise: Of r_mtllmf's channel: "ideal", "isotropic" or "worst".
+        snr_db: Ratio of each vector's power to its noise's in that channel, in decibel.
+        seed: Decides the noise.
+
+    Raises:
+        ValueError: For a method or a noise that is unknown, and a number out of its range.
 
     >>> from mosld.merging import MergeSettings
     >>> MergeSettings("ties", keep=0.5).start, MergeSettings("task_arithmetic", scale=0.5).start
@@ -78,11 +87,16 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has found.
+    """What `merge` has found.
 
-    layers: names of the layers (adapters that stayed factored) or else of the weights that change.
-    coefficients: [K], or [layers, K] in the order of `layers`. losses: of every step, where something was trained.
-    masks: of Concrete, weight's name -> [*shape]. factored: whether `coefficients` of the adapters say it all.
+    Args:
+        settings: Those of `merge`.
+        vectors: The K task vectors.
+        layers: Names of the layers where adapters stayed factored, else of the weights that change.
+        coefficients: [K], or [layers, K] in the order of `layers`.
+        losses: Of every step, where something was trained.
+        masks: Of the Concrete methods, a weight's name -> [*shape].
+        factored: Whether the adapters stayed factored, so that their coefficients are the whole merge.
 
     >>> from copy import deepcopy
     >>> from peft import LoraConfig, get_peft_model
@@ -105,7 +119,7 @@ class Merged:
     factored: bool = False
 
     def updates(self, base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Weight's name -> what is added to that of `base`, in float32; one whole weight at a time.
+        """A weight's name and what is added to that of `base`, in float32, one whole weight at a time.
 
         >>> from copy import deepcopy
         >>> from peft import LoraConfig, get_peft_model
@@ -119,14 +133,20 @@ class Merged:
         >>> name, update.allclose(0.5 * merged.vectors[0].delta("0.weight", base[0].weight))
         ('0.weight', True)
         """
-        names = [f"{layer}.weight" for layer in self.layers] if self.factored else self.layers
+        names = merged_weights(self)
         by_layer = dict(zip(names, self.coefficients.expand(len(names), len(self.vectors)), strict=True))
+        # TIES averages what the trimmed vectors agree on. AdaMerging++ sums the same vectors by its coefficients.
         if self.settings.method == "ties":
             for name, parts in _parts(base, self.vectors, self.settings):
                 yield name, by_layer[name][0] * disjoint_mean(parts)
             return
-        for name, update in summed(lambda: _parts(base, self.vectors, self.settings), by_layer):
+        for name, update in summed(partial(_parts, base, self.vectors, self.settings), by_layer):
             yield name, update if self.masks is None else self.masks[name] * update
+
+
+def merged_weights(merged: Merged) -> list[str]:
+    """The names of the weights that change: `<layer>.weight` for adapters that stayed factored."""
+    return [f"{layer}.weight" for layer in merged.layers] if merged.factored else merged.layers
 
 
 def merge(
@@ -136,11 +156,21 @@ def merge(
     unlabelled: Sequence[Unlabelled] = (),
     folder: str | os.PathLike | None = None,
 ) -> Merged:
-    """Find the coefficients (and masks) with which `vectors` are merged on `base`, which is left as it is.
+    """Find the coefficients and masks with which `vectors` are merged on `base`, which is left as it is.
 
-    unlabelled: what adaptive methods predict on, one a task; without labels. folder: keeps the state of what is trained,
-        so that the same call goes on where it was cut off.
-    raises MergeError for vectors that do not fit `base`, ValueError without the data that the method needs.
+    Args:
+        base: The model that the vectors were trained on.
+        vectors: As `read_task_vectors` reads them.
+        settings: The method and its numbers.
+        unlabelled: The inputs on which adaptive methods predict, without labels: one entry for each task.
+        folder: Keeps the state of what is trained, so that the same call goes on where it was cut off.
+
+    Returns:
+        The coefficients and masks. `applied` and the functions `save_...` make a model of them.
+
+    Raises:
+        MergeError: For vectors that do not fit `base`, and where nothing is left to merge.
+        ValueError: Without the data that the method needs.
 
     >>> from copy import deepcopy
     >>> from peft import LoraConfig, get_peft_model
@@ -161,79 +191,102 @@ def merge(
         raise ValueError(f"{settings.method} needs unlabelled data of at least one task, got none: give --tasks")
     check_fit(base, vectors)
     check_whole(vectors, named_tensors(base))
-    count = len(vectors)
     if settings.kind.factored and all(vector.factors is not None for vector in vectors):
-        return _factored(base, vectors, settings, unlabelled, folder)
+        return _merge_factored(base, vectors, settings, unlabelled, folder)
+    # Whole matrices are added to the base's weights, so that a tied weight cannot be changed for one layer alone.
     check_untied(vectors, named_tensors(base))
     names = [name for name, _ in _walk(base, vectors, settings.method)]
     if not names:
         raise MergeError("nothing is left to merge: the vectors change no weight of the base model")
-    if not settings.kind.adaptive:
-        return Merged(settings, vectors, names, torch.full((count,), settings.start))
-    dense = DenseMerge(base, _parts(base, vectors, settings))
-    masks, losses = None, []
-    if settings.kind.masked:
-        by_layer = settings.kind.by_layer
-        concrete = replace(
-            settings.concrete, start=settings.start, by_layer=by_layer, inner_rate=(settings.concrete.inner_rate or 1.0) if by_layer else None,
-        )  # fmt: skip
-        logits, losses = train_masks(dense, unlabelled, count, concrete, folder and folder / "mask")
-        masks = final(logits, concrete.temperature, concrete.discrete)
-    coefficients = torch.full((count,), settings.start)
-    if settings.kind.by_layer or not settings.kind.masked:
-        shape = (len(names), count) if settings.kind.by_layer else (count,)
-        adaptive = replace(settings.adaptive, start=settings.start)
-        coefficients, more = minimise_entropy(
-            partial(dense, masks=masks),
-            shape,
-            unlabelled,
-            adaptive,
-            folder and folder / "coefficients",
-            settings.method,
-        )
-        losses = losses + more
-    kept = masks and {name: mask.cpu() for name, mask in masks.items()}
-    return Merged(settings, vectors, dense.layers, coefficients, losses, kept)
+    if settings.kind.adaptive:
+        return _merge_dense(base, vectors, settings, unlabelled, folder)
+    return Merged(settings, vectors, names, torch.full((len(vectors),), settings.start))
 
 
-def _factored(
+def _merge_dense(
     base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettings, unlabelled: Sequence[Unlabelled],
     folder: Path | None,
 ) -> Merged:  # fmt: skip
+    """What is trained on whole matrices: the mask first, then the coefficients."""
+    count = len(vectors)
+    dense = DenseMerge(base, _parts(base, vectors, settings))
+    masks, losses = None, []
+    if settings.kind.masked:
+        concrete = _concrete_settings(settings)
+        logits, losses = train_masks(dense, unlabelled, count, concrete, folder and folder / "mask")
+        masks = final(logits, concrete.temperature, concrete.discrete)
+    # Concrete task arithmetic trains its mask alone.
+    if settings.kind.masked and not settings.kind.by_layer:
+        coefficients = torch.full((count,), settings.start)
+    else:
+        forward = partial(dense, masks=masks)
+        coefficients, more = _train_coefficients(forward, dense.layers, count, settings, unlabelled, folder)
+        losses = losses + more
+    # They are kept for as long as the result is, so not in the device's memory.
+    if masks is not None:
+        masks = {name: mask.cpu() for name, mask in masks.items()}
+    return Merged(settings, vectors, dense.layers, coefficients, losses, masks)
+
+
+def _concrete_settings(settings: MergeSettings) -> ConcreteSettings:
+    """Those of the mask, with what follows from the method."""
+    by_layer = settings.kind.by_layer
+    inner_rate = settings.concrete.inner_rate or 1.0
+    return replace(
+        settings.concrete, start=settings.start, by_layer=by_layer, inner_rate=inner_rate if by_layer else None
+    )
+
+
+def _merge_factored(
+    base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettings, unlabelled: Sequence[Unlabelled],
+    folder: Path | None,
+) -> Merged:  # fmt: skip
+    """What is merged without making a whole matrix."""
+    count = len(vectors)
     model = FactoredMerge(base, vectors)
     try:
-        coefficients, losses = torch.full((len(vectors),), settings.start), []
+        coefficients, losses = torch.full((count,), settings.start), []
         if settings.kind.adaptive:
-            shape = (len(model.layers), len(vectors)) if settings.kind.by_layer else (len(vectors),)
-            adaptive = replace(settings.adaptive, start=settings.start)
-            coefficients, losses = minimise_entropy(
-                model, shape, unlabelled, adaptive, folder and folder / "coefficients", settings.method
-            )
+            coefficients, losses = _train_coefficients(model, model.layers, count, settings, unlabelled, folder)
         return Merged(settings, vectors, model.layers, coefficients, losses, factored=True)
     finally:
         model.unload()
 
 
+def _train_coefficients(
+    merged: MergedForward, layers: Sequence[str], count: int, settings: MergeSettings, unlabelled: Sequence[Unlabelled],
+    folder: Path | None,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """-> coefficients [K], or [layers, K] for a method with one a layer, and the loss of every step"""
+    shape = (len(layers), count) if settings.kind.by_layer else (count,)
+    adaptive = replace(settings.adaptive, start=settings.start)
+    return minimise_entropy(merged, shape, unlabelled, adaptive, folder and folder / "coefficients", settings.method)
+
+
 def _walk(base: nn.Module, vectors: Sequence[TaskVector], method: str) -> Iterator[tuple[str, Tensor]]:
-    """deltas of what is merged: R-MTLLMF's users neither train nor send embeddings"""
-    without = {name for name, _ in base.named_buffers()} | (embeddings(base) if method == WIRELESS else set())
+    """The updates [K, *shape] of every weight that is merged"""
+    without = {name for name, _ in base.named_buffers()}
+    if method == WIRELESS:  # its users neither train nor send embeddings
+        without |= embeddings(base)
     yield from deltas(vectors, named_tensors(base), without)
 
 
 def _parts(base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettings) -> Iterator[tuple[str, Tensor]]:
     """Weight's name -> updates [K, *shape] as the method sums them"""
+    walk = partial(_walk, base, vectors, settings.method)
     if settings.kind.ties:
-        yield from ties(lambda: _walk(base, vectors, settings.method), settings.keep)
+        yield from ties(walk, settings.keep)
     elif settings.method == WIRELESS:
-        yield from received(
-            lambda: _walk(base, vectors, settings.method), settings.noise, settings.snr_db,
-            torch.Generator().manual_seed(settings.seed),
-        )  # fmt: skip
+        generator = torch.Generator().manual_seed(settings.seed)
+        yield from received(walk, settings.noise, settings.snr_db, generator)
     else:
-        yield from _walk(base, vectors, settings.method)
+        yield from walk()
 
 
 def embeddings(model: nn.Module) -> set[str]:
     """The names of the weights of embeddings, and of what is tied to them."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {name for name, own in model.named_parameters(remove_duplicate=False) if id(own) in tables}
+    tables = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables.add(module.weight)
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if weight in tables}

@@ -1,14 +1,14 @@
 """The merging methods by name, with their papers' settings.
 
-method                    merged model                                        coefficients
-task_arithmetic           theta_0 + lambda sum_k tau_k                        0.3 (arXiv 2212.04089)
-ties                      theta_0 + lambda mean of the agreeing tau_k         1 (arXiv 2306.01708)
-adamerging_task           theta_0 + sum_k lambda_k tau_k                      by the entropy, from 0.3 (arXiv 2310.02575)
-adamerging_layer          the same, one lambda a task and layer               by the entropy, from 0.3
-adamerging_task++, _layer++   the same on the vectors that TIES has trimmed and elected
-concrete_task_arithmetic  theta_0 + lambda sum_k m * tau_k                    0.3; the mask m by the entropy (arXiv 2312.06173)
-concrete_adamerging       the same                                            mask first, then layer-wise lambda
-r_mtllmf                  theta_0 + lambda sum_k (tau_k + noise)              0.3; without embeddings (arXiv 2411.18220)
+method                    arXiv       merged model                               coefficients
+task_arithmetic           2212.04089  theta_0 + lambda sum_k tau_k               0.3
+ties                      2306.01708  theta_0 + lambda mean of agreeing tau_k    1
+adamerging_task           2310.02575  theta_0 + sum_k lambda_k tau_k             by the entropy, from 0.3
+adamerging_layer                      the same, one lambda a task and layer      by the entropy, from 0.3
+adamerging_task++, _layer++           the same on the vectors that TIES has trimmed and elected
+concrete_task_arithmetic  2312.06173  theta_0 + lambda sum_k m * tau_k           0.3; the mask m by the entropy
+concrete_adamerging                   the same                                   mask first, then layer-wise lambda
+r_mtllmf                  2411.18220  theta_0 + lambda sum_k (tau_k + noise)     0.3; without embeddings
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """adaptive: whether unlabelled data decides something. factored: whether adapters can stay factored in it. scale: its
-    coefficients at first. steps: in which these are trained, mask_steps: the mask before them."""
+    """What a method does.
+
+    title: its name in tables. adaptive: whether unlabelled data decides something.
+    by_layer: whether there is a coefficient for each task and layer, instead of each task.
+    ties: whether TIES trims and elects the vectors first. masked: whether a Concrete mask is trained.
+    factored: whether adapters can stay factored in it.
+    scale: the coefficients before the first step. steps: of their training. mask_steps: of the mask's, before that.
+    """
 
     title: str
     adaptive: bool = False

@@ -1,11 +1,12 @@
-"""Few-shot realignment of a merged model (R-MTLLMF, arXiv 2411.18220): a short training on a few labelled examples a task.
+"""Few-shot realignment of a merged model (R-MTLLMF, arXiv 2411.18220): a short training on labelled examples.
 
-The paper's body was not at hand: what it trains and on how many examples is our reading. The weights that the users sent are
-trained, embeddings stay frozen, and every task gives the same number of examples.
+The paper's body was not at hand: what it trains and on how many examples is our reading. The weights that the users
+sent are trained, embeddings stay frozen, and every task gives the same number of examples.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,8 +23,17 @@ from ..training.progress import show_progress
 
 @dataclass(frozen=True)
 class RealignSettings:
-    """shots: examples of each task. epochs, learning_rate, batch_size: of transformers' Trainer. seed: which examples, and
-    their order.
+    """How a merged model is realigned.
+
+    Args:
+        shots: Examples of each task.
+        epochs: Of transformers' Trainer.
+        learning_rate: Of the Trainer.
+        batch_size: Of the Trainer.
+        seed: Decides which examples, and their order.
+
+    Raises:
+        ValueError: For a number that is not positive.
 
     >>> from mosld.merging import RealignSettings
     >>> RealignSettings(shots=4).epochs
@@ -68,7 +78,18 @@ def realign(
     settings: RealignSettings,
     folder: str | os.PathLike,
 ) -> None:
-    """Train `weights` of `model` in place. folder: the Trainer's; nothing is kept there.
+    """Train `weights` of `model`, in place, on a few examples of every task.
+
+    Args:
+        model: A merged model.
+        weights: The names of its weights that are trained; the others stay frozen.
+        encoder: Encodes the examples.
+        tasks: Give `settings.shots` training examples each.
+        settings: How many examples, and how they are trained on.
+        folder: The Trainer's. Nothing is kept there.
+
+    Raises:
+        ValueError: For a task with fewer training examples.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -88,30 +109,45 @@ def realign(
     """
     rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for example in few(tasks, settings)]
     set_seed(settings.seed)
-    words = {
-        "num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate,
-        "per_device_train_batch_size": settings.batch_size, "seed": settings.seed,
-        "save_strategy": "no", "logging_strategy": "no", "dataloader_pin_memory": "false",
-    }  # fmt: skip
-    arguments = training_arguments(
-        [word for name, value in words.items() for word in (f"--{name}", str(value))], Path(folder)
-    )
-    own = dict(model.named_parameters())
-    before = {name: parameter.requires_grad for name, parameter in own.items()}
-    chosen = set(weights)
-    for name, parameter in own.items():
-        parameter.requires_grad_(name in chosen)
-    try:
+    # The Trainer's arguments are built as those of every training here, from the words of a command line.
+    words = []
+    for name, value in _trainer_options(settings).items():
+        words += [f"--{name}", str(value)]
+    with trained_alone(model, weights):
         trainer = Trainer(
             model=cast(Any, model),
-            args=arguments,
+            args=training_arguments(words, Path(folder)),
             train_dataset=cast(Any, rows),
             data_collator=DataCollatorForSeq2Seq(encoder.tokenizer, label_pad_token_id=IGNORED),
         )
         show_progress(trainer, "realign")
         trainer.train()
+
+
+def _trainer_options(settings: RealignSettings) -> dict[str, Any]:
+    return {
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "dataloader_pin_memory": "false",
+    }
+
+
+@contextlib.contextmanager
+def trained_alone(model: nn.Module, weights: Iterable[str]) -> Iterator[None]:
+    """Within the block only `weights` require gradients; at its end all are as before, and `model` is in eval mode."""
+    chosen = set(weights)
+    before: list[tuple[nn.Parameter, bool]] = []
+    for name, parameter in model.named_parameters():
+        before.append((parameter, parameter.requires_grad))
+        parameter.requires_grad_(name in chosen)
+    try:
+        yield
     finally:
         model.eval()
-        for name, parameter in own.items():
-            parameter.requires_grad_(before[name])
+        for parameter, required in before:
+            parameter.requires_grad_(required)
             parameter.grad = None

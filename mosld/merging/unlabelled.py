@@ -15,7 +15,7 @@ from torch import Tensor
 from ..tasks.encode import Encoded, Encoder
 from ..tasks.examples import Task, TaskFileError
 
-# The model's arguments by name -> its logits. Of logits_to_keep [n], places in the sequence: those logits alone.
+# The model's arguments by name -> its logits. With logits_to_keep [n], places in the sequence, those logits alone.
 Forward = Callable[..., Tensor]
 
 
@@ -28,7 +28,7 @@ class Unlabelled(Protocol):
     def __len__(self) -> int: ...
 
     def entropy(self, forward: Forward, chosen: Sequence[int]) -> Tensor:
-        """-> mean entropy of the predictions on the inputs `chosen`, in nats; carries gradients to what `forward` depends on"""
+        """-> mean entropy of the predictions on the inputs `chosen`, in nats; differentiable in what `forward` uses"""
         ...
 
 
@@ -41,7 +41,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """One task's multiple choices for a causal language model; `pad` is the token that fills rows up.
+    """One task's multiple choices for a causal language model.
+
+    Args:
+        name: The task's.
+        questions: Prompts with their encoded choices.
+        pad: The token that fills rows up.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -77,31 +82,45 @@ class Questions:
         >>> sums.entropy(undecided, chosen=[0])  # log 2
         tensor(0.6931)
         """
-        questions = [self.questions[i] for i in chosen]
-        rows = [choice for question in questions for choice in question.choices]
-        width = max(len(row.prompt) + len(row.answer) for row in rows)
-        input_ids, mask = torch.full((len(rows), width), self.pad), torch.zeros(len(rows), width, dtype=torch.long)
-        target = torch.zeros(len(rows), width, dtype=torch.bool)  # the answers' positions
-        for i, row in enumerate(rows):
-            length = len(row.prompt) + len(row.answer)
-            input_ids[i, :length] = torch.tensor(row.prompt + row.answer)
-            mask[i, :length] = 1
-            target[i, len(row.prompt) : length] = True
-        first = (
-            min(len(row.prompt) for row in rows) - 1
-        )  # predicts the first answer: a large vocabulary is read from here
+        rows: list[Encoded] = []
+        counts: list[int] = []  # how many rows each question has
+        for i in chosen:
+            rows += self.questions[i].choices
+            counts.append(len(self.questions[i].choices))
+        input_ids, mask, target = self._batch(rows)
+        width = input_ids.shape[1]
+        # The place that predicts the first answer. A large vocabulary is projected only from here on.
+        first = min(len(row.prompt) for row in rows) - 1
         logits = forward(input_ids=input_ids, attention_mask=mask, logits_to_keep=torch.arange(first, width - 1))
-        said, target = (own[:, first + 1 :].to(logits.device) for own in (input_ids, target))
-        log_probs = logits.float().log_softmax(-1).gather(2, said.unsqueeze(2)).squeeze(2)
+        tokens = input_ids[:, first + 1 :].to(logits.device)
+        target = target[:, first + 1 :].to(logits.device)
+        log_probs = logits.float().log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
         totals = torch.where(target, log_probs, 0.0).sum(1)  # of each choice
-        return torch.stack([entropy(own) for own in totals.split([len(q.choices) for q in questions])]).mean()
+        return torch.stack([entropy(choices) for choices in totals.split(counts)]).mean()
+
+    def _batch(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+        """-> input_ids, attention_mask and the answers' places (bool), all [rows, longest row]"""
+        width = max(row.length for row in rows)
+        input_ids = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros_like(input_ids)
+        target = torch.zeros_like(input_ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            input_ids[i, : row.length] = torch.tensor(row.prompt + row.answer)
+            mask[i, : row.length] = 1
+            target[i, len(row.prompt) : row.length] = True
+        return input_ids, mask, target
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One task's inputs for a classifier: argument of the model -> [items, ...].
+    """One task's inputs for a classifier.
 
-    raises ValueError for labels among them, and for sizes that differ.
+    Args:
+        name: The task's.
+        arguments: The name of an argument of the model -> its values [items, ...].
+
+    Raises:
+        ValueError: For labels among the arguments, and for different numbers of items.
 
     >>> import torch
     >>> from mosld.merging import Inputs
@@ -118,8 +137,8 @@ class Inputs:
     def __post_init__(self):
         if labels := sorted(set(self.arguments) & {"labels", "label", "label_ids"}):
             raise ValueError(f"unlabelled data of {self.name} must have no labels, got {', '.join(labels)}")
-        if len({len(value) for value in self.arguments.values()}) != 1:
-            sizes = {key: len(value) for key, value in self.arguments.items()}
+        sizes = {key: len(value) for key, value in self.arguments.items()}
+        if len(set(sizes.values())) != 1:
             raise ValueError(f"the inputs of {self.name} must be of one length, got {sizes}")
 
     def __len__(self) -> int:
@@ -141,6 +160,7 @@ class Inputs:
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Places in batches for ever; each pass over all `count` has an order of its own, decided by `seed`."""
     generator = torch.Generator().manual_seed(seed)
+    # A last batch that would be smaller than the others is left out, so that each weighs the same.
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator).tolist()
@@ -149,9 +169,18 @@ def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def without_labels(encoder: Encoder, task: Task, limit: int | None = None) -> Questions:
-    """The questions of the task's test examples (of its training examples where it has no others), answers left out.
+    """A task's questions without its answers.
 
-    raises TaskFileError for a task without multiple choices.
+    Args:
+        encoder: Encodes prompts and choices.
+        task: Its test examples are used, or its training examples where it has no others.
+        limit: At most so many examples. None takes all.
+
+    Returns:
+        The examples that have choices, in the task's order.
+
+    Raises:
+        TaskFileError: For a task without multiple choices.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -166,15 +195,14 @@ def without_labels(encoder: Encoder, task: Task, limit: int | None = None) -> Qu
     >>> len(questions), questions.questions[0].choices
     (1, (Encoded(prompt=[3, 5], answer=[1]), Encoded(prompt=[3, 5], answer=[2])))
     """
-    examples = (task.test or task.train)[:limit]
-    questions = tuple(
-        Question(tuple(encoder.pair(example.prompt, text) for text in example.choices))
-        for example in examples
-        if example.choices
-    )
+    questions = []
+    for example in (task.test or task.train)[:limit]:
+        if example.choices:
+            choices = [encoder.pair(example.prompt, text) for text in example.choices]
+            questions.append(Question(tuple(choices)))
     if not questions:
         raise TaskFileError(f"task {task.name} has no multiple choices, over which an entropy could be taken")
-    return Questions(task.name, questions, encoder.pad)
+    return Questions(task.name, tuple(questions), encoder.pad)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -184,4 +212,9 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    """`values` with its tensors on `device`."""
+    moved = dict(values)
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+    return moved

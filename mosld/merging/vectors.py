@@ -2,30 +2,18 @@
 
     tau_k = theta_k - theta_0          of an adapter, per layer: s B A, kept as its two factors
 
-An adapter's vectors stay factored: merging several on one linear layer is our operator with constant gates. A method that
-needs whole matrices asks for one layer at a time (`TaskVector.delta`).
+An adapter's vectors stay factored: merging several on one linear layer is our operator with constant gates. A method
+that needs whole matrices asks for one layer at a time (`TaskVector.delta`). `read` reads vectors from folders.
 """
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-
-from ..convert.fixed_gates import PREFIX
-from ..files.adapter_folder import CONFIG, WEIGHTS, check_weights, read_config, read_json
-from ..files.model_folder import INDEX, files_of
-from ..files.safe_regex import check_expressions
-from ..tuner.config import MoSLDConfig
-from ..tuner.weights import AdapterWeights
-
-CHECKPOINT = "model.safetensors"
 
 
 class MergeError(ValueError):
@@ -42,7 +30,10 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class Factors:
-    """An update [out_features, in_features] as up @ down: down [r, in_features], up [out_features, r], scale included."""
+    """An update [out_features, in_features] as up @ down, scale included.
+
+    down: [r, in_features]. up: [out_features, r].
+    """
 
     down: Tensor
     up: Tensor
@@ -58,10 +49,15 @@ class Factors:
 
 @dataclass
 class TaskVector:
-    """What one folder adds to the base. name: the folder's. base: the model it was trained on, where recorded.
+    """What one folder adds to the base model.
 
-    factors: of an adapter, layer name in the base model -> Factors. Of a full checkpoint it is None, and `delta` takes the
-    difference from the base's tensor.
+    Args:
+        name: The folder's name, or its path where other vectors have the same name.
+        folder: That of the adapter or checkpoint.
+        base: The model it was trained on, where the folder says so.
+        factors: Of an adapter, the name of a layer in the base model -> Factors. None for a full checkpoint, of which
+            `delta` takes the difference from the base's tensor.
+        files: Of a full checkpoint, a tensor's name -> its file.
 
     >>> from copy import deepcopy
     >>> from peft import LoraConfig, get_peft_model
@@ -79,7 +75,7 @@ class TaskVector:
     folder: Path
     base: str | None = None
     factors: dict[str, Factors] | None = None
-    files: dict[str, Path] = field(default_factory=dict)  # of a full checkpoint: tensor's name -> its file
+    files: dict[str, Path] = field(default_factory=dict)
 
     def weights(self) -> list[str]:
         """The names of the base's tensors that differ: `<layer>.weight` for an adapter.
@@ -112,6 +108,7 @@ class TaskVector:
         if self.factors is None:
             if weight not in self.files:
                 return None
+            # One tensor at a time is in memory, however large the checkpoint.
             with safe_open(self.files[weight], framework="pt") as file:
                 tuned = file.get_tensor(weight)
             self.check(weight, tuned.shape, base.shape)
@@ -121,7 +118,8 @@ class TaskVector:
             if own is None:
                 return None
             delta = own.whole()
-            delta = delta if delta.shape == base.shape else delta.T  # Conv1D stores its weight transposed
+            if delta.shape != base.shape:  # Conv1D stores its weight transposed
+                delta = delta.T
             self.check(weight, delta.shape, base.shape)
         if not torch.isfinite(delta).all():
             raise MergeError(f"{self.folder} holds values that are not finite in {weight}")
@@ -140,142 +138,12 @@ class TaskVector:
             raise MergeError(f"{self.folder} has {list(shape)} for {weight}, the base model {list(base)}")
 
 
-def read_task_vectors(folders: Sequence[str | Path], gates: str = "uniform") -> list[TaskVector]:
-    """Read adapters (PEFT LoRA or MoSLD, of any ranks and targets) or full checkpoints, one folder a task.
-
-    gates: how the gates of a MoSLD adapter are fixed; "uniform" is 1 / E.
-    raises MergeError for fewer than one folder, for a folder that is none of these, for adapters of different bases, and
-    for values that are not finite, naming the folder and the layer.
-
-    >>> from copy import deepcopy
-    >>> from peft import LoraConfig, get_peft_model
-    >>> from torch import nn
-    >>> from mosld.merging import read_task_vectors
-    >>> base = nn.Sequential(nn.Linear(6, 5))
-    >>> lora = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    >>> lora.save_pretrained("a")
-    >>> [(vector.name, vector.weights()) for vector in read_task_vectors(["a"])]
-    [('a', ['0.weight'])]
-    """
-    if not folders:
-        raise MergeError("merging needs at least one adapter or checkpoint, got none")
-    vectors = [_read(Path(folder)) for folder in folders]
-    bases = {vector.base: vector.folder for vector in vectors if vector.base is not None}
-    if len(bases) > 1:
-        told = "; ".join(f"{folder} is of {base}" for base, folder in bases.items())
-        raise MergeError(f"the adapters are of different bases: {told}")
-    names = [vector.name for vector in vectors]
-    for vector in vectors:  # runs/a/adapter and runs/b/adapter
-        if names.count(vector.name) > 1:
-            vector.name = str(vector.folder)
-    return vectors
-
-
-def _read(folder: Path) -> TaskVector:
-    if (folder / CONFIG).is_file():
-        fields = read_json(folder / CONFIG)
-        method = fields.get("peft_type")
-        if method == "MOSLD":
-            return _read_mosld(folder)
-        if method == "LORA":
-            check_weights(folder)
-            check_expressions(fields, folder / CONFIG)
-            return _read_lora(folder)
-        raise MergeError(f"{folder / CONFIG} is of peft_type {method!r}; LORA and MOSLD adapters can be merged")
-    files = _checkpoint_files(folder)
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        more = f", and {pickles[0]}, a pickle, is not opened" if pickles else ""
-        raise MergeError(f"{folder} holds neither {CONFIG} nor {CHECKPOINT}: it is no adapter and no checkpoint{more}")
-    return TaskVector(folder.name, folder, files=files)
-
-
-def _checkpoint_files(folder: Path) -> dict[str, Path]:
-    """tensor's name -> the safetensors file that has it"""
-    if (folder / INDEX).is_file():
-        return files_of(folder)
-    if not (folder / CHECKPOINT).is_file():
-        return {}
-    with _opened(folder / CHECKPOINT) as file:
-        return dict.fromkeys(file.keys(), folder / CHECKPOINT)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise MergeError(f"{path} is cut off, altered or no safetensors file: {error}") from error
-
-
-def _read_lora(folder: Path) -> TaskVector:
-    config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
-    for name in ("use_dora", "modules_to_save", "lora_bias"):
-        if getattr(config, name, None):
-            raise MergeError(f"{folder} is more than s B A: it has {name}={getattr(config, name)!r}")
-    if config.bias != "none":
-        raise MergeError(f"{folder} is more than s B A: it has bias={config.bias!r}")
-    with _opened(folder / WEIGHTS) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-    factors: dict[str, Factors] = {}
-    for key, down in tensors.items():
-        layer, is_down, _ = key.removeprefix(PREFIX).partition(".lora_A.")
-        if not is_down:
-            continue
-        up = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if up is None:
-            raise MergeError(f"{folder / WEIGHTS} has no lora_B beside the lora_A of {layer}")
-        rank, alpha = (
-            pattern.get(get_pattern_key(list(pattern), layer), value)
-            for pattern, value in (
-                (config.rank_pattern or {}, config.r),
-                (config.alpha_pattern or {}, config.lora_alpha),
-            )
-        )
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        factors[layer] = _finite(folder, layer, Factors(down, _scaled(up, scale)))
-    if not factors:
-        raise MergeError(f"{folder / WEIGHTS} holds no tensor of a LoRA")
-    return TaskVector(folder.name, folder, config.base_model_name_or_path, factors)
-
-
-def _read_mosld(folder: Path) -> TaskVector:
-    read_config(folder)
-    config = MoSLDConfig.from_pretrained(str(folder))
-    assert isinstance(config, MoSLDConfig)
-    weights, factors = AdapterWeights(folder / WEIGHTS, config.mixture_of), {}
-    for layer in weights.layers:
-        mixture, tensors = config.mixture_of(layer), weights.tensors(layer)
-        if not mixture.kind.per_expert or mixture.wants_tasks:
-            raise MergeError(
-                f"{folder} has mixing={mixture.mixing!r}: export a LoRA of it with `mosld export` and merge that"
-            )
-        mixer = tensors["mixer"].double() if "mixer" in tensors else None
-        matrix = mixture.matrix(_fixed_gates(mixture, tensors), mixer)
-        up = mixture.scale * tensors["expert_b"].double() @ matrix
-        factors[layer] = _finite(folder, layer, Factors(tensors["shared_a"], up.to(tensors["expert_b"].dtype)))
-    return TaskVector(folder.name, folder, config.base_model_name_or_path, factors)
-
-
-def _fixed_gates(mixture: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-    if mixture.router == "constant":
-        return tensors["router"][0].double()
-    return torch.full((mixture.num_experts,), 1.0 if mixture.router == "none" else 1 / mixture.num_experts).double()
-
-
-def _scaled(up: Tensor, scale: float) -> Tensor:
-    return (up.double() * scale).to(up.dtype if up.dtype == torch.float64 else torch.float32)
-
-
-def _finite(folder: Path, layer: str, factors: Factors) -> Factors:
-    if not (torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()):
-        raise MergeError(f"{folder} holds values that are not finite in {layer}")
-    return factors
-
-
 def all_weights(vectors: Sequence[TaskVector]) -> list[str]:
     """The names of the base's tensors that any of `vectors` changes, each once, in order."""
-    return list(dict.fromkeys(name for vector in vectors for name in vector.weights()))
+    names: dict[str, None] = {}
+    for vector in vectors:
+        names.update(dict.fromkeys(vector.weights()))
+    return list(names)
 
 
 def deltas(
@@ -283,52 +151,73 @@ def deltas(
 ) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time: its name and the updates [K, *shape] of all vectors in float32, zeros where one has none.
 
-    base: name -> tensor. One with several names (tied weights) is walked once, by the first of them, whichever each checkpoint
-        knows it by; adapters alone keep the names of their layers. without: names that are left out.
+    base: name -> tensor. One with several names (tied weights) is walked once, by the first of them, whichever each
+        checkpoint knows it by; adapters alone keep the names of their layers.
+    without: names that are left out.
     raises MergeError for a layer that the base has not, and as `TaskVector.delta`.
     """
-    names: dict[int, list[str]] = {}  # of each tensor
-    for name, tensor in base.items():
-        names.setdefault(id(tensor), []).append(name)
-    whole, seen = any(vector.factors is None for vector in vectors), set()
+    for vector in vectors:
+        for name in vector.weights():
+            if name not in base:
+                raise _unknown(vector, name)
+    has_checkpoint = any(vector.factors is None for vector in vectors)
+    tied = _names_by_tensor(base)
+    seen = set()
     for name in all_weights(vectors):
-        if name not in base:
-            raise _unknown(next(vector for vector in vectors if name in vector.weights()), name)
-        own, known = base[name].detach().cpu(), names[id(base[name])] if whole else [name]
-        if not own.is_floating_point() or known[0] in without or known[0] in seen:
+        weight = base[name].detach().cpu()
+        # A checkpoint may have a tied weight by any of its names. An adapter of a tied layer is that layer's alone.
+        known = tied[id(base[name])] if has_checkpoint else [name]
+        if not weight.is_floating_point() or known[0] in without or known[0] in seen:
             continue
         seen.add(known[0])
-        found = [next((d for n in known if (d := vector.delta(n, own)) is not None), None) for vector in vectors]
-        yield known[0], torch.stack([torch.zeros(own.shape) if delta is None else delta for delta in found])
+        yield known[0], torch.stack([_delta_by_any_name(vector, known, weight) for vector in vectors])
+
+
+def _names_by_tensor(tensors: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """A tensor's `id` -> all its names"""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _delta_by_any_name(vector: TaskVector, names: Sequence[str], base: Tensor) -> Tensor:
+    """The update of `base` by the first of its `names` under which `vector` has one; zeros without one."""
+    for name in names:
+        delta = vector.delta(name, base)
+        if delta is not None:
+            return delta
+    return torch.zeros(base.shape)
 
 
 def check_untied(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> None:
-    """raises MergeError for an adapter of a layer whose weight has another name too: its update is the layer's alone, and no
-    weight of the base can hold it. base: `named_tensors` of it."""
+    """raises MergeError for an adapter of a layer whose weight has another name too.
+
+    Its update is the layer's alone, and no weight of the base can hold it. base: `named_tensors` of it.
+    """
+    tied = _names_by_tensor(base)
     for vector in vectors:
-        for name in vector.weights() if vector.factors is not None else ():
-            if others := [other for other, tensor in base.items() if other != name and tensor is base[name]]:
+        if vector.factors is None:
+            continue
+        for name in vector.weights():
+            others = [other for other in tied[id(base[name])] if other != name]
+            if others:
                 raise MergeError(
-                    f"{vector.folder} adapts {name.removesuffix('.weight')}, whose weight is also {', '.join(others)}: merge it "
-                    "by task_arithmetic, adamerging_task or adamerging_layer as a lora or mosld"
+                    f"{vector.folder} adapts {name.removesuffix('.weight')}, whose weight is also "
+                    f"{', '.join(others)}: merge it by task_arithmetic, adamerging_task or adamerging_layer as a lora "
+                    "or mosld"
                 )
 
 
 def check_whole(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> None:
-    """raises MergeError for a full checkpoint without one of the base's weights, which it may have under a tied name, and for
-    one of another shape or that the base has not. Only the files' headers are read.
+    """raises MergeError for a full checkpoint that has not the base's weights, no more and no fewer, in their shapes.
 
-    base: `named_tensors` of it.
+    It may have a tied weight by any of its names. Only the files' headers are read. base: `named_tensors` of it.
     """
     for vector in vectors:
         if vector.factors is not None:
             continue
-        known = {id(base[name]) for name in vector.files if name in base}
-        missing = [
-            name
-            for name, weight in base.items()
-            if isinstance(weight, nn.Parameter) and name not in vector.files and id(weight) not in known
-        ]  # buffers are not always saved
+        missing = _missing_weights(vector, base)
         if missing:
             raise MergeError(
                 f"{vector.folder} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}"
@@ -336,12 +225,30 @@ def check_whole(vectors: Sequence[TaskVector], base: Mapping[str, Tensor]) -> No
         for name, path in vector.files.items():
             if name not in base:
                 raise _unknown(vector, name)
-            with _opened(path) as file:
+            with open_safetensors(path) as file:
                 vector.check(name, file.get_slice(name).get_shape(), base[name].shape)
 
 
+def _missing_weights(vector: TaskVector, base: Mapping[str, Tensor]) -> list[str]:
+    """The base's parameters that a full checkpoint has by none of their names; buffers are not always saved."""
+    known = {id(base[name]) for name in vector.files if name in base}
+    missing = []
+    for name, weight in base.items():
+        if isinstance(weight, nn.Parameter) and id(weight) not in known:
+            missing.append(name)
+    return missing
+
+
+def open_safetensors(path: Path) -> Any:
+    """raises MergeError, naming the file, where it is damaged or of another kind"""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"{path} is cut off, altered or no safetensors file: {error}") from error
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Its parameters and buffers, tied ones by each of their names."""
+    """The parameters and buffers of `model`, tied ones by each of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .examples import Example, TaskFileError
 
-IGNORED = -100  # the label that transformers' losses leave out
+# The label that transformers' losses leave out.
+IGNORED = -100
 
 
 class Encoded(NamedTuple):
@@ -19,9 +20,22 @@ class Encoded(NamedTuple):
     prompt: list[int]
     answer: list[int]
 
+    @property
+    def length(self) -> int:
+        """Of both together."""
+        return len(self.prompt) + len(self.answer)
+
 
 class Encoder:
-    """Encodes with one tokenizer and one greatest length in tokens (prompt and answer together)."""
+    """Encodes prompts and answers.
+
+    Args:
+        tokenizer: Its begin token, if it adds one, stands before every prompt; its end token ends a row of training.
+        max_length: The greatest number of tokens of a prompt and its answer together.
+
+    Raises:
+        ValueError: For a max_length below 2.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         if max_length < 2:
@@ -31,21 +45,34 @@ class Encoder:
         self.prefix: list[int] = [bos] if isinstance(bos, int) and tokenizer("a").input_ids[:1] == [bos] else []
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.end: list[int] = [eos] if isinstance(eos, int) else []
-        self.pad = pad if isinstance(pad, int) else 0  # masked wherever it stands, so any token serves
+        # It is masked wherever it stands, so that any token serves.
+        self.pad = pad if isinstance(pad, int) else 0
 
     def pair(self, prompt: str, answer: str, reserved: int = 0) -> Encoded:
-        """Encode a prompt and an answer, leaving room for `reserved` more tokens.
+        """Encode a prompt and an answer.
 
-        raises TaskFileError when the answer alone does not fit, or when nothing precedes it.
+        Args:
+            prompt: Loses its beginning where it is too long.
+            answer: Is kept whole.
+            reserved: How many more tokens there must be room for.
+
+        Returns:
+            The tokens of both.
+
+        Raises:
+            TaskFileError: When the answer alone does not fit.
         """
         kept = prompt.rstrip()
         between = prompt[len(kept) :] or ("" if answer[:1].isspace() or not kept else " ")
         prompt_ids = self._ids(kept)
         answer_ids = self._ids(kept + between + answer)[len(prompt_ids) :]
         room = self.max_length - reserved - len(answer_ids) - len(self.prefix)
-        if room < (0 if self.prefix else 1) or not answer_ids:  # something must precede the answer
+        # At least one token must precede the answer: the prefix, or one of the prompt.
+        least_room = 0 if self.prefix else 1
+        if room < least_room or not answer_ids:
             raise TaskFileError(
-                f"the answer {answer!r:.40} has {len(answer_ids)} tokens, which does not fit max_length={self.max_length}"
+                f"the answer {answer!r:.40} has {len(answer_ids)} tokens, "
+                f"which does not fit max_length={self.max_length}"
             )
         prompt_ids = self.prefix + (prompt_ids[-room:] if room else [])
         if not prompt_ids:  # as lm-evaluation-harness does for an empty context

@@ -10,6 +10,7 @@ fields and no other: a misspelt one would be passed over.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,13 @@ from pathlib import Path
 from .jsonl import MAX_FAULTS, LineError, decode, read_lines
 
 FIELDS = ("prompt", "choices", "answer", "completion")
-MAX_REPORTED = 20  # bad lines listed in one message; the rest is counted
+# Bad lines that one message lists; the others are counted.
+MAX_REPORTED = 20
 MAX_CHOICES = 1000
+# Bytes of a task's name, which becomes part of files' names.
+MAX_NAME = 100
+# A NUL and half a surrogate pair, which no tokenizer takes.
 NO_CHARACTER = re.compile(r"[\x00\ud800-\udfff]")
-MAX_NAME = 100  # bytes of a task's name, which becomes part of files' names
 
 
 class TaskFileError(ValueError):
@@ -79,10 +83,17 @@ def parse_task(spec: str) -> tuple[str, Path, Path | None]:
 
 
 def read_tasks(specs: list[str]) -> list[Task]:
-    """Read every file of every `name=train.jsonl[:test.jsonl]`.
+    """Read every file of every task.
 
-    raises TaskFileError with all faults of all files, each as file, line number and what is wrong; of a file with more than
-    MAX_FAULTS bad lines those up to there.
+    Args:
+        specs: For each task `name=train.jsonl` or `name=train.jsonl:test.jsonl`.
+
+    Returns:
+        The tasks, in the order of `specs`.
+
+    Raises:
+        TaskFileError: With all faults of all files, each as file, line number and what is wrong. Of a file with more
+            than MAX_FAULTS bad lines these come first, and the file is not read on.
     """
     parsed, faults = [], []
     for spec in specs:
@@ -90,14 +101,15 @@ def read_tasks(specs: list[str]) -> list[Task]:
             parsed.append(parse_task(spec))
         except TaskFileError as error:
             faults.append(str(error))
-    names = [name for name, _, _ in parsed]
-    faults += [
-        f"task name {name!r} is given {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
-    ]
+    counts = Counter(name for name, _, _ in parsed)
+    for name in sorted(counts):
+        if counts[name] > 1:
+            faults.append(f"task name {name!r} is given {counts[name]} times")
     tasks = []
     for name, train, test in parsed:
-        examples = [read_examples(path, faults) if path else [] for path in (train, test)]
-        tasks.append(Task(name, *examples))
+        train_examples = read_examples(train, faults)
+        test_examples = read_examples(test, faults) if test else []
+        tasks.append(Task(name, train_examples, test_examples))
     if faults:
         shown = faults[:MAX_REPORTED]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
@@ -106,7 +118,15 @@ def read_tasks(specs: list[str]) -> list[Task]:
 
 
 def read_examples(path: Path, faults: list[str]) -> list[Example]:
-    """The examples of one JSONL file; what is wrong with it is added to `faults`. Blank lines are passed over."""
+    """The examples of one JSONL file, blank lines passed over.
+
+    Args:
+        path: The file.
+        faults: What is wrong with the file is added here; nothing is raised.
+
+    Returns:
+        The examples of its good lines.
+    """
     examples, before = [], len(faults)
     try:
         for number, line in read_lines(path):
@@ -127,7 +147,17 @@ def read_examples(path: Path, faults: list[str]) -> list[Example]:
 
 
 def parse_example(record: object) -> Example:
-    """One decoded line -> Example; raises TaskFileError saying which field is wrong."""
+    """One decoded line -> Example.
+
+    Args:
+        record: The JSON value of the line.
+
+    Returns:
+        A multiple choice or free text.
+
+    Raises:
+        TaskFileError: Saying which field is wrong.
+    """
     if not isinstance(record, dict):
         raise TaskFileError(f"a line must be a JSON object, got {type(record).__name__}")
     if unknown := [name for name in record if name not in FIELDS]:
@@ -141,7 +171,14 @@ def parse_example(record: object) -> Example:
         return Example(prompt, _text(record, "completion", empty_allowed=False))
     if "choices" not in record:
         raise TaskFileError('a line needs "completion", or "choices" and "answer"')
-    choices, answer = record["choices"], record.get("answer")
+    choices, answer = _choices(record), record.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r:.60}')
+    return Example.multiple_choice(prompt, choices, answer)
+
+
+def _choices(record: dict) -> list[str]:
+    choices = record["choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise TaskFileError('"choices" must be a list of at least two texts')
     if len(choices) > MAX_CHOICES:
@@ -150,9 +187,7 @@ def parse_example(record: object) -> Example:
         _check_characters("choices", choice)
     if len(set(choices)) < len(choices):
         raise TaskFileError('"choices" must differ from each other')
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise TaskFileError(f'"answer" must be an index into the {len(choices)} choices, got {answer!r:.60}')
-    return Example.multiple_choice(prompt, choices, answer)
+    return choices
 
 
 def _text(record: dict, key: str, empty_allowed: bool = True) -> str:
@@ -164,6 +199,6 @@ def _text(record: dict, key: str, empty_allowed: bool = True) -> str:
 
 
 def _check_characters(key: str, text: str) -> None:
-    """raises TaskFileError for what no tokenizer takes: half a surrogate pair, a NUL."""
+    """raises TaskFileError for a text with NO_CHARACTER in it"""
     if wrong := NO_CHARACTER.search(text):
         raise TaskFileError(f'"{key}" holds {wrong[0]!r}, which is no character of a text')

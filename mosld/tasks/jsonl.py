@@ -1,7 +1,8 @@
-"""Files of one JSON object a line, from anywhere: read line by line within limits, so that a bad line is one fault.
+"""Files of unknown origin with one JSON object a line, read line by line within limits: a bad line is one fault.
 
-Whatever a line holds, reading it takes bounded memory and either gives its value or raises LineError. Lines end with a line
-feed, with or without a carriage return before it. A file that is text of another encoding, or no regular file, is refused whole.
+Whatever a line holds, reading it takes bounded memory and either gives its value or raises LineError. Lines end with a
+line feed, with or without a carriage return before it. A file that is text of another encoding, or no regular file, is
+refused whole.
 """
 
 import codecs
@@ -13,13 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MAX_LINE = 1 << 20  # bytes of one line
-MAX_DIGITS = 20  # of one integer
-MAX_FAULTS = 100_000  # bad lines after which a file is not read on: it is of another kind
-FOREIGN = {  # the longer one first: the other is its beginning
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
-    b"{\0": "UTF-16", b"\0{": "UTF-16",
-}  # fmt: skip
+# Bytes of one line.
+MAX_LINE = 1 << 20
+# Digits of one integer.
+MAX_DIGITS = 20
+# Bad lines after which a file is not read on: it is of another kind.
+MAX_FAULTS = 100_000
+# How text of another encoding begins. The mark of UTF-32 comes first, since that of UTF-16 is its beginning.
+FOREIGN = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"{\0": "UTF-16",
+    b"\0{": "UTF-16",
+}
 
 
 class LineError(ValueError):
@@ -37,13 +46,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise LineError("not a regular file")
     with open(path, "rb") as file:
         start = file.read(4)
-        if encoding := next((name for mark, name in FOREIGN.items() if start.startswith(mark)), None):
-            raise LineError(f"{encoding} text, where UTF-8 is needed")
+        for mark, encoding in FOREIGN.items():
+            if start.startswith(mark):
+                raise LineError(f"{encoding} text, where UTF-8 is needed")
         file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE and not line.endswith(b"\n"):
+                # The rest of a line that is too long belongs to it, and is read in pieces and thrown away.
                 while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                     pass
             if line.strip():

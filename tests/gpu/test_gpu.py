@@ -1,4 +1,4 @@
-"""The kernels on a real GPU: what the interpreter cannot show. `python -m pytest tests/gpu`, on a machine that has one."""
+"""The kernels on a real GPU: what the interpreter cannot show. `python -m pytest tests/gpu`, where there is one."""
 
 import pytest
 import torch

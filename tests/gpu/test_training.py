@@ -1,6 +1,6 @@
 """Training on a GPU: quantised bases, float16 with the gradient scaler, bfloat16 with checkpoints, torch.compile.
 
-What is called here is what the tests of the CPU call, in tests/library; only the device differs.
+What is called here is what the tests of the CPU call, in tests/integration and tests/training; only the device differs.
 """
 
 import pytest

@@ -14,7 +14,7 @@ from mosld.analysis.saved_adapters import inspect_adapter
 from mosld.cli.main import main
 from mosld.experiments.run_folder import check_free, claim, release
 from mosld.experiments.stages import save_adapter
-from mosld.files import atomic as at_once
+from mosld.files import atomic
 from mosld.files.adapter_folder import AdapterFileError
 from mosld.files.atomic import atomic_folder, is_leftover, remove_leftovers
 from tests.helpers.kills import killed_at_every_change
@@ -85,7 +85,7 @@ def test_pefts_save_that_is_killed_leaves_the_old_adapter_or_the_new_or_is_refus
         seen.append(which(old))
         save_new(old)  # whatever was left, saving once more mends it
         assert which(old) == "new"
-    # Between PEFT's weights and our configuration nothing here runs; what is left then must not be taken for an adapter.
+    # Between PEFT's weights and our configuration nothing here runs. What is left then must not pass for an adapter.
     assert seen == sorted(seen, key=["old", "refused", "new"].index) and set(seen) == {"old", "refused", "new"}
 
 
@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_while_it_saves_its_adapter_leaves_the_old_or_the_n
 
 
 def write_without_exchange(folder: Path) -> None:
-    at_once._exchange = lambda one, other: False  # this process ends soon
+    atomic._exchange = lambda one, other: False  # this process ends soon
     with atomic_folder(folder / "a") as aside:
         for name in ("one", "two"):
             (aside / name).write_text("new")

@@ -1,4 +1,4 @@
-"""The one rule by which numbers are judged: no further from float64 than 1.5 times plain eager torch in the same dtype."""
+"""The one rule by which numbers are judged: no further from float64 than 1.5 times plain torch in the same dtype."""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """T tokens, D_in and D_out features, R rank, E experts, K chosen; mixing: one A for all experts, or one for each."""
+    """T tokens, D_in and D_out features, R rank, E experts, K chosen; mixing: one A for all experts, or one each."""
 
     T: int
     D_in: int
@@ -119,8 +119,8 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -
 def torch_spreads_nan(dtype: torch.dtype) -> bool:
     """Whether torch's own product gives a NaN in one row of x to the row before it.
 
-    oneDNN does, with AMX, in bfloat16, where rows have an odd number of elements: it reads the next row's first beside the last
-    and multiplies it by zero. Finite numbers do not show it.
+    oneDNN does, with AMX, in bfloat16, where rows have an odd number of elements: it reads the next row's first beside
+    the last and multiplies it by zero. Finite numbers do not show it.
     """
     x = torch.ones(17, 31, dtype=dtype)
     x[1, 0] = torch.nan

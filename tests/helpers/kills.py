@@ -29,7 +29,7 @@ processes.set_forkserver_preload(
 
 
 def killed_at_every_change(work: Callable[[Path], None], folder: Path) -> Iterator[int]:
-    """Yields n with `folder` as `work(folder)` left it when it was killed at change n, begun anew from what `folder` holds.
+    """Yields n with `folder` as `work(folder)` left it, begun anew from what `folder` holds and killed at change n.
 
     `work` is a function of a module that can be imported. The last time, with n = 0, it ended by itself.
     """

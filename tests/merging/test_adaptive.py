@@ -199,7 +199,7 @@ def test_the_inner_step_goes_down_the_slope_of_the_coefficients_with_the_mask_he
     for k in range(2):
         ends = [torch.full((2,), 0.3).index_add(0, torch.tensor([k]), torch.tensor([step])) for step in (1e-3, -1e-3)]
         with torch.no_grad():
-            losses = [sum_of_entropies(lambda c=c: merge(c, masks), TASKS, everything) for c in ends]
+            losses = [sum_of_entropies(merge(c, masks), TASKS, everything) for c in ends]
         slope.append((losses[0] - losses[1]) / 2e-3)
     torch.testing.assert_close(coefficients.detach(), 0.3 - 2.0 * torch.stack(slope), rtol=1e-2, atol=1e-3)
     assert (coefficients - 0.3).abs().max() > 1e-2
@@ -244,8 +244,11 @@ class Classifier(torch.nn.Module):
 
 
 def test_a_classifiers_coefficient_is_the_one_with_the_least_entropy():
-    """One vector on a linear model, inputs e_1: logits (l, 0), so the entropy falls for ever with l; two inputs that pull in
-    opposite ways, with logits (1 - l, 0) and (l, 0), have their least sum at an end, and their greatest at 1/2."""
+    """One vector on a linear model. Inputs e_1 give logits (l, 0), so that the entropy falls for ever with l.
+
+    Two inputs that pull in opposite ways, with logits (1 - l, 0) and (l, 0), have their least sum at an end, and their
+    greatest at 1/2.
+    """
     vector = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
     model = Classifier(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     merge = DenseMerge(model, [("head.weight", vector)])
@@ -259,7 +262,8 @@ def test_a_classifiers_coefficient_is_the_one_with_the_least_entropy():
         assert losses[-1] < losses[0]
     clamped, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=0.7, clamp=True))
     assert clamped.item() == 1.0
-    # Logits (l, 0) and (8 - l, 0): both are certain enough for the entropy to be convex between, and 4 is best by symmetry.
+    # Logits (l, 0) and (8 - l, 0): both are certain enough for the entropy to be convex between, and 4 is best by
+    # symmetry.
     merge = DenseMerge(Classifier(torch.tensor([[0.0, 8.0], [0.0, 0.0]])), [("head.weight", vector)])
     for start in (3.0, 5.0):
         found, _ = minimise_entropy(merge, (1,), [task], replace(settings, start=start, steps=400))

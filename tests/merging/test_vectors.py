@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from mosld import MoSLDConfig, export_lora
 from mosld.merging import MergeSettings, applied, merge, save_checkpoint, save_lora
-from mosld.merging.channel import received, sent
+from mosld.merging.channel import received, sent_powers
 from mosld.merging.elementwise import disjoint_mean, summed, thresholds, ties
 from mosld.merging.factored import FactoredMerge, shared_basis, stacked
+from mosld.merging.read import read_task_vectors
 from mosld.merging.unlabelled import entropy
-from mosld.merging.vectors import Factors, MergeError, deltas, read_task_vectors
+from mosld.merging.vectors import Factors, MergeError, deltas
 from tests.helpers.models import perturb, tiny_llama, token_ids
 
 IDS = token_ids()
@@ -198,14 +199,14 @@ def test_the_noise_has_the_power_that_was_asked_for(noise):
     weights = {"a": torch.randn(2, 40, 30), "b": torch.randn(2, 50)}
     weights["a"][1] *= 2
     generator, ratios, kept = torch.Generator().manual_seed(1), [], []
-    own, _ = sent(weights.items)
+    own, _ = sent_powers(weights.items)
     for _ in range(400):
         arrived = dict(received(weights.items, noise, 10.0, generator))
         noises = {n: arrived[n] - weights[n] for n in weights}
-        ratios.append(sent(noises.items)[0] / own)
+        ratios.append(sent_powers(noises.items)[0] / own)
         kept.append(noises)
     mean = torch.stack(ratios).mean(0)
-    # The mean of 400 squares: of one normal number each along a direction (7 % off by itself), of 1250 of them elsewhere.
+    # The mean of 400 squares: of one normal number each along a direction (7 % off by itself), of 1250 elsewhere.
     torch.testing.assert_close(mean, torch.full((2,), 0.1).double(), rtol=0.25 if noise == "worst" else 0.01, atol=0.0)
     flat = torch.stack([torch.cat([n[0].flatten() for n in noises.values()]) for noises in kept])
     along = torch.cat([w[1].flatten() for w in weights.values()])  # the strongest user's
@@ -276,7 +277,7 @@ def test_a_tied_weight_is_the_same_one_under_each_of_its_names(tmp_path):
 def test_an_adapter_on_a_tied_layer_is_merged_factored_and_not_into_the_embeddings(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], ensure_weight_tying=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT tells of the tied weight, which is what is tested
+        warnings.simplefilter("ignore")  # PEFT warns of the tied weight, which is what is tested
         model = peft.get_peft_model(tied(), config)
         perturb(model)
         model.save_pretrained(str(tmp_path / "a"))

@@ -2,10 +2,10 @@
 
 python -m tests.hardening.faults.fifty_kills --output benchmarks/results/kills.json
 
-Every run is killed several times: in the phase that was killed least, at a random entry, after a random part of the time
-that the phase took in an undisturbed run (`tests.hardening.faults.moments`; the seed decides, the machine's load moves a kill by a
-little). At the end its folder is compared with the undisturbed run's, file by file, and what each process did with what
-was finished before it.
+Every run is killed several times: in the phase that was killed least, at a random entry, after a random part of the
+time that the phase took in an undisturbed run (`tests.hardening.faults.moments`; the seed decides, the machine's load
+moves a kill by a little). At the end its folder is compared with the undisturbed run's, file by file, and what each
+process did with what was finished before it.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Kept:
-    """What processes told that they have finished, and what later ones did with it."""
+    """What processes have reported as finished, and what later ones did with it."""
 
     steps: dict[str, int] = field(default_factory=dict)
     stages: dict[str, bytes] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class Kept:
                 self.faults.append(f"{name} was finished and is run again")
             elif event.what == "finished":
                 self.stages.setdefault(name, (folder / "stages" / f"{name}.json").read_bytes())
-        for name, told in self.stages.items():
+        for name, saved in self.stages.items():
             file = folder / "stages" / f"{name}.json"
-            if not file.is_file() or file.read_bytes() != told:
+            if not file.is_file() or file.read_bytes() != saved:
                 self.faults.append(f"what was kept of {name} is lost or changed")
 
 
@@ -88,14 +88,14 @@ def cases(folder: Path) -> list[Case]:
     maker = processes.Process(target=write_data, args=(data,))
     maker.start()
     maker.join()
-    told = [case("train", words(data, whole / "train", *TRAIN), whole / "train")]
-    told.append(case("compare", words(data, whole / "compare", *COMPARE, command="compare"), whole / "compare"))
+    runs = [case("train", words(data, whole / "train", *TRAIN), whole / "train")]
+    runs.append(case("compare", words(data, whole / "compare", *COMPARE, command="compare"), whole / "compare"))
     adapters = [str(whole / "compare" / "adapters" / f"lora-single-{task}-seed0") for task in TASKS]
     tasks = [f"{task}={data / task}.jsonl:{data / task}.jsonl" for task in TASKS]
     for method in METHODS:
         own = ["merge", "--method", method, "--base", str(data / "model"), *adapters, "--tasks", *tasks, *MERGE]
-        told.append(case("merge", [*own, "--output", str(whole / method)], whole / method))
-    return told
+        runs.append(case("merge", [*own, "--output", str(whole / method)], whole / method))
+    return runs
 
 
 def case(verb: str, own: list[str], folder: Path) -> Case:
@@ -109,7 +109,7 @@ def case(verb: str, own: list[str], folder: Path) -> Case:
 
 
 def killed_run(case: Case, folder: Path, generator: random.Random, seen: Counter, kills: int) -> dict[str, Any]:
-    """The command of `case` in `folder`, killed `kills` times and begun again until it ends; -> what is to be told of it.
+    """The command of `case` in `folder`, killed `kills` times and begun again until it ends; -> what happened.
 
     seen: kills by phase, of this verb, so far; the next goes where fewest were.
     """
@@ -179,14 +179,14 @@ def compare_folders(whole: Path, cut: Path) -> tuple[list[str], Counter]:
     return differences, compared
 
 
-def _without_times(told: Any) -> Any:
+def _without_times(report: Any) -> Any:
     """And without the order of what PEFT keeps as a set, which a new interpreter writes in another."""
-    if isinstance(told, dict):
-        own = {name: _without_times(value) for name, value in told.items() if not TIMES.search(name)}
+    if isinstance(report, dict):
+        own = {name: _without_times(value) for name, value in report.items() if not TIMES.search(name)}
         if isinstance(own.get("target_modules"), list):
             own["target_modules"] = sorted(own["target_modules"])
         return own
-    return [_without_times(value) for value in told] if isinstance(told, list) else told
+    return [_without_times(value) for value in report] if isinstance(report, list) else report
 
 
 def _without_last_column(page: str) -> list[str]:
@@ -196,9 +196,9 @@ def _without_last_column(page: str) -> list[str]:
     ]
 
 
-def _count(told: Any, compared: Counter) -> None:
+def _count(report: Any, compared: Counter) -> None:
     """losses: logged in training. coefficients: of merges. items: right or wrong."""
-    for name, value in told.items() if isinstance(told, dict) else ():
+    for name, value in report.items() if isinstance(report, dict) else ():
         if name in ("loss", "losses"):
             compared["losses"] += len(value)
         elif name == "coefficients":
@@ -207,7 +207,7 @@ def _count(told: Any, compared: Counter) -> None:
             compared["items"] += sum(map(len, value.values()))
         else:
             _count(value, compared)
-    for value in told if isinstance(told, list) else ():
+    for value in report if isinstance(report, list) else ():
         _count(value, compared)
 
 
@@ -244,7 +244,9 @@ def gather(runs: list[dict[str, Any]], seed: int) -> dict[str, Any]:
                            "mean": round(statistics.fmean(len(run["kills"]) for run in runs), 2)},
         "runs_equal_to_the_undisturbed": sum(not run["faults"] for run in runs),
         "faults": [fault for run in runs for fault in run["faults"]],
-        "steps_trained_again_since_last_checkpoint": sum(run["steps_trained_again_since_last_checkpoint"] for run in runs),
+        "steps_trained_again_since_last_checkpoint": sum(
+            run["steps_trained_again_since_last_checkpoint"] for run in runs
+        ),
         "stages_kept": sum(run["stages_kept"] for run in runs),
         "compared": dict(compared),
         "save_steps": {"train": 2, "compare": 2, "merge": SAVE_STEPS},
@@ -269,10 +271,10 @@ def main() -> int:
             print(
                 f"{run['verb']}: {len(run['kills'])} kills, {run['seconds']} s", *run["faults"], sep="\n  ", flush=True
             )
-    told = gather(runs, options.seed)
-    write_text_atomic(options.output, json.dumps(told, indent=1) + "\n")
-    print(f"{told['kills']} kills, {len(told['faults'])} faults; written to {options.output}")
-    return 1 if told["faults"] else 0
+    report = gather(runs, options.seed)
+    write_text_atomic(options.output, json.dumps(report, indent=1) + "\n")
+    print(f"{report['kills']} kills, {len(report['faults'])} faults; written to {options.output}")
+    return 1 if report["faults"] else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A process of `mosld` that tells what it does, and dies by SIGKILL in the middle of it.
+"""A process of `mosld` that reports what it does, and dies by SIGKILL in the middle of it.
 
 phase    start         until the frozen base is scored: the folder is claimed, the model loaded, what is finished read
          training      of an adapter, or of a merge's coefficients
@@ -44,8 +44,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Event:
-    """phase: in force from now on. what: "step", "kept", "scored", "finished", with `name` of the stage and the step, or a
-    phase that begins or ends. at_s: since the process began."""
+    """What a process reports.
+
+    phase: in force from now on. what: "step", "kept", "scored", "finished", with `name` of the stage and the step, or a
+    phase that begins or ends. at_s: since the process began.
+    """
 
     phase: str
     what: str

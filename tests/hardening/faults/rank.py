@@ -1,7 +1,9 @@
 """Run by torchrun: `mosld` in processes of which one kills itself.
 
-DIE=RANK:step:N python -m torch.distributed.run --nproc_per_node=2 -m tests.hardening.faults.rank train ...    before its step N
-DIE=RANK:save:N ...   in its N-th checkpoint, before its own file is written, when the others had time for theirs
+    DIE=RANK:step:N python -m torch.distributed.run --nproc_per_node=2 -m tests.hardening.faults.rank train ...
+
+DIE=RANK:step:N   before its step N
+DIE=RANK:save:N   in its N-th checkpoint, before its own file is written, when the others had time for theirs
 """
 
 import os

@@ -96,12 +96,12 @@ def test_a_full_disk_is_known_however_its_writer_says_it(tmp_path):
     """The texts are those of safetensors 0.8 and torch 2.13; the tests above make them on a real disk."""
     rust = type("SafetensorError", (Exception,), {})("I/O error: No space left on device (os error 28)")
     for error in (rust, OSError(errno.ENOSPC, "No space left on device", "x/y.json")):
-        told = explain(error, "train", tmp_path / "run")
-        assert told is not None and f"the disk is full: {tmp_path / 'run'}" in told
-    assert "x/y.json" in told
+        message = explain(error, "train", tmp_path / "run")
+        assert message is not None and f"the disk is full: {tmp_path / 'run'}" in message
+    assert "x/y.json" in message
     torch_save = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-    told = explain(torch_save, "train", tmp_path / "run")
-    assert told is not None and told.startswith("a file could not be written to its end")  # there is room here
+    message = explain(torch_save, "train", tmp_path / "run")
+    assert message is not None and message.startswith("a file could not be written to its end")  # there is room here
     wrapped = RuntimeError("saving failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert "the disk quota is used up" in str(explain(wrapped, "merge", tmp_path))

@@ -21,12 +21,14 @@ def data(tmp_path_factory):
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_those_that_were_not(tmp_path):
     wanted = {"train": 4, "compare": 4, "merge": 4}
-    told = gather(list(campaign(tmp_path, wanted, seed=1)), seed=1)
-    assert told["faults"] == []
-    assert told["kills_by_verb"] == wanted and sum(told["kills_by_phase"].values()) == 12
-    assert told["restarts"] == 12 - told["killed_after_the_results"]  # such a run has ended
-    assert told["compared"]["losses"] > 0 and told["compared"]["items"] > 0 and told["compared"]["coefficients"] > 0
-    assert told["compared"]["weight_files"] >= 9
+    report = gather(list(campaign(tmp_path, wanted, seed=1)), seed=1)
+    assert report["faults"] == []
+    assert report["kills_by_verb"] == wanted and sum(report["kills_by_phase"].values()) == 12
+    assert report["restarts"] == 12 - report["killed_after_the_results"]  # such a run has ended
+    assert (
+        report["compared"]["losses"] > 0 and report["compared"]["items"] > 0 and report["compared"]["coefficients"] > 0
+    )
+    assert report["compared"]["weight_files"] >= 9
 
 
 @pytest.mark.slow
@@ -44,7 +46,7 @@ def test_a_process_dies_at_its_moment(tmp_path):
         assert not (tmp_path / phase / "results.json").exists()
 
 
-def told(what, name, number=0):
+def event(what, name, number=0):
     return Event("training", what, name, number, 0.0)
 
 
@@ -52,11 +54,11 @@ def test_finished_work_that_is_run_again_or_lost_is_told(tmp_path):
     kept, stages = Kept(), tmp_path / "stages"
     stages.mkdir()
     (stages / "a.json").write_text("1")
-    kept.add([told("step", "b", 1), told("step", "b", 2), told("kept", "b", 2), told("finished", "a")], tmp_path)
-    kept.add([told("step", "b", 3), told("step", "b", 4)], tmp_path)
-    kept.add([told("step", "b", 3)], tmp_path)
+    kept.add([event("step", "b", 1), event("step", "b", 2), event("kept", "b", 2), event("finished", "a")], tmp_path)
+    kept.add([event("step", "b", 3), event("step", "b", 4)], tmp_path)
+    kept.add([event("step", "b", 3)], tmp_path)
     assert kept.faults == [] and kept.again == 1
-    kept.add([told("cell", "a"), told("step", "b", 2)], tmp_path)
+    kept.add([event("cell", "a"), event("step", "b", 2)], tmp_path)
     (stages / "a.json").write_text("2")
     kept.add([], tmp_path)
     assert [fault.split(":")[0].split()[0] for fault in kept.faults] == ["a", "b", "what"]
@@ -77,7 +79,7 @@ def test_folders_differ_by_names_bytes_and_numbers_but_not_by_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_after_its_last_step_takes_no_further_step(data, tmp_path):
-    """The last step is in the middle of an epoch, where the Trainer itself would take another, with any learning rate."""
+    """The last step is in the middle of an epoch, where the Trainer itself would take another, at any learning rate."""
     steps = ["--max_steps", "8", "--lr_scheduler_type", "constant"]
     more = ["--no-lora", "--r", "2", *FAST, *SAVING, *steps]
     assert attempt(words(data, tmp_path / "whole", *more), tmp_path / "printed.txt").exit_code == 0

@@ -12,7 +12,8 @@ from tests.helpers.kills import processes
 from tests.integration.processes.launch import torchrun
 
 pytestmark = pytest.mark.slow
-# Steps of 2 x 4 examples, as many as one process of 8 takes. Dropout draws in each process, so its random numbers count.
+# Steps of 2 x 4 examples, as many as one process of 8 takes. Dropout draws in each process, so that its random numbers
+# count.
 MORE = [*FAST, *SAVING, "--max_steps", "6", "--per_device_train_batch_size", "4"]
 AT_MOST_S = 120  # torchrun waits half a minute before it kills what does not end by itself
 

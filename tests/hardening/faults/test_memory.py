@@ -157,7 +157,7 @@ def test_every_verb_says_what_needs_less_memory(verb, tmp_path):
     for fail in (of_torch, of_cuda, of_python):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             fail()
-        told = explain(caught.value, verb, tmp_path)
-        assert out_of_memory(caught.value) and told is not None and told.startswith("out of memory (")
-        assert LESS_MEMORY.get(verb, "--eval-batch-size") in told and "\n" not in told
+        message = explain(caught.value, verb, tmp_path)
+        assert out_of_memory(caught.value) and message is not None and message.startswith("out of memory (")
+        assert LESS_MEMORY.get(verb, "--eval-batch-size") in message and "\n" not in message
     assert not out_of_memory(RuntimeError("shapes differ")) and not out_of_memory(ValueError("out of memory"))

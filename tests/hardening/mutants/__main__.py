@@ -1,6 +1,6 @@
 """How many planted faults the fast tests notice.
 
-    python -m tests.hardening.mutants                          every fault that has no row yet, or whose file or tests changed
+    python -m tests.hardening.mutants                          every fault without a row, or whose file or tests changed
     python -m tests.hardening.mutants --only scale_forgotten   this one, again
 
 The exit status is 1 when fewer than 95 % are caught or a survivor has no excuse.

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """name: unique, as `--only` takes it. file: from the repository's root. old: text that occurs there exactly once;
-    new: what stands there instead. harm: what somebody who uses the library would get. tests: pytest's paths, the fewest
-    that should notice. excuse: why no test can notice, of a fault that may survive; "" for all others.
+    """One replacement.
+
+    name: unique, as `--only` takes it. file: from the repository's root.
+    old: text that occurs there exactly once. new: what stands there instead.
+    harm: what somebody who uses the library would get. tests: pytest's paths, the fewest that should notice.
+    excuse: why no test can notice, of a fault that may survive; "" for all others.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the runs told, as `benchmarks/results/mutants.json` holds it: a row a fault, written after each."""
+"""The results of the runs, as `benchmarks/results/mutants.json` holds it: a row a fault, written after each."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Runs tests with one planted fault at a time, in a copy of the repository: which test notices which fault.
 
-A fault's text is put in place of the right one, its tests run in a process of their own (`warm`) up to the first that fails,
-and the text is put back. Tests marked slow or gpu do not take part. A hang is a fault caught, and told apart.
+A fault's text is put in place of the right one, its tests run in a process of their own (`warm`) up to the first that
+fails, and the text is put back. Tests marked slow or gpu do not take part. A hang is a fault caught, and told apart.
 """
 
 import hashlib
@@ -38,8 +38,11 @@ _RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 class Outcome(NamedTuple):
-    """how: "passed", or how a fault showed: "failed", "error" (while collecting or in a fixture), "hang", "crash". test:
-    the first that did."""
+    """What a run of tests came to.
+
+    how: "passed", or how a fault showed: "failed", "error" (while collecting or in a fixture), "hang", "crash".
+    test: the first in which it showed.
+    """
 
     how: str
     test: str
@@ -89,7 +92,7 @@ class Tree:
         return {
             **kept,
             "OMP_NUM_THREADS": "1",
-            # A file that is as long as before and written within the same second would pass for the one compiled before.
+            # A file as long as before and written within the same second would pass for the one compiled before.
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # no test needs one
             "MOSLD_CACHE": str(self.folder / "cache"),  # what a faulty run leaves there serves nobody else

@@ -1,4 +1,4 @@
-"""Every planted fault can still be planted: its text is where it was, it changes what the file does, its tests are there."""
+"""Every planted fault can still be planted: its text is there once, it changes what the file does, its tests exist."""
 
 import ast
 import functools

@@ -15,7 +15,10 @@ PRELOADED = ("pytest",)  # these tests import nothing else
 SOURCE = (
     "def double(x):\n    n = 0\n    while n < x:\n        n += 1\n    return n + x\n\n\ndef unused():\n    return 1\n"
 )
-TESTS = "from toy import numbers\n\n\ndef test_nothing():\n    pass\n\n\ndef test_double():\n    assert numbers.double(3) == 6\n"
+TESTS = (
+    "from toy import numbers\n\n\ndef test_nothing():\n    pass\n\n\n"
+    "def test_double():\n    assert numbers.double(3) == 6\n"
+)
 
 
 def fault(name: str, old: str, new: str, excuse: str = "") -> Fault:

@@ -1,8 +1,8 @@
 """A process that has imported what the tests import, and forks one that runs pytest for each line it reads.
 
-Importing torch, transformers and peft takes longer than most tests. Run as a program, with the names of the modules to import
-first. Each line is a JSON object, the arguments of `child`; the answers are the child's process id, and when it has ended its
-status as `os.waitpid` tells it. What is tested is imported in the child alone.
+Importing torch, transformers and peft takes longer than most tests. Run as a program, with the names of the modules to
+import first. Each line is a JSON object, the arguments of `child`; the answers are the child's process id, and when it
+has ended its status as `os.waitpid` gives it. What is tested is imported in the child alone.
 """
 
 import gc

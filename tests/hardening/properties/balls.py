@@ -1,9 +1,10 @@
 """Numbers with a bound on what rounding may do to them: a centre and a radius, both float64.
 
-A program that computes the centre's formula in some dtype must end inside the ball. Radii follow from the standard model of
-floating-point arithmetic, fl(a op b) = (a op b)(1 + d) with |d| at most half an eps, and from its sums of n terms,
-n u / (1 - n u); nothing is measured. An infinite radius says that anything is right: where the formula itself has no finite
-value, or where the dtype may overflow. A radius of zero demands the very number, so exact zeros stay exact zeros.
+A program that computes the centre's formula in some dtype must end inside the ball. Radii follow from the standard
+model of floating-point arithmetic, fl(a op b) = (a op b)(1 + d) with |d| at most half an eps, and from its sums of n
+terms, n u / (1 - n u); nothing is measured. An infinite radius says that anything is right: where the formula itself
+has no finite value, or where the dtype may overflow. A radius of zero demands the very number, so exact zeros stay
+exact zeros.
 """
 
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def least(dtype: torch.dtype) -> float:
-    """What may be lost absolutely: below the smallest normal number a processor may flush to zero; float16 is never flushed."""
+    """What may be lost absolutely: numbers below the smallest normal one may be flushed to zero, but not in float16."""
     info = torch.finfo(dtype)
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
 
@@ -81,8 +82,8 @@ def total(a: Ball, dim: int, dtype: torch.dtype) -> Ball:
 def product(*factors: Ball, dtype: torch.dtype, bias: Ball | None = None, in_pieces: bool = False) -> Ball:
     """a [M, S] b [S, N] c [M, s] d [s, N] ..., bias [N] -> a b + c d + ... + bias [M, N], stored in `dtype`.
 
-    Added up at least in float32, in any order. Between any two products, and with in_pieces after any few terms of one, what
-    has come together so far may be stored in `dtype`.
+    Added up at least in float32, in any order. Between any two products, and with in_pieces after any few terms of one,
+    what has come together so far may be stored in `dtype`.
     """
     wide = router_dtype(dtype)
     pairs = [(_flushed(a, wide), _flushed(b, wide)) for a, b in zip(factors[::2], factors[1::2], strict=True)]

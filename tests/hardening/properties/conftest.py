@@ -1,6 +1,6 @@
 """Two profiles: the same few cases every time, or with MOSLD_FUZZ=1 many new ones.
 
-MOSLD_FUZZ_TIMES: how many times as many, 20 unless told. MOSLD_FUZZ_SEED: where they start, to see a failure again.
+MOSLD_FUZZ_TIMES: how many times as many, 20 by default. MOSLD_FUZZ_SEED: where they start, to see a failure again.
 MOSLD_FUZZ_REPORT: a file to which the number of cases is written as JSON.
 """
 
@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    """A process of pytest-xdist tells how many cases it tried."""
+    """A process of pytest-xdist reports how many cases it tried."""
     tried.update(getattr(node, "workeroutput", {}).get("mosld_cases", {}))
 
 

@@ -47,12 +47,12 @@ def write(files: dict[str, bytes], folder: Path) -> None:
 
 def command(*words: str) -> None:
     """`mosld` with these words; raises ValueError, with all that it says, where it ends with 2."""
-    said, told = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
         code = main(list(words))
     if code:
         assert code == 2 and said.getvalue() == ""
-        raise ValueError(told.getvalue())
+        raise ValueError(errors.getvalue())
 
 
 def tensors_of(data: bytes, aside: Path) -> dict[str, Tensor]:

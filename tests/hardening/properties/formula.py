@@ -24,7 +24,7 @@ def largest(logits: list[float], top_k: int) -> list[int]:
 
 
 def loops(inputs: Inputs, settings: Settings, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [T, D_in] and everything else float64 -> y [T, D_out], logits [T, E]; experts are chosen by `logits` where given"""
+    """x [T, D_in], all in float64 -> y [T, D_out], logits [T, E]; experts are chosen by `logits` where given"""
     x, weight, bias, shared_a, expert_b, router_weight, seed = inputs
     top_k, scale, p, _, mixing = settings
     experts, d_out = len(router_weight), len(expert_b)
@@ -64,9 +64,9 @@ def balls(
     dlogits: Tensor | Ball | None,
     in_pieces: bool = False,
 ) -> dict[str, Ball]:
-    """inputs as the operator got them, x flattened; logits [T, E] as it returned them; dout [T, D_out] or None for zeros;
-    in_pieces: whether products are put together from products of parts, each rounded to x's dtype.
+    """inputs as the operator got them, x flattened; logits [T, E] as it returned them; dout [T, D_out], None for zeros
 
+    in_pieces: whether products are put together from products of parts, each rounded to x's dtype.
     -> y, logits and the gradients dx, dweight, ... as balls for what the operator computes in x's dtype
     """
     dtype, kept = inputs.x.dtype, inputs.shared_a.dtype

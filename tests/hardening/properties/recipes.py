@@ -27,9 +27,8 @@ SUBSETS = st.tuples(*[st.booleans()] * 6).map(
 )
 WANTED = st.one_of(st.just(GRADIENTS), st.just(TRAINED), SUBSETS)  # mostly all of them
 SIZES = st.sampled_from((3, 1, 2, 4, 5, 7, 8, 9, 16, 17, 31, 33, 65))  # tiles, and one past them
-GARBAGE = (
-    3e4  # lies between the numbers of a strided tensor: finite, since torch's own products may multiply it by zero
-)
+# Lies between the numbers of a strided tensor. It is finite, since torch's own products may multiply it by zero.
+GARBAGE = 3e4
 
 
 class Recipe(NamedTuple):
@@ -110,7 +109,7 @@ def numbers(kind: str, size: tuple[int, ...], scale: float, dtype: torch.dtype, 
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers, but for "expanded" (the first row for all), with other strides or elsewhere in a larger storage"""
+    """The same numbers ("expanded": the first row for all) with other strides, or elsewhere in a larger storage"""
     if values.dim() == 0 or values.numel() == 0:
         return values
     if layout == "transposed" and values.dim() > 1:
@@ -131,7 +130,7 @@ INSERTED = st.tuples(st.sampled_from(TENSORS), st.integers(0, 2**20), st.sampled
 
 
 def insert(tensors: dict[str, Tensor], where: list[tuple[str, int, str]]) -> None:
-    """Puts extremes into tensors, in place: tensor, which of its numbers, and what; in an expanded one into every row."""
+    """Puts extremes into tensors, in place: tensor, which of its numbers, what; into every row of an expanded one."""
     for name, place, what in where:
         tensor = tensors[name]
         if not tensor.numel():
@@ -192,7 +191,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class Called(NamedTuple):
-    """One call and what came of it: y, logits and dx flattened to [T, ...], the gradients that were wanted by their names."""
+    """One call and its results: y, logits and dx flattened to [T, ...], the wanted gradients by their names."""
 
     inputs: Inputs
     results: dict[str, Tensor]
@@ -203,7 +202,7 @@ class Called(NamedTuple):
 def call(recipe: Recipe, tensors: dict[str, Tensor] | None = None, **changes) -> Called:
     """Runs the recipe, on its own tensors or on these; `changes` are other values of its settings.
 
-    It also sees to what holds for every call: shapes, dtypes, which gradients come, and that nothing given is written to.
+    It also checks what holds for every call: shapes, dtypes, which gradients come, and that no argument is written to.
     """
     tensors = recipe.tensors() if tensors is None else tensors
     settings = recipe.settings()._replace(**changes)
@@ -244,7 +243,7 @@ def run(given: dict[str, Tensor], settings: Settings, seed: Tensor | None) -> tu
 
 @contextlib.contextmanager
 def sorted_by_expert(recipe: Recipe):
-    """Products over sorted tokens where the recipe asks for them and their code may be taken, in slices of seven features"""
+    """Products over sorted tokens, in slices of seven features, where the recipe asks for them and the code may run"""
     asked = recipe.by_tokens and recipe.shape.T > 0 and recipe.shape.mixing == "expand"
     if not asked:
         yield

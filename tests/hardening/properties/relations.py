@@ -1,8 +1,8 @@
 """What a call of the operator must have in common with other calls: one relation, judged in two ways.
 
-Whole: all numbers are small integers, in float64, and all gates powers of two, so nothing is rounded and bits must agree.
-Real: any dtype and real numbers; the two sides may differ by what rounding can do to each. Logits are whole here, too, or
-rounding them could choose other experts on one side.
+Whole: all numbers are small integers, in float64, and all gates powers of two: nothing is rounded, and bits must agree.
+Real: any dtype and real numbers; the two sides may differ by what rounding can do to each. Logits are whole here, too,
+or rounding them could choose other experts on one side.
 """
 
 from collections.abc import Callable
@@ -63,8 +63,11 @@ def related(draw, dtypes=DTYPES, dropout=(0.0, 0.5, 0.1)) -> tuple[Recipe, bool]
 
 
 def tensors_of(recipe: Recipe, whole: bool) -> dict[str, Tensor]:
-    """The recipe's own, with a router that gives no two experts equal logits; where all is whole no two groups of K experts,
-    while those of one group have the same, and with it gates of 1 / K."""
+    """The recipe's own, with a router that gives no two experts equal logits.
+
+    Where all is whole no two groups of K experts have equal logits, and the experts of one group have, so that gates
+    are 1 / K.
+    """
     tensors, group = recipe.tensors(), recipe.shape.K if whole else 1
     router, x = tensors["router_weight"][::group].clone(), tensors["x"].clone()
     x[:, 0] = 1
@@ -83,7 +86,7 @@ def hold(
 ) -> tuple[Results, list[Results]]:  # fmt: skip
     """What the call returns is what `combine` makes of the other calls' results, one dict each, in all that it names.
 
-    combine: puts together by permuting, joining, adding and scaling by positive numbers alone; so it combines radii, too.
+    combine: only permutes, joins, adds and scales by positive numbers, so that it combines radii, too.
     -> the call's results and the others'
     """
     mine, mine_balls = _judged(Other(recipe, tensors), whole)

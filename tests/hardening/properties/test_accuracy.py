@@ -1,4 +1,4 @@
-"""The rule of `tests/helpers/accuracy.py` on random problems: at most 1.5 times as far from float64 as plain torch in the same dtype."""
+"""The rule of `tests/helpers/accuracy.py` on random problems: at most 1.5 times as far from float64 as plain torch."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from tests.hardening.properties.profile import cases
 from tests.hardening.properties.recipes import Recipe, call, recipes
 from tests.helpers.accuracy import assert_no_less_accurate
 
-# Few numbers are right or wrong by luck, so what looks worse is looked at again with more draws, the first ones among them.
+# Few numbers are right or wrong by luck, so what looks worse is looked at again with more draws, the first ones among
+# them.
 DRAWS = (6, 48, 384)
 TRAINED = ("x", "shared_a", "expert_b", "router_weight")
 
@@ -26,7 +27,8 @@ def plain(given, settings, seed):
 
 
 def draw(recipe: Recipe) -> list[dict[str, Tensor]] | None:
-    """-> what the operator returns, what plain torch returns, and the truth; None where rounding made one choose other experts"""
+    """-> what the operator returns, what plain torch returns, and the truth; None where one of them, by rounding, chose
+    other experts"""
     tensors = recipe.tensors()
     ours = call(recipe, tensors)
     with pytest.MonkeyPatch.context() as patch:

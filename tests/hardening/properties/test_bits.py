@@ -1,4 +1,4 @@
-"""What must agree bit for bit, whatever the numbers: powers of two round nothing, and every way in computes the same."""
+"""What must agree bit for bit, whatever the numbers: powers of two round nothing, every way in computes the same."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.hardening.properties.recipes import (
 )
 
 WIDE = (torch.float64, torch.float32, torch.bfloat16)  # float16 runs into its subnormal numbers, which are rounded
-# Multiplying keeps these layouts; with other strides, or elsewhere in memory, a product may be added up in another order.
+# Multiplying keeps these layouts. With other strides, or elsewhere in memory, a product may be summed in another order.
 NORMAL = recipes(kinds=("normal",), layouts=("plain", "transposed"), dtypes=WIDE).map(
     lambda recipe: recipe._replace(wanted=GRADIENTS)
 )
@@ -135,7 +135,7 @@ def test_autocast_is_a_call_in_its_dtype(recipe):
 
 @cases(150, recipe=recipes(kinds=MODERATE, layouts=("plain",), dtypes=(torch.bfloat16, *WIDE, torch.float16)))
 def test_without_b_it_is_the_frozen_layer(recipe):
-    """x is contiguous: with three dimensions or more that are not, torch's own linear takes another product than with two."""
+    """x is contiguous: of three or more dimensions that are not, torch's linear takes another product than of two."""
     recipe = recipe._replace(base=True, incoming=("dout",))
     tensors = recipe.tensors()
     tensors["expert_b"] = torch.zeros_like(tensors["expert_b"])

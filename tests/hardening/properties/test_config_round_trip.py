@@ -1,4 +1,4 @@
-"""A configuration is what its JSON says, whichever way it goes there and back; what cannot be used is refused by name."""
+"""A configuration is what its JSON says, whichever way it is written and read; what is unusable is refused by name."""
 
 import json
 import tempfile
@@ -84,9 +84,9 @@ def in_json(value: Any) -> bool:
 def named(error: ValueError, field: str, value: object) -> None:
     """The field, and the value or, of several in one, that which is wrong."""
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    told = str(error)
-    assert field in told
-    assert any(repr(one) in told or str(one) in told for one in (value, *inner)), told
+    message = str(error)
+    assert field in message
+    assert any(repr(one) in message or str(one) in message for one in (value, *inner)), message
 
 
 @cases(200, drawn=configurations(), wrong=wrong_values())

@@ -104,7 +104,7 @@ BLANKS = b" \t\r\n"  # which after JSON are JSON
 
 
 def same(files: dict[str, bytes], saved: dict[str, bytes]) -> bool:
-    """Damage that says what was said: blanks after the configuration, a capital letter in the checksum, a lost comment."""
+    """Damage without effect: blanks after the configuration, a capital letter in the checksum, a lost comment."""
     records = (own.get(DIGEST, b"").lower().split(b"\n")[0].split() for own in (files, saved))
     return (
         files[WEIGHTS] == saved[WEIGHTS]

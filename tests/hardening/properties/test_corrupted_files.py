@@ -1,11 +1,11 @@
 """A saved adapter that was damaged, in whatever way, is refused with the file's name, and the model stays as it was.
 
-What cannot be seen: weights that were altered where no checksum lies beside them. PEFT needs none, adapters saved by other
-programs or before there were checksums have none, and who deletes it asks for that. There a changed number is a number.
-Of such files what is tested is all but the numbers, and that merging refuses what is not finite.
+What cannot be seen: weights that were altered where no checksum lies beside them. PEFT needs none, adapters saved by
+other programs or before there were checksums have none, and who deletes it asks for that. There a changed number is a
+number. Of such files what is tested is all but the numbers, and that merging refuses what is not finite.
 
-PEFT reads adapter_config.json before any code of ours. Where the file no longer says that it is of MoSLD, PEFT's loaders
-fail with PEFT's own error, which does not name the file; the commands name it.
+PEFT reads adapter_config.json before any code of ours. Where the file no longer says that it is of MoSLD, PEFT's
+loaders fail with PEFT's own error, which does not name the file; the commands name it.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from mosld import MoSLDConfig
 from mosld.analysis.saved_adapters import inspect_adapter
-from mosld.files.adapter_folder import CONFIG, DIGEST, TOLD, WEIGHTS
-from mosld.merging.vectors import MergeError, read_task_vectors
+from mosld.files.adapter_folder import CONFIG, DESCRIPTIVE_FIELDS, DIGEST, WEIGHTS
+from mosld.merging.read import read_task_vectors
+from mosld.merging.vectors import MergeError
 from mosld.tuner.layer import MoSLDLayer
 from tests.hardening.properties.damage import (
     Damage,
@@ -74,7 +75,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Place:
-    """Where damaged files lie, and the models that they are loaded into: none of them may change, so they are made once."""
+    """Where damaged files lie, and the models they are loaded into, made once: none of them may change."""
 
     def __init__(self, folder: Path):
         self.folder, self.base, self.loaded = folder, tiny_llama(**SMALL), adapter(3)
@@ -189,7 +190,7 @@ def test_weights_that_are_not_those_that_were_saved(place, damage, reader):
 def counts(files: dict[str, bytes]) -> str:
     """All of the configuration that decides what is computed, and what JSON made of it."""
     fields = json.loads(files[CONFIG])
-    return repr(sorted((name, value) for name, value in fields.items() if name not in TOLD))
+    return repr(sorted((name, value) for name, value in fields.items() if name not in DESCRIPTIVE_FIELDS))
 
 
 @cases(150, damage=flips(CONFIG, len(SAVED[CONFIG])) | cuts(CONFIG, len(SAVED[CONFIG])), reader=readers())
@@ -216,7 +217,7 @@ def told_can_be_read(files: dict[str, bytes]) -> bool:
     reader=readers(),
 )
 def test_a_checksum_that_is_another_refuses_or_says_the_same(place, damage, reader):
-    """A capital letter is the same number, and a comment that is none any more says nothing: the weights are what they were."""
+    """A capital letter is the same number, and what is no comment any more has no meaning: the weights are the same."""
     write(damage(SAVED), place.folder)
     try:
         logits = READERS[reader](place)
@@ -251,7 +252,7 @@ def test_tensors_of_another_adapter(place, damage, reader):
     value=st.sampled_from((math.inf, -math.inf, math.nan)),
 )
 def test_merging_refuses_numbers_that_are_not_finite(place, name, place_in, value):
-    """Without a checksum, which alone tells of altered numbers otherwise."""
+    """Without a checksum, which alone shows altered numbers otherwise."""
     changed = {own: tensor.clone() for own, tensor in TENSORS.items()}
     changed[name].view(-1)[place_in % changed[name].numel()] = value
     made = save(changed, metadata={"format": "pt"})

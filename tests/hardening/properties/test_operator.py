@@ -1,4 +1,4 @@
-"""The operator against the formula in float64: values and all gradients, on any shape, layout, dtype and kind of numbers."""
+"""The operator against the formula in float64: values and all gradients, of any shape, layout, dtype and numbers."""
 
 from collections import Counter
 

@@ -1,7 +1,8 @@
 """PEFT's operations in any order, on several adapters of any methods, against a plain account of what must hold.
 
-The account is, for each adapter, its configuration and a copy of its tensors. What an adapter computes is told twice: bit for
-bit by a fresh model that gets the copy, and by loops over tokens from the method's paper (tests/mixture/naive.py).
+The account is, for each adapter, its configuration and a copy of its tensors. What an adapter computes is compared
+twice: bit for bit with a fresh model that gets the copy, and with loops over tokens from the method's paper
+(tests/mixture/naive.py).
 """
 
 import copy
@@ -143,8 +144,9 @@ def by_loops(adapter: Adapter) -> Tensor:
             for token in row:
                 t = naive.Token(
                     x=token, dropped=token, row=row, A=A, undropped_a=A, B=B, router=own.get("router"),
-                    tasks=own.get("tasks"), mixer=mixer, hidden=torch.ones(len(A), dtype=A.dtype), r=m.r, s=m.alpha / m.r,
-                    E=m.num_experts, k=m.top_k, task=task, options={**MIXINGS[m.mixing].options, **m.mixing_options},
+                    tasks=own.get("tasks"), mixer=mixer, hidden=torch.ones(len(A), dtype=A.dtype),
+                    r=m.r, s=m.alpha / m.r, E=m.num_experts, k=m.top_k, task=task,
+                    options={**MIXINGS[m.mixing].options, **m.mixing_options},
                 )  # fmt: skip
                 rows.append(equation(t))
         return torch.stack(rows).view(*x.shape[:-1], -1)

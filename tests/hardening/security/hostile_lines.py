@@ -1,4 +1,4 @@
-"""Lines of task files that are wrong in every way that we could think of, each with a part of what is to be said of it."""
+"""Lines of task files that are wrong in every way that we could think of, each with a part of its message."""
 
 import json
 import random
@@ -23,9 +23,12 @@ def cut(r: random.Random) -> Made:
 
 
 def other_text(r: random.Random) -> Made:
-    return r.choice([b"{'prompt': 'a', 'completion': 'b'}", b'{"prompt": "a", "completion": "b",}', b"prompt,answer",
-                     b'// {"prompt": 1}', b'{"prompt": "\t", "completion": "b"}', b'{"prompt": "\\x41"}', b"}", b"\x1b[2J",
-                     b"__import__('os').mkdir('x')", GOOD[0] + GOOD[1], b"- prompt: a"]), "not JSON"  # fmt: skip
+    texts = [
+        b"{'prompt': 'a', 'completion': 'b'}", b'{"prompt": "a", "completion": "b",}', b"prompt,answer",
+        b'// {"prompt": 1}', b'{"prompt": "\t", "completion": "b"}', b'{"prompt": "\\x41"}', b"}", b"\x1b[2J",
+        b"__import__('os').mkdir('x')", GOOD[0] + GOOD[1], b"- prompt: a",
+    ]  # fmt: skip
+    return r.choice(texts), "not JSON"
 
 
 def carriage_returns(r: random.Random) -> Made:
@@ -70,7 +73,8 @@ def no_index(r: random.Random) -> Made:
 def no_character(r: random.Random) -> Made:
     wrong = r.choice(["\ud800", "\udfff", "a\ud83d b", "\0", "a\0"])
     record = r.choice([
-        {**TEXT, "prompt": wrong}, {**TEXT, "completion": wrong}, {**CHOICE, "choices": ["a", wrong]}, {**CHOICE, "prompt": wrong}
+        {**TEXT, "prompt": wrong}, {**TEXT, "completion": wrong},
+        {**CHOICE, "choices": ["a", wrong]}, {**CHOICE, "prompt": wrong},
     ])  # fmt: skip
     return json.dumps(record).encode(), "which is no character"
 
@@ -136,8 +140,8 @@ def both(r: random.Random) -> Made:
 
 
 COMMON: tuple[Callable[[random.Random], Made], ...] = (
-    cut, other_text, carriage_returns, no_object, lacking, unknown, twice, no_number, digits, no_index, no_character, raw_nul,
-    no_utf8, utf16, byte_order_mark, binary, deep, no_choices, equal_choices, no_text, both,
+    cut, other_text, carriage_returns, no_object, lacking, unknown, twice, no_number, digits, no_index, no_character,
+    raw_nul, no_utf8, utf16, byte_order_mark, binary, deep, no_choices, equal_choices, no_text, both,
 )  # fmt: skip
 LARGE = (too_long, many_choices)
 

@@ -1,4 +1,4 @@
-"""What is installed is what is declared, in versions that are told: `make audit` looks up their known vulnerabilities."""
+"""What is installed is what is declared, in known versions: `make audit` looks up their known vulnerabilities."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Expressions from a stranger's adapter_config.json that could keep Python's `re` busy for ever are refused before they are used."""
+"""Expressions in an adapter_config.json that could keep Python's `re` busy for ever are refused before their use."""
 
 import re
 from dataclasses import fields
@@ -15,12 +15,14 @@ from tests.helpers.models import tiny_llama
 
 ENDLESS = [
     "(a+)+", "(a*)*b", "(.*)*x", "(a|a)*b", "(?:ab|cd)+", "(a?){30}a{30}", "a?" * 30 + "a" * 30, ".*" * 6 + "x",
-    "(?=(a+)+)b", "(a{1,30}){30}", "(?i:a+)+", "((?:x|y|xy)z)+", "(ab|a)(b|)(bc|c)(cd|d)" * 7, "(.+?)+?", r"(a*)(\1)*b", "((a|b)?c)*",
+    "(?=(a+)+)b", "(a{1,30}){30}", "(?i:a+)+", "((?:x|y|xy)z)+", "(ab|a)(b|)(bc|c)(cd|d)" * 7, "(.+?)+?",
+    r"(a*)(\1)*b", "((a|b)?c)*",
     r"model(\.\w+)*\.q_proj", "(?:(z)?(?(1)|)a+)+b", "(?:(?:(?:){60000}){60000}){60000}!", "(?:){60000}", ".*" * 250,
 ]  # fmt: skip
 ENDING = [
-    "q_proj", r".*\.layers\.\d+\..*\.(q|v)_proj", r"(?:.*\.)?(self_attn|mlp)\.\w+$", r"(\d|[a-f])+", "(layers|h)?.*", "(?:a{3}){2}",
-    r".*\.layers\.(" + "|".join(map(str, range(80))) + r")\..*_proj", "(?<!a)b+", "|".join(f"model.layers.{i}" for i in range(999)),
+    "q_proj", r".*\.layers\.\d+\..*\.(q|v)_proj", r"(?:.*\.)?(self_attn|mlp)\.\w+$", r"(\d|[a-f])+",
+    "(layers|h)?.*", "(?:a{3}){2}", r".*\.layers\.(" + "|".join(map(str, range(80))) + r")\..*_proj", "(?<!a)b+",
+    "|".join(f"model.layers.{i}" for i in range(999)),
     *experts_by_depth(126, 8, 6, 4, 2),
 ]  # fmt: skip
 FIELDS = ["target_modules", "exclude_modules", "layers_pattern", "num_experts_pattern", "rank_pattern", "alpha_pattern"]
@@ -31,7 +33,8 @@ FIELDS_OF_PEFT = {
 BAD = "(a+)+"
 CASES = [
     *((name, BAD) for name in EXPRESSIONS), *((name, ["fine", BAD]) for name in LISTS),
-    *((name, {"fine": 1, BAD: 1}) for name in sorted(FIELDS_OF_PEFT) if name.endswith("_pattern") and name not in LISTS),
+    *((name, {"fine": 1, BAD: 1}) for name in sorted(FIELDS_OF_PEFT)
+      if name.endswith("_pattern") and name not in LISTS),
 ]  # fmt: skip
 
 

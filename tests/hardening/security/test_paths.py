@@ -12,7 +12,8 @@ from mosld import MoSLDConfig, export_lora
 from mosld.experiments.run_folder import MERGE, OWN, RunFolderError, check_free, claim, release
 from mosld.files.adapter_folder import AdapterFileError, read_json
 from mosld.files.model_folder import INDEX, ModelFileError, check_model_folder, files_of
-from mosld.merging.vectors import MergeError, read_task_vectors
+from mosld.merging.read import read_task_vectors
+from mosld.merging.vectors import MergeError
 from mosld.tasks.examples import TaskFileError, parse_task
 from mosld.tuner.weights import AdapterWeights
 from tests.hardening.security.conftest import seen
@@ -73,7 +74,7 @@ def test_an_adapter_has_no_such_name(name, tmp_path):
 
 @pytest.fixture
 def sharded(data, tmp_path):
-    """file name -> a checkpoint's folder whose index says that one tensor is in that file, beside a folder `elsewhere`."""
+    """file name -> a checkpoint's folder whose index has one tensor in that file, beside a folder `elsewhere`."""
 
     def make(file):
         folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
@@ -92,8 +93,11 @@ def sharded(data, tmp_path):
     return make
 
 
-OUTSIDE = ["../elsewhere/secret.safetensors", "{tmp}/elsewhere/secret.safetensors", "./part.safetensors", "..\\part.safetensors",
-           "part.bin", "C:part.safetensors", "a\0.safetensors", "\x1b.safetensors", "..", "", 7, None, ["part.safetensors"]]  # fmt: skip
+OUTSIDE = [
+    "../elsewhere/secret.safetensors", "{tmp}/elsewhere/secret.safetensors", "./part.safetensors",
+    "..\\part.safetensors", "part.bin", "C:part.safetensors", "a\0.safetensors", "\x1b.safetensors", "..", "", 7, None,
+    ["part.safetensors"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", OUTSIDE)
@@ -125,7 +129,8 @@ def test_a_good_index_is_read_and_a_bad_one_is_named(sharded, say, data):
     assert set(files_of(folder).values()) == {folder / "part.safetensors"}
     for text, said in {
         "{}": "has no weight_map", "[]": "must hold an object", "{": "is not JSON", "[" * 99_999: "is not JSON",
-        '{"weight_map": {"a": "b.safetensors"}}': "b.safetensors, which is missing", '{"weight_map": []}': "has no weight_map",
+        '{"weight_map": {"a": "b.safetensors"}}': "b.safetensors, which is missing",
+        '{"weight_map": []}': "has no weight_map",
     }.items():  # fmt: skip
         (folder / INDEX).write_text(text)
         with pytest.raises(ModelFileError, match=said):
@@ -164,7 +169,7 @@ def test_an_adapter_that_names_other_files_is_refused(fields, adapter, data, say
 
 @pytest.mark.parametrize("layer", ["../../x", "/tmp/x", "..", "a\\b"])
 def test_a_layers_name_is_no_path(layer, adapter, data, say, tmp_path):
-    """It is told, and names no file."""
+    """It is reported, and names no file."""
     folder, out = adapter("mosld"), tmp_path / "out"
     tensors = load_file(folder / WEIGHTS)
     tensors = {key.replace("model.layers.0.self_attn.q_proj", layer): tensor for key, tensor in tensors.items()}
@@ -194,9 +199,9 @@ def test_a_tensor_whose_name_commands_the_terminal_is_refused(name, tmp_path):
 
 def test_a_field_whose_name_commands_the_terminal_is_warned_of_in_plain_letters(adapter, data):
     """PEFT reads the configuration by itself, in Python's own calls."""
-    with pytest.warns(UserWarning, match="fields that this version of mosld does not know") as told:
+    with pytest.warns(UserWarning, match="fields that this version of mosld does not know") as warned:
         MoSLDConfig.from_pretrained(str(adapter("mosld", **{"\x1b]0;owned\x07": 1})))
-    assert all(str(one.message).isprintable() for one in told)
+    assert all(str(one.message).isprintable() for one in warned)
 
 
 def test_texts_of_other_lands_and_lines_are_no_commands(adapter):

@@ -61,7 +61,7 @@ def test_no_command_runs_it(verb, model_type, hostile, data, say, tmp_path):
     folder = hostile(model_type)
     task = ["--task", f"even={data / 'even.jsonl'}"]
     words = {
-        # A bad setting of the Trainer's would be told first, and one of the targets' after the model is loaded.
+        # A bad setting of the Trainer's would be reported first, and one of the targets' after the model is loaded.
         "train": ["--model", folder, *task, "--output", tmp_path / "out", "--target-modules", "nothing"],
         "eval": ["--model", folder, *task],
         "inspect": ["--model", folder, "--config", "mosld"],

@@ -66,7 +66,8 @@ FAULTS = [
         "part_of_an_adapter_is_enough",
         "mosld/layers/linear.py",
         '        if not any(key.startswith(f"{prefix}adapter.") for key in state_dict):\n'
-        '            state_dict.update({f"{prefix}adapter.{name}": p for name, p in self.adapter.state_dict().items()})\n',
+        '            state_dict.update({f"{prefix}adapter.{name}": p '
+        "for name, p in self.adapter.state_dict().items()})\n",
         "        for name, p in self.adapter.state_dict().items():\n"
         '            state_dict.setdefault(f"{prefix}adapter.{name}", p)\n',
         "a checkpoint that lacks a tensor of the adapter loads strictly, with that tensor untrained",
@@ -147,7 +148,8 @@ FAULTS = [
     Fault(
         "pattern_ignored",
         "mosld/tuner/config.py",
-        "        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)",
+        "        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), "
+        "self.num_experts)",
         "        return self.num_experts_pattern.get(layer, self.num_experts)",
         "num_experts_pattern has no effect",
         TUNER,

@@ -1,4 +1,4 @@
-"""Files from strangers: what they must not have read, run, written or printed, and lines that must not end a program."""
+"""Files of unknown origin: what they must not cause to be read, run, written or printed, or end a program by."""
 
 from tests.hardening.mutants.fault import Fault
 
@@ -195,7 +195,7 @@ FAULTS = [
     ),
     Fault(
         "a_saved_loras_expressions_are_not_looked_at",
-        "mosld/merging/vectors.py",
+        "mosld/merging/read.py",
         "            check_expressions(fields, folder / CONFIG)\n",
         "",
         "a LoRA whose rank_pattern never ends hangs mosld merge",

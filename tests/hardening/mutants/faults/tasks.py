@@ -81,8 +81,8 @@ FAULTS = [
     Fault(
         "scored_in_training_mode",
         "mosld/tasks/scoring.py",
-        "    model.eval()\n    order",
-        "    order",
+        "    model.eval()\n    results",
+        "    results",
         "scores are those of a model with dropout",
         SCORING,
     ),
