@@ -32,9 +32,9 @@ from ..training.progress import show_progress
 from . import pretraining, python_text
 from .pretraining import pretraining_text
 
+EMBEDDED = "embedded"  # as a command line names this model, and these tasks
 END, PAD = "<|end|>", "<|pad|>"
 # What torchrun and accelerate tell a process about the others.
-EMBEDDED = "embedded"  # as a command line names this model, and these tasks
 DISTRIBUTED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -88,7 +88,7 @@ def _rows(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int)
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def _new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -113,7 +113,7 @@ def train_base(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenize
     documents = documents[: int(len(documents) * settings.share)]
     tokenizer = build_tokenizer(documents, settings.vocabulary)
     torch.manual_seed(settings.seed)
-    model = _new_model(settings, tokenizer)
+    model = new_model(settings, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

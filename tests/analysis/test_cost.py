@@ -10,9 +10,9 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosld import presets, set_routing
-from mosld.analysis import cost as counting
 from mosld.analysis import known_models
 from mosld.analysis.cost import adapted, cost_per_token, count
+from mosld.cli.inspect_text import cost_text
 from mosld.cli.main import main
 from mosld.tuner.layer import MoSLDPeftLinear
 from tests.helpers.models import tiny_llama
@@ -272,7 +272,7 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         "32,768", "0", "1.95", "48",
     ]  # fmt: skip
     assert len(rows) == 2 + 8 + 2
-    assert counting.as_text(report) == "\n".join(lines)
+    assert cost_text(report) == "\n".join(lines)
 
 
 @pytest.mark.parametrize(
