@@ -23,7 +23,18 @@ from ..experiments.inputs import (
 from ..experiments.loading import load_model
 from ..experiments.plan import COMMON_TRAINER, OWN_TRAINER, Recipe, plan_comparison, plan_merges
 from ..experiments.results import versions
-from ..experiments.rows import DEFAULT, EQUAL, KNOWN, LORA, RATE, REFERENCE, Row, make_rows, positive_number
+from ..experiments.rows import (
+    DEFAULT,
+    EQUAL,
+    KNOWN,
+    LORA,
+    RATE,
+    REFERENCE,
+    Row,
+    check_known,
+    make_rows,
+    positive_number,
+)
 from ..experiments.run_folder import COMPARE, check_free, claim, free_folder
 from ..merging.merge import MergeSettings
 from ..merging.unlabelled import without_labels
@@ -122,7 +133,8 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
         raise ValueError("--merge contradicts --sweep, whose rows are no plain LoRAs of single tasks")
     refuse_trainer_words(trainer_words, INSTEAD, "mosld compare")
     tasks = _tasks(inputs, options.validation)
-    proportions = parse_proportions(options.proportions, [task.name for task in tasks])
+    task_names = [task.name for task in tasks]
+    proportions = parse_proportions(options.proportions, task_names)
     training_arguments([*COMMON_TRAINER, *trainer_words], Path("unused"))
     settings = _settings(inputs, options.validation, proportions)
     folder = Path(options.output) if options.output else free_folder(_folder_name(options), settings, COMPARE)
@@ -135,7 +147,7 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
     settings["rows"] = _row_settings(rows, recipe, merges)
     check_free(folder, settings, options.overwrite, COMPARE)
     chosen = SETTINGS if options.setting == "both" else (options.setting,)
-    stages = plan_comparison([row.name for row in rows], chosen, options.seeds, [task.name for task in tasks])
+    stages = plan_comparison(list(recipe.adapters), chosen, options.seeds, task_names)
     stages += plan_merges(list(merges), options.seeds)
     if PartialState().is_main_process and claim(folder, settings, options.overwrite, COMPARE):
         print(f"going on with the comparison in {folder}")
@@ -166,9 +178,7 @@ def _method_names(methods: str | None, sweep: str | None) -> list[str]:
     names: list[str] = [REFERENCE] if sweep else [*DEFAULT]
     if methods:
         names = methods.split(",")
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown:
-        raise ValueError(f"methods must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
+    check_known("methods", names, KNOWN)
     if len(set(names)) < len(names):
         raise ValueError(f"methods must differ, got {methods}")
     if sweep and EQUAL in names and sweep.partition("=")[0] != RATE:

@@ -86,13 +86,13 @@ def parse_gates(text: str) -> str | list[float]:
 def gates_text(layers: Mapping[str, LayerGates]) -> str:
     """The layers with their gates and, where they come from tokens, what is lost by fixing them, as text."""
     measured = any(layer.gate_variance is not None for layer in layers.values())
-    rows = [["layer", "tokens", "gate variance", "update error", "output error", "gates"]]
+    measures = ["tokens", "gate variance", "update error", "output error"] if measured else []
+    rows = [["layer", *measures, "gates"]]
     for name, layer in layers.items():
         lost = [""] * 4
         if layer.gate_variance is not None:
-            errors = (sum(layer.gate_variance), layer.update_error, layer.output_error)
-            lost = [str(layer.tokens), *(f"{error:.4f}" for error in errors)]
-        rows.append([name, *lost, " ".join(f"{gate:.3f}" for gate in layer.gates)])
-    if not measured:
-        rows = [[row[0], row[-1]] for row in rows]
+            variance = f"{sum(layer.gate_variance):.4f}"
+            lost = [str(layer.tokens), variance, f"{layer.update_error:.4f}", f"{layer.output_error:.4f}"]
+        gates = " ".join(f"{gate:.3f}" for gate in layer.gates)
+        rows.append([name, *lost, gates] if measured else [name, gates])
     return aligned(rows, words=(0, len(rows[0]) - 1))

@@ -11,6 +11,7 @@ from ..experiments.inputs import Inputs, chosen_tasks, model_state, task_encoder
 from ..experiments.loading import load_model
 from ..experiments.merge import FORMS, MergeRun, run_merge
 from ..experiments.results import versions
+from ..experiments.rows import check_known
 from ..experiments.run_folder import MERGE, check_free, claim, file_digest
 from ..merging.adaptive import AdaptiveSettings
 from ..merging.channel import NOISES
@@ -212,10 +213,8 @@ def _refuse_channel_options(options: argparse.Namespace) -> None:
 
 
 def _noises(options: argparse.Namespace) -> list[str]:
-    noises: list[str] = (options.noise or "ideal").split(",")
-    unknown = [noise for noise in noises if noise not in NOISES]
-    if unknown:
-        raise ValueError(f"noise must be of {', '.join(NOISES)}, got {', '.join(unknown)}")
+    noises = str(options.noise or "ideal").split(",")
+    check_known("noise", noises, NOISES)
     if options.snr_db is None and set(noises) != {"ideal"}:
         raise ValueError(f"--noise {options.noise} needs --snr-db, the ratio of each vector's power to the noise's")
     return noises

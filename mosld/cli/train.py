@@ -99,11 +99,15 @@ def prepare_training(options: argparse.Namespace, trainer_words: Sequence[str]) 
     check_at_least_one("eval-batch-size", options.eval_batch_size)
     check_quick(inputs)
     tasks = _tasks(inputs)
-    names = [task.name for task in tasks]
+    task_names = [task.name for task in tasks]
     adapters = _adapters(options, len(tasks))
-    recipe = _recipe(inputs, adapters, trainer_words, parse_proportions(options.proportions, names))
+    recipe = _recipe(inputs, adapters, trainer_words, parse_proportions(options.proportions, task_names))
     stages = plan_training(
-        options.method, beside_lora=not options.no_lora, single=options.single, seeds=options.seeds, task_names=names
+        options.method,
+        beside_lora=not options.no_lora,
+        single=options.single,
+        seeds=options.seeds,
+        task_names=task_names,
     )
     settings = _settings(options, inputs, recipe)
     folder = Path(options.output) if options.output else free_folder(_folder_name(options.method, inputs), settings)

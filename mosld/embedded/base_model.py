@@ -83,7 +83,9 @@ def build_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
 
 def _rows(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[dict[str, torch.Tensor]]:
     """The documents end to end, an end token after each, cut into rows of `length`."""
-    ids = [token for row in tokenizer(documents)["input_ids"] for token in (*row, tokenizer.eos_token_id)]
+    ids = []
+    for document in tokenizer(documents)["input_ids"]:
+        ids += [*document, tokenizer.eos_token_id]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -176,9 +178,13 @@ def _default_cache() -> Path:
 
 def _fingerprint(settings: Settings) -> str:
     """A name for everything that decides the base; the third number of a version is taken not to."""
-    versions = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
+    versions = []
+    for version in (torch.__version__, transformers.__version__):
+        versions.append(".".join(version.split(".")[:2]))
     parts = [asdict(settings), sys.version_info[:2], versions, unicodedata.unidata_version]
-    parts += [inspect.getsource(module) for module in (python_text, pretraining, sys.modules[__name__])]
+    # Any change of these sources may change the text or the training.
+    for module in (python_text, pretraining, sys.modules[__name__]):
+        parts.append(inspect.getsource(module))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

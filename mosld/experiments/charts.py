@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,9 +34,8 @@ def _draw_accuracy(methods: dict[str, dict], path: Path) -> Path:
     axes = figure.add_subplot(ylabel="accuracy, %", ylim=(0, 100), title="Accuracy on held-out items")
     width = BAR_GROUP / len(methods)
     for i, (label, method) in enumerate(methods.items()):
-        shift = _shift(i, len(methods))
-        places = [place + shift for place in range(len(tasks))]
         heights = [100 * method["tasks"][task]["accuracy"] for task in tasks]
+        places = numpy.arange(len(tasks)) + _shift(i, len(methods))
         axes.bar(places, heights, width, label=display_name(label))
     for guess, style in GUESS_LINES:
         _draw_guess(axes, list(tasks.values()), guess, style)
@@ -126,7 +126,7 @@ def draw_compared_accuracy(data: Mapping[str, Any], path: Path) -> None:
             middles.append(middle)
             means.append(mean)
             halves.append(half)
-            seeds = [100 * share for share in line["average"]["per_seed"]]
+            seeds = 100 * numpy.array(line["average"]["per_seed"])
             axes.plot([middle] * len(seeds), seeds, ".", color="black", markersize=4)
         axes.bar(middles, means, 0.9 * width, yerr=halves, capsize=3, label=setting)
     _draw_base(axes, 100 * data["base"]["average"])
@@ -179,15 +179,20 @@ def draw_snr(channels: Sequence[Mapping[str, Any]], base: float, path: Path) -> 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="SNR of each user's task vector, dB", ylabel="average accuracy, %")
     styles = (("received", "dashed", "as received"), ("realigned", "solid", "realigned"))
-    for place, noise in enumerate(dict.fromkeys(channel["noise"] for channel in channels)):
-        own = [channel for channel in channels if channel["noise"] == noise]
+    by_noise: dict[str, list[Mapping[str, Any]]] = {}
+    for channel in channels:
+        by_noise.setdefault(channel["noise"], []).append(channel)
+    for place, (noise, own) in enumerate(by_noise.items()):
         for key, style, label in styles:
-            ratios = [channel["snr_db"] for channel in own if key in channel]
-            heights = [channel[key] for channel in own if key in channel]
+            ratios, heights = [], []
+            for channel in own:
+                if key in channel:
+                    ratios.append(channel["snr_db"])
+                    heights.append(channel[key])
             line: dict[str, Any] = dict(color=f"C{place}", linestyle=style, label=f"{noise}, {label}")
             if not heights:
                 continue
-            if noise == "ideal":
+            if noise == "ideal":  # one point, whatever the SNR
                 axes.axhline(heights[0], linewidth=1, **line)
             else:
                 axes.plot(ratios, heights, marker="o", markersize=4, **line)

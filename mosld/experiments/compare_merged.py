@@ -26,6 +26,7 @@ from ..tasks.scoring import score_tasks
 from .methods import LORA
 from .plan import MERGED, Stage, single_stages
 from .results import scored
+from .rows import check_known
 from .stages import finished
 
 KNOWN = tuple(name for name in METHODS if name != WIRELESS)  # without noise it is task arithmetic
@@ -42,9 +43,7 @@ def parse_merges(text: str | None, options: str | None, rows: Sequence[str], set
             raise ValueError(f"--merge-options {options} is for --merge, which is not given")
         return {}
     names = text.split(",")
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown:
-        raise ValueError(f"merge must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
+    check_known("merge", names, KNOWN)
     if LORA not in rows:
         raise ValueError(
             f"--merge merges the LoRAs of single tasks: {LORA} must be among the methods, got {', '.join(rows)}"
@@ -74,8 +73,8 @@ def _parse_options(text: str | None) -> dict[str, Any]:
 
 def merged_cells(stage: Stage, tasks: Sequence[Task]) -> list[str]:
     """The cells whose LoRAs a merge makes one."""
-    names = [task.name for task in tasks]
-    return [single.name for single in single_stages(LORA, stage.seed, names)]
+    singles = single_stages(LORA, stage.seed, [task.name for task in tasks])
+    return [single.name for single in singles]
 
 
 def run_merge_cell(

@@ -15,7 +15,7 @@ from ..files.atomic import write_text_atomic
 from .charts import draw_compared_accuracy, draw_compared_sizes
 from .intervals import interval
 from .plan import MERGED, SINGLE, Stage
-from .results import FIGURES, GUESSES, Cells, cells_of
+from .results import FIGURES, GUESSES, Cells, cells_by_label
 from .tables import aligned, markdown_table, percent
 
 HOW = (
@@ -50,18 +50,18 @@ def summarise_rows(
     titles: row -> how it is called.
     results: of the stages, in their order; `items` has one character a test item.
     """
-    tasks = list(base["tasks"])
     lines = []
-    for label in dict.fromkeys(stage.label for stage in stages):
-        cells = cells_of(label, stages, results)
+    for label, cells in cells_by_label(stages, results).items():
         row = label if label in titles else cells[0][0].method  # a merge has a label of its own
-        lines.append(_line(label, cells, titles[row], tasks))
-    _add_intervals(lines, reference, tasks)
-    scores = base["tasks"].items()
-    accuracy = {name: score["accuracy"] for name, score in scores}
+        lines.append(_line(label, cells, titles[row], list(base["tasks"])))
+    _add_intervals(lines, reference)
+    tasks, accuracy = {}, {}
+    for name, score in base["tasks"].items():
+        tasks[name] = {key: score[key] for key in ("n", *GUESSES)}
+        accuracy[name] = score["accuracy"]
     return {
         "reference": reference,
-        "tasks": {name: {key: score[key] for key in ("n", *GUESSES)} for name, score in scores},
+        "tasks": tasks,
         "base": {"accuracy": accuracy, "average": statistics.fmean(accuracy.values())},
         "seeds": sorted({stage.seed for stage in stages}),
         "rows": lines,
@@ -70,26 +70,38 @@ def summarise_rows(
 
 def _line(label: str, cells: Cells, title: str, tasks: Sequence[str]) -> dict[str, Any]:
     """One line of the table, without its intervals."""
-    seeds = sorted({stage.seed for stage, _ in cells})
-    items, accuracy = {}, {}
-    for task in tasks:
-        items[task] = [_result_of(cells, seed, task)["items"][task] for seed in seeds]
-        shares = [right.count("1") / len(right) for right in items[task]]
-        accuracy[task] = {"mean": statistics.fmean(shares), "std": _std(shares), "per_seed": shares}
-    averages = []
-    for place in range(len(seeds)):
-        averages.append(statistics.fmean(own["per_seed"][place] for own in accuracy.values()))
-    figures = {figure.compare_key: figure.of(cells) for figure in FIGURES if figure.compare_key}
-    return {
+    items: dict[str, list[str]] = {task: [] for task in tasks}
+    last_loss = {}
+    for stage, result in sorted(cells, key=lambda cell: cell[0].seed):
+        for task, right in result["items"].items():
+            items[task].append(right)
+        if result["loss"]:
+            last_loss[stage.name] = result["loss"][-1][1]
+    accuracy = {task: _over_seeds(list(map(_share, seeds))) for task, seeds in items.items()}
+    by_seed = zip(*(own["per_seed"] for own in accuracy.values()), strict=True)
+    average = _over_seeds(list(map(statistics.fmean, by_seed)))
+    del average["mean"]  # which comes with its interval
+    line = {
         "row": label.removesuffix(SINGLE),
         "title": title,
         "setting": _setting_of(label),
         "accuracy": accuracy,
-        "average": {"std": _std(averages), "per_seed": averages},
-        **figures,
-        "last_loss": {stage.name: result["loss"][-1][1] for stage, result in cells if result["loss"]},
-        "items": items,
+        "average": average,
     }
+    for figure in FIGURES:
+        if figure.compare_key:
+            line[figure.compare_key] = figure.of(cells)
+    return {**line, "last_loss": last_loss, "items": items}
+
+
+def _share(right: str) -> float:
+    """Of the items that are right, of one character an item."""
+    return right.count("1") / len(right)
+
+
+def _over_seeds(shares: Sequence[float]) -> dict[str, Any]:
+    std = statistics.stdev(shares) if len(shares) > 1 else None
+    return {"mean": statistics.fmean(shares), "std": std, "per_seed": shares}
 
 
 def _setting_of(label: str) -> str:
@@ -98,35 +110,26 @@ def _setting_of(label: str) -> str:
     return "merged" if label.endswith(MERGED) else "mixture"
 
 
-def _result_of(cells: Cells, seed: int, task: str) -> Mapping[str, Any]:
-    return next(result for stage, result in cells if stage.seed == seed and stage.task in (None, task))
-
-
-def _std(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _add_intervals(lines: Sequence[dict[str, Any]], reference: str, tasks: Sequence[str]) -> None:
+def _add_intervals(lines: Sequence[dict[str, Any]], reference: str) -> None:
     """To every line the interval of its average, and its paired differences to the reference."""
-    hits = {(line["row"], line["setting"]): _hits(line, tasks) for line in lines}
+    hits = {(line["row"], line["setting"]): _hits(line) for line in lines}
     for line in lines:
         own = hits[line["row"], line["setting"]]
-        line["average"] = interval(own)._asdict() | line["average"]
+        line["average"] = interval(list(own.values()))._asdict() | line["average"]
         other = hits.get((reference, "mixture" if line["setting"] == "merged" else line["setting"]))
         if line["row"] == reference or other is None:
             continue
-        paired = [mine - theirs for mine, theirs in zip(own, other, strict=True)]
-        line["difference"] = {"average": interval(paired)._asdict()}
-        for task, difference in zip(tasks, paired, strict=True):
+        paired = {task: own[task] - other[task] for task in own}
+        line["difference"] = {"average": interval(list(paired.values()))._asdict()}
+        for task, difference in paired.items():
             line["difference"][task] = interval([difference])._asdict()
 
 
-def _hits(line: Mapping[str, Any], tasks: Sequence[str]) -> list[numpy.ndarray]:
-    """For each task [seeds, items] of 0.0 and 1.0"""
-    hits = []
-    for task in tasks:
-        rows = [list(right) for right in line["items"][task]]
-        hits.append(numpy.array(rows).astype(float))
+def _hits(line: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
+    """Task -> [seeds, items] of 0.0 and 1.0"""
+    hits = {}
+    for task, seeds in line["items"].items():
+        hits[task] = numpy.array(list(map(list, seeds))).astype(float)
     return hits
 
 
@@ -186,21 +189,27 @@ def _verdict(data: Mapping[str, Any]) -> list[str]:
 
 
 def _table(data: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the first table, with its head: what guessing reaches, the frozen base, and every line."""
     tasks, base = data["tasks"], data["base"]
     shown = [figure for figure in FIGURES if figure.compare_key and figure.compare_title]
-    rows = [[*FIRST_COLUMNS, *tasks, "average", *(str(figure.compare_title) for figure in shown)]]
+    head = [*FIRST_COLUMNS, *tasks, "average"]
+    frozen = ["frozen base", "", *(percent(base["accuracy"][task]) for task in tasks), percent(base["average"])]
+    for figure in shown:
+        head.append(str(figure.compare_title))
+        frozen.append(figure.text(0))
+    rows = [head]
     for guess in GUESSES:
         shares = [score[guess] for score in tasks.values()]
         average = None if None in shares else statistics.fmean(shares)
         rows.append([guess, "", *map(percent, shares), percent(average), *[""] * len(shown)])
-    nothing = [figure.text(0) for figure in shown]
-    accuracy = [base["accuracy"][task] for task in tasks]
-    rows.append(["frozen base", "", *map(percent, accuracy), percent(base["average"]), *nothing])
+    rows.append(frozen)
     for line in data["rows"]:
         row = [line["title"], line["setting"]]
-        row += [_mean_std(line["accuracy"][task]) for task in tasks]
+        for task in tasks:
+            row.append(_mean_std(line["accuracy"][task]))
         row.append(_mean_std(line["average"]))
-        row += [figure.text(line[figure.compare_key]) for figure in shown]
+        for figure in shown:
+            row.append(figure.text(line[figure.compare_key]))
         rows.append(row)
     return rows
 
@@ -210,7 +219,8 @@ def _differences(data: Mapping[str, Any]) -> list[list[str]]:
     columns = [*data["tasks"], "average"]
     rows = [[*FIRST_COLUMNS, *columns]]
     for line in _compared(data):
-        rows.append([line["title"], line["setting"], *(_points(line["difference"][name]) for name in columns)])
+        points = [_points(line["difference"][name]) for name in columns]
+        rows.append([line["title"], line["setting"], *points])
     return rows if len(rows) > 1 else []
 
 

@@ -69,5 +69,6 @@ def plan_merges(labels: Sequence[str], seeds: int) -> list[Stage]:
     """The merges of each seed's single LoRAs."""
     stages = []
     for seed in range(seeds):
-        stages += [Stage(label, LORA, seed) for label in labels]
+        for label in labels:
+            stages.append(Stage(label, LORA, seed))
     return stages

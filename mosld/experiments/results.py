@@ -21,14 +21,21 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 Cells = Sequence[tuple[Stage, Mapping[str, Any]]]  # stages of one label, each with its result
 
 
+def _by_seed(cells: Cells) -> dict[int, list[Mapping[str, Any]]]:
+    """Seed -> the results of its stages, one or one a task, in the order of seeds."""
+    results: dict[int, list[Mapping[str, Any]]] = {}
+    for stage, result in cells:
+        results.setdefault(stage.seed, []).append(result)
+    return dict(sorted(results.items()))
+
+
 def _of_first_seed(cells: Cells, key: str) -> int:
-    first = min(stage.seed for stage, _ in cells)
-    return sum(result[key] for stage, result in cells if stage.seed == first)
+    first, *_ = _by_seed(cells).values()
+    return sum(result[key] for result in first)
 
 
 def _mean_over_seeds(cells: Cells, key: str) -> float:
-    seeds = {stage.seed for stage, _ in cells}
-    return sum(result[key] for _, result in cells) / len(seeds)
+    return sum(result[key] for _, result in cells) / len(_by_seed(cells))
 
 
 class Figure(NamedTuple):
@@ -87,48 +94,53 @@ def scored(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
 
 def summarise_methods(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
     """Label -> method: the mean over seeds, and for one model a task their scores side by side."""
-    methods = {"base": _summarise_base(base)}
-    for label in dict.fromkeys(stage.label for stage in stages):
-        methods[label] = _summarise_method(cells_of(label, stages, stage_results))
+    summary = {**base, "average": _average(base["tasks"])}
+    del summary["items"]
+    methods = {"base": summary}
+    for label, cells in cells_by_label(stages, stage_results).items():
+        methods[label] = _summarise_method(cells)
     return methods
 
 
-def cells_of(label: str, stages: Sequence[Stage], results: Sequence[Mapping[str, Any]]) -> Cells:
-    """The label's stages, each with its result."""
-    return [cell for cell in zip(stages, results, strict=True) if cell[0].label == label]
+def cells_by_label(stages: Sequence[Stage], results: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
+    """Label -> its stages, each with its result, in their order."""
+    cells: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
+    for stage, result in zip(stages, results, strict=True):
+        cells.setdefault(stage.label, []).append((stage, result))
+    return dict(cells)
 
 
-def _summarise_base(base: dict) -> dict:
-    summary = {name: value for name, value in base.items() if name != "items"}
-    summary["average"] = _average(base["tasks"])
-    return summary
+def figures_of(cells: Cells) -> dict[str, float]:
+    """Key in results.json -> the number, of every figure."""
+    return {figure.key: figure.of(cells) for figure in FIGURES}
 
 
 def _summarise_method(cells: Cells) -> dict[str, Any]:
-    seeds = sorted({stage.seed for stage, _ in cells})
-    per_seed = []
-    for seed in seeds:
-        per_seed.append(_union(result["tasks"] for stage, result in cells if stage.seed == seed))
-    averages = [_average(tasks) for tasks in per_seed]
+    by_seed = list(_by_seed(cells).values())
+    tasks_by_seed = list(map(_all_tasks, by_seed))
+    averages = list(map(_average, tasks_by_seed))
     known = [average for average in averages if average is not None]
-    of_first_seed = [result for stage, result in cells if stage.seed == seeds[0]]
+    tasks = {}
+    for name in tasks_by_seed[0]:
+        tasks[name] = _mean_score([tasks[name] for tasks in tasks_by_seed])
     # A curve and a use of experts are one adapter's: of one adapter a task there would be several.
-    alone = of_first_seed[0] if len(of_first_seed) == 1 else {"loss": [], "experts": {}}
+    alone = by_seed[0][0] if len(by_seed[0]) == 1 else {"loss": [], "experts": {}}
     return {
-        "tasks": {name: _mean_score([tasks[name] for tasks in per_seed]) for name in per_seed[0]},
+        "tasks": tasks,
         "average": statistics.fmean(known) if known else None,
         "average_per_seed": averages,
-        **{figure.key: figure.of(cells) for figure in FIGURES},
+        **figures_of(cells),
         "loss": alone["loss"],
         "experts": alone["experts"],
     }
 
 
-def _union(parts: Iterable[dict]) -> dict:
-    whole = {}
-    for part in parts:
-        whole |= part
-    return whole
+def _all_tasks(results: Iterable[Mapping[str, Any]]) -> dict[str, dict]:
+    """Task name -> score, of all the stages of a seed."""
+    tasks = {}
+    for result in results:
+        tasks |= result["tasks"]
+    return tasks
 
 
 def _average(tasks: dict[str, dict]) -> float | None:
@@ -152,8 +164,7 @@ def display_name(label: str) -> str:
 
 def table(methods: dict[str, dict]) -> str:
     """Accuracy in percent by task and method, with what guessing reaches, as text."""
-    labels = list(methods)
-    rows = [["task", "n", *GUESSES, *map(display_name, labels)]]
+    rows = [["task", "n", *GUESSES, *map(display_name, methods)]]
     for task, score in methods["base"]["tasks"].items():
         row = [task, str(score["n"])]
         for guess in GUESSES:
@@ -167,16 +178,18 @@ def table(methods: dict[str, dict]) -> str:
 
 def _rows_of_methods(methods: Sequence[dict]) -> list[list[str]]:
     """The last rows of the table: of each method as a whole."""
-    empty = [""] * (1 + len(GUESSES))
-    rows = [["average", *empty, *(percent(method["average"]) for method in methods)]]
-    per_seed = [method.get("average_per_seed", []) for method in methods]
-    if any(len(averages) > 1 for averages in per_seed):
-        rows.append(["deviation between seeds", *empty, *map(_deviation, per_seed)])
+    empty = [""] * (1 + len(GUESSES))  # under n and the guesses
+    average = ["average", *empty]
+    deviation = ["deviation between seeds", *empty]
+    several_seeds = False
+    for method in methods:
+        per_seed = method.get("average_per_seed", [])
+        average.append(percent(method["average"]))
+        deviation.append(percent(statistics.stdev(per_seed)) if len(per_seed) > 1 else "")
+        several_seeds = several_seeds or len(per_seed) > 1
+    rows = [average, deviation] if several_seeds else [average]
     for figure in FIGURES:
         if figure.train_title:
-            rows.append([figure.train_title, *empty, *(figure.text(method[figure.key]) for method in methods)])
+            numbers = [figure.text(method[figure.key]) for method in methods]
+            rows.append([figure.train_title, *empty, *numbers])
     return rows
-
-
-def _deviation(averages: Sequence[float]) -> str:
-    return percent(statistics.stdev(averages)) if len(averages) > 1 else ""

@@ -64,6 +64,13 @@ def _equal_lora(base: PreTrainedModel, places: str | list[str], num_tasks: int) 
     return Adapter(LORA, {"r": rank, "alpha": 2.0 * rank}, places)
 
 
+def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """raises ValueError, with those that there are, for names of `what` that are not among `known`."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{what} must be of {', '.join(known)}, got {', '.join(unknown)}")
+
+
 def positive_number(what: str, text: str) -> str:
     """`text`, as it was given, where it is a number above 0; raises ValueError where it is not."""
     try:

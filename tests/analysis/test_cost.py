@@ -284,10 +284,19 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         (["somewhere", "--target-modules", "q_proj"], "leave out ADAPTER"),
         (["--model", "gpt2", "--task", "a=a.jsonl"], "--task is for an ADAPTER"),
         (["--model", "gpt2", "--quick"], "--quick is for --model embedded"),
-        (["--model", "llama-9"], "model must be one of llama-2-7b, .*, embedded, or a folder with config.json, got 'llama-9'"),
+        (
+            ["--model", "llama-9"],
+            "model must be one of llama-2-7b, .*, embedded, or a folder with config.json, got 'llama-9'",
+        ),
         (["--model", "EMPTY"], "holds no config.json of a model that transformers knows"),
-        (["--model", "gpt2", "--config", "mosldd"], "config must be one of lora, mosld, .* got 'mosldd': there is no such file"),
-        (["--model", "gpt2", "--config", "mosld:rank=8"], "mosld:rank=8: there is no field rank; there are: .*num_experts,.* r,"),
+        (
+            ["--model", "gpt2", "--config", "mosldd"],
+            "config must be one of lora, mosld, .* got 'mosldd': there is no such file",
+        ),
+        (
+            ["--model", "gpt2", "--config", "mosld:rank=8"],
+            "mosld:rank=8: there is no field rank; there are: .*num_experts,.* r,",
+        ),
         (["--model", "gpt2", "--target-modules", "c_atn"], "no module is called 'c_atn', the nearest are c_attn"),
         (["--model", "vit-base"], "no modules to adapt in vit-base by itself: .* are called .*dense"),
     ],

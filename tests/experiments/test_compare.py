@@ -1,4 +1,4 @@
-"""`mosld compare`: the same data for every method, cells that are never run twice, and numbers that follow from the items."""
+"""`mosld compare`: the same data for every method, no cell run twice, and numbers that follow from the items."""
 
 import json
 import math
@@ -225,7 +225,12 @@ def recorded_cells(monkeypatch, stop_after=None) -> list[str]:
     return ran
 
 
-def test_a_killed_comparison_goes_on_and_more_methods_and_seeds_join_it(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_killed_comparison_goes_on_and_more_methods_and_seeds_join_it(
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     first = recorded_cells(monkeypatch, stop_after=1)
     assert call(data, tmp_path / "o", methods="lora,mosld", seeds=1, setting="mixture") == 130
     assert first == ["lora-seed0"] and "Run the same command again" in capsys.readouterr().err

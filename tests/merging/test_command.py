@@ -248,8 +248,10 @@ def test_embeddings_are_neither_sent_nor_realigned(data, tmp_path):
     (data / "tuned").symlink_to(tmp_path / "tuned")
     before = base(data).get_input_embeddings().weight
     for method, more, kept in (
-        ("task_arithmetic", (), False), ("r_mtllmf", (), True), ("r_mtllmf", ("--shots", "4", "--realign-rate", "1e-2"), True),
-    ):  # fmt: skip
+        ("task_arithmetic", (), False),
+        ("r_mtllmf", (), True),
+        ("r_mtllmf", ("--shots", "4", "--realign-rate", "1e-2"), True),
+    ):
         output = tmp_path / f"{method}{len(more)}"
         assert merge(data, output, method, *more, adapters=("tuned",)) == 0
         model = AutoModelForCausalLM.from_pretrained(output / "model")
