@@ -135,5 +135,5 @@ def _by_depth(source: str, experts: str, depth: int | None) -> dict[str, Any]:
         raise ValueError(f"{source}: num_experts must be an integer, or several such as 8/6/4/2, got {experts!r}")
     if depth is None:
         raise ValueError(f"{source}: num_experts={experts} needs a model that says how many blocks it has")
-    numbers = [int(number) for number in experts.split("/")]
+    numbers = list(map(int, experts.split("/")))
     return {"num_experts": max(numbers), "num_experts_pattern": experts_by_depth(depth, *numbers)}

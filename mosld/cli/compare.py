@@ -13,6 +13,7 @@ from ..experiments import compare_merged
 from ..experiments.compare import Comparison, run_comparison
 from ..experiments.inputs import (
     Inputs,
+    check_examples,
     check_quick,
     chosen_tasks,
     hold_out,
@@ -39,7 +40,7 @@ from ..experiments.run_folder import COMPARE, check_free, claim, free_folder
 from ..merging.merge import MergeSettings
 from ..merging.unlabelled import without_labels
 from ..tasks.encode import Encoder
-from ..tasks.examples import Task, TaskFileError
+from ..tasks.examples import Task
 from ..tasks.proportions import parse_proportions
 from ..training.arguments import training_arguments
 from .options import add_data, check_at_least_one, inputs_of, refuse_trainer_words, refusing
@@ -201,10 +202,8 @@ def _tasks(inputs: Inputs, validation: float | None) -> list[Task]:
     tasks = chosen_tasks(inputs)
     if validation is not None:
         tasks = [hold_out(task, validation) for task in tasks]
-    for side, purpose in (("train", "train on"), ("test", "compare on")):
-        empty = [task.name for task in tasks if not getattr(task, side)]
-        if empty:
-            raise TaskFileError(f"nothing to {purpose} for {', '.join(empty)}")
+    check_examples(tasks, "train", "train on")
+    check_examples(tasks, "test", "compare on")
     return tasks
 
 

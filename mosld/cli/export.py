@@ -78,7 +78,7 @@ def parse_gates(text: str) -> str | list[float]:
     if text in ("uniform", CALIBRATE):
         return text
     try:
-        return [float(word) for word in text.split(",")]
+        return list(map(float, text.split(",")))
     except ValueError:
         raise ValueError(f"gates must be uniform, calibrate or weights such as 0.5,0.5, got {text!r}") from None
 
@@ -93,6 +93,6 @@ def gates_text(layers: Mapping[str, LayerGates]) -> str:
         if layer.gate_variance is not None:
             variance = f"{sum(layer.gate_variance):.4f}"
             lost = [str(layer.tokens), variance, f"{layer.update_error:.4f}", f"{layer.output_error:.4f}"]
-        gates = " ".join(f"{gate:.3f}" for gate in layer.gates)
+        gates = " ".join(map("{:.3f}".format, layer.gates))
         rows.append([name, *lost, gates] if measured else [name, gates])
     return aligned(rows, words=(0, len(rows[0]) - 1))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
+
 from ..analysis.cost import sizes_by_role
 from ..experiments.tables import aligned_lines, percent
 from ..files.adapter_folder import CONFIG
@@ -71,7 +73,7 @@ def _kind_row(config: str, kind: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _role_cells(parts: dict[str, int]) -> list[str]:
-    return [f"{size:,}" for size in sizes_by_role(parts)]
+    return list(map("{:,}".format, sizes_by_role(parts)))
 
 
 def _range(low: int, high: int) -> str:
@@ -135,7 +137,7 @@ def _use_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _percents(shares: list[float]) -> str:
-    return " ".join(f"{100 * share:3.0f}" for share in shares)
+    return " ".join(map("{:3.0f}".format, 100 * numpy.array(shares)))
 
 
 def _numbers(numbers: list[int]) -> str:

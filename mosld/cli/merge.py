@@ -222,7 +222,7 @@ def _noises(options: argparse.Namespace) -> list[str]:
 
 def _ratios(text: str | None) -> list[float]:
     try:
-        ratios = [float(part) for part in (text or "0").split(",")]
+        ratios = list(map(float, (text or "0").split(",")))
     except ValueError:
         raise ValueError(f"snr-db must be numbers with commas between them, got {text!r}") from None
     for ratio in ratios:

@@ -12,7 +12,15 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..embedded.base_model import EMBEDDED
-from ..experiments.inputs import Inputs, check_quick, chosen_tasks, model_state, task_encoder, task_settings
+from ..experiments.inputs import (
+    Inputs,
+    check_examples,
+    check_quick,
+    chosen_tasks,
+    model_state,
+    task_encoder,
+    task_settings,
+)
 from ..experiments.loading import load_model
 from ..experiments.methods import LORA, LORA_DEFAULTS, METHODS, Adapter, targets
 from ..experiments.plan import COMMON_TRAINER, OWN_TRAINER, Recipe, plan_training
@@ -20,7 +28,6 @@ from ..experiments.results import versions
 from ..experiments.run_folder import check_free, claim, free_folder
 from ..experiments.stages import count_trained
 from ..experiments.train import TrainingRun, run_training
-from ..tasks.examples import Task, TaskFileError
 from ..tasks.proportions import parse_proportions
 from ..training.arguments import training_arguments
 from .options import add_data, check_at_least_one, inputs_of, refuse_trainer_words, refusing
@@ -98,7 +105,8 @@ def prepare_training(options: argparse.Namespace, trainer_words: Sequence[str]) 
     check_at_least_one("seeds", options.seeds)
     check_at_least_one("eval-batch-size", options.eval_batch_size)
     check_quick(inputs)
-    tasks = _tasks(inputs)
+    tasks = chosen_tasks(inputs)
+    check_examples(tasks, "train", "train on")
     task_names = [task.name for task in tasks]
     adapters = _adapters(options, len(tasks))
     recipe = _recipe(inputs, adapters, trainer_words, parse_proportions(options.proportions, task_names))
@@ -131,14 +139,6 @@ def prepare_training(options: argparse.Namespace, trainer_words: Sequence[str]) 
         base=base,
         encoder=encoder,
     )
-
-
-def _tasks(inputs: Inputs) -> list[Task]:
-    tasks = chosen_tasks(inputs)
-    empty = [task.name for task in tasks if not task.train]
-    if empty:
-        raise TaskFileError(f"nothing to train on for {', '.join(empty)}")
-    return tasks
 
 
 def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]:

@@ -112,8 +112,8 @@ def short_name(layer: str) -> str:
 
 def draw_compared_accuracy(data: Mapping[str, Any], path: Path) -> None:
     """A group of bars a method, a bar a setting with its interval, a dot a seed; data: of compare.json."""
-    titles = list(dict.fromkeys(line["title"] for line in data["rows"]))
-    settings = list(dict.fromkeys(line["setting"] for line in data["rows"]))
+    titles = _distinct(data, "title")
+    settings = _distinct(data, "setting")
     figure = Figure(figsize=(3 + 1.0 * len(titles), 4.5), layout="constrained")
     axes = figure.add_subplot(ylabel="average accuracy, %", title=f"Held-out items, {_sampled(data)}")
     width = BAR_GROUP / len(settings)
@@ -151,6 +151,11 @@ def draw_compared_sizes(data: Mapping[str, Any], path: Path) -> None:
             axes.errorbar(line["trained_parameters"], mean, half, fmt=marker, capsize=3, label=label)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _distinct(data: Mapping[str, Any], key: str) -> list[str]:
+    """What the lines have there, each once, in their order."""
+    return list(dict.fromkeys(line[key] for line in data["rows"]))
 
 
 def _lines_of(data: Mapping[str, Any], setting: str) -> list[Mapping[str, Any]]:

@@ -53,7 +53,7 @@ def summarise_rows(
     lines = []
     for label, cells in cells_by_label(stages, results).items():
         row = label if label in titles else cells[0][0].method  # a merge has a label of its own
-        lines.append(_line(label, cells, titles[row], list(base["tasks"])))
+        lines.append(_line(label, cells, titles[row]))
     _add_intervals(lines, reference)
     tasks, accuracy = {}, {}
     for name, score in base["tasks"].items():
@@ -68,18 +68,20 @@ def summarise_rows(
     }
 
 
-def _line(label: str, cells: Cells, title: str, tasks: Sequence[str]) -> dict[str, Any]:
+def _line(label: str, cells: Cells, title: str) -> dict[str, Any]:
     """One line of the table, without its intervals."""
-    items: dict[str, list[str]] = {task: [] for task in tasks}
+    items: dict[str, list[str]] = {}
     last_loss = {}
     for stage, result in sorted(cells, key=lambda cell: cell[0].seed):
         for task, right in result["items"].items():
-            items[task].append(right)
+            items.setdefault(task, []).append(right)
         if result["loss"]:
             last_loss[stage.name] = result["loss"][-1][1]
-    accuracy = {task: _over_seeds(list(map(_share, seeds))) for task, seeds in items.items()}
-    by_seed = zip(*(own["per_seed"] for own in accuracy.values()), strict=True)
-    average = _over_seeds(list(map(statistics.fmean, by_seed)))
+    accuracy, shares = {}, []
+    for task, seeds in items.items():
+        shares.append(list(map(_share, seeds)))
+        accuracy[task] = _over_seeds(shares[-1])
+    average = _over_seeds(list(map(statistics.fmean, zip(*shares, strict=True))))
     del average["mean"]  # which comes with its interval
     line = {
         "row": label.removesuffix(SINGLE),
@@ -193,7 +195,7 @@ def _table(data: Mapping[str, Any]) -> list[list[str]]:
     tasks, base = data["tasks"], data["base"]
     shown = [figure for figure in FIGURES if figure.compare_key and figure.compare_title]
     head = [*FIRST_COLUMNS, *tasks, "average"]
-    frozen = ["frozen base", "", *(percent(base["accuracy"][task]) for task in tasks), percent(base["average"])]
+    frozen = ["frozen base", "", *map(percent, base["accuracy"].values()), percent(base["average"])]
     for figure in shown:
         head.append(str(figure.compare_title))
         frozen.append(figure.text(0))

@@ -60,6 +60,13 @@ def _only_test(task: Task) -> Task:
     return Task(task.name, [], task.train)
 
 
+def check_examples(tasks: Sequence[Task], side: str, purpose: str) -> None:
+    """raises TaskFileError where a task has no examples on this side, "train" or "test", for this purpose."""
+    empty = [task.name for task in tasks if not getattr(task, side)]
+    if empty:
+        raise TaskFileError(f"nothing to {purpose} for {', '.join(empty)}")
+
+
 def hold_out(task: Task, share: float) -> Task:
     """A part of the training examples in the place of the test items, the same part in every run."""
     count = len(task.train)

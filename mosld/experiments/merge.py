@@ -21,7 +21,7 @@ from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.scoring import score_tasks
 from .charts import draw_snr
-from .results import summaries, versions
+from .results import accuracies, summaries, versions
 from .stages import finish, finished
 from .tables import aligned, percent
 
@@ -142,7 +142,7 @@ def _save(run: MergeRun, merged: Merged) -> dict[str, Any]:
 
 
 def _average(tasks: Mapping[str, Any]) -> float:
-    return statistics.fmean(score["accuracy"] for score in tasks.values())
+    return statistics.fmean(accuracies(tasks))
 
 
 def merge_text(results: dict[str, Any], folder: Path) -> str:
@@ -176,7 +176,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _row(name: str, tasks: Mapping[str, Any]) -> list[str]:
-    return [name, *(percent(score["accuracy"]) for score in tasks.values()), percent(_average(tasks))]
+    return [name, *map(percent, accuracies(tasks)), percent(_average(tasks))]
 
 
 def _coefficients(found: list) -> str:
@@ -184,8 +184,8 @@ def _coefficients(found: list) -> str:
     title, by_task = "coefficients", found
     if isinstance(found[0], list):
         title = "coefficients, mean over layers"
-        by_task = [statistics.fmean(of_task) for of_task in zip(*found, strict=True)]
-    return f"{title}: {' '.join(f'{value:.3f}' for value in by_task)}"
+        by_task = map(statistics.fmean, zip(*found, strict=True))
+    return f"{title}: {' '.join(map('{:.3f}'.format, by_task))}"
 
 
 def _draw_channels(results: dict[str, Any], path: Path) -> None:

@@ -92,6 +92,11 @@ def scored(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     return {"tasks": summaries(scores), "items": items}
 
 
+def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Of all tasks, from summaries of their scores."""
+    return [score["accuracy"] for score in tasks.values()]
+
+
 def summarise_methods(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
     """Label -> method: the mean over seeds, and for one model a task their scores side by side."""
     summary = {**base, "average": _average(base["tasks"])}
@@ -144,7 +149,7 @@ def _all_tasks(results: Iterable[Mapping[str, Any]]) -> dict[str, dict]:
 
 
 def _average(tasks: dict[str, dict]) -> float | None:
-    return statistics.fmean(score["accuracy"] for score in tasks.values()) if tasks else None
+    return statistics.fmean(accuracies(tasks)) if tasks else None
 
 
 def _mean_score(scores: list[dict]) -> dict:

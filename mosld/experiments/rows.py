@@ -111,7 +111,7 @@ def swept_options(method: str, what: str, value: str, base: PreTrainedModel) -> 
             mixture = Adapter(method).mixture()
             scale = 2.0 if mixture is None else mixture.scale
             return {"r": int(value), "alpha": int(value) * scale}
-        counts = [int(part) for part in value.split("-")]
+        counts = list(map(int, value.split("-")))
     except ValueError:
         raise ValueError(f"{what} of a sweep must be numbers, got {value!r}") from None
     if len(counts) == 1:
