@@ -92,6 +92,7 @@ def _make_config(source: str, base: str | None, given: dict[str, Any], depth: in
         raise ValueError(
             f"{source}: there is no field {', '.join(unknown)}; there are: {', '.join([*known, *options])}"
         )
+    # A number came as JSON; text such as 8/6/4/2 stands for one number for each part of the model.
     experts = given.get("num_experts")
     if isinstance(experts, str):
         given |= _by_depth(source, experts, depth)

@@ -25,7 +25,7 @@ from .config_text import read_config, split_names
 
 # One layer's trained tensor in an adapted model: <prefix><layer>.mosld_<part>.<adapter>.weight
 _TRAINED = re.compile(r"(?:base_model\.model\.)?(.+?)\.mosld_(\w+)\.")
-LENGTHS = (64, 128)
+LENGTHS = (64, 128)  # of the two sequences whose costs are subtracted
 COSTS = ("multiplications", "frozen_multiplications", "saved_bytes")  # in the order of `cost_per_token`
 
 
@@ -55,6 +55,7 @@ def count(model_name: str, configs: Sequence[str] = (), targets: str | None = No
             config.target_modules = split_names(targets)
         elif config.target_modules is None:
             _check_default_targets(base, model_name)
+        # PEFT changes the model that it adapts, so each method gets one of its own.
         methods.append({"config": text, **_count_one(known_models.build(model_name, quick), config, total)})
     return {"model": model_name, "parameters": total, "methods": methods}
 
@@ -184,6 +185,7 @@ def cost_per_token(layer: Any) -> tuple[float, float, float]:
     gates = None
     if mixture.router == "external":  # which must come from somewhere
         gates = torch.empty(1, mixture.kind.gates(mixture), device=device)
+    # Methods that route by task need one, and it is the same for all tokens: the cost is that of any task.
     given = adapter.routing
     adapter.routing = Routing(torch.zeros(1, dtype=torch.long, device=device), gates)
     try:

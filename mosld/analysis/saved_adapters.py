@@ -84,6 +84,7 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
         return {"update_norms": [], "similarity": None, "untrained": []}
     shared_a, expert_b = tensors["shared_a"].double(), tensors["expert_b"].double()
     mixer = tensors["mixer"].double() if "mixer" in tensors else None
+    # With a gate of 1 for one expert alone, the mixture is that expert.
     one_each = torch.eye(kind.gates(mixture), dtype=torch.float64)
     experts = torch.stack([expert_b @ mixture.matrix(gates, mixer) for gates in one_each])  # [E, out, R_in]
     through_a = (experts @ (shared_a @ shared_a.T)).flatten(1)

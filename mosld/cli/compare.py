@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
     with refusing(ValueError):
         comparison = prepare_comparison(options, trainer_words)
-    options.output = comparison.folder
+    options.output = comparison.folder  # may have been chosen here; an error of the disk names it
     run_comparison(comparison)
 
 
@@ -139,17 +139,20 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
     training_arguments([*COMMON_TRAINER, *trainer_words], Path("unused"))
     settings = _settings(inputs, options.validation, proportions)
     folder = Path(options.output) if options.output else free_folder(_folder_name(options), settings, COMPARE)
+    # Before the model is loaded, which takes longest of all that is checked.
     check_free(folder, settings, options.overwrite, COMPARE)
     base, tokenizer = load_model(inputs)
     encoder = task_encoder(inputs, base, tokenizer, tasks)
     _check_unlabelled(merges, encoder, tasks)
     rows = make_rows(names, base, options.target_modules, rates, options.sweep, len(tasks))
     recipe = _recipe(rows, inputs, trainer_words, proportions)
+    # Once more with the rows, whose sizes follow from the model.
     settings["rows"] = _row_settings(rows, recipe, merges)
     check_free(folder, settings, options.overwrite, COMPARE)
     chosen = SETTINGS if options.setting == "both" else (options.setting,)
     stages = plan_comparison(list(recipe.adapters), chosen, options.seeds, task_names)
     stages += plan_merges(list(merges), options.seeds)
+    # One process makes the folder its own; the others must not write into it before.
     if PartialState().is_main_process and claim(folder, settings, options.overwrite, COMPARE):
         print(f"going on with the comparison in {folder}")
     PartialState().wait_for_everyone()

@@ -59,6 +59,7 @@ def _export(options: argparse.Namespace, inputs: Inputs) -> dict[str, LayerGates
     calibrates = gates == CALIBRATE
     if inputs.tasks and not calibrates:
         raise ValueError(f"--task is for --gates calibrate, got --gates {options.gates}")
+    # It is the size of the calibration batches.
     check_at_least_one("eval-batch-size", inputs.eval_batch_size)
     output = Path(options.output)
     check_output(output, options.overwrite)

@@ -90,6 +90,7 @@ def _inspect(options: argparse.Namespace, output: Path | None) -> dict[str, Any]
         report["tasks"] = summaries(scores)
         report["use"] = use_as_json(stats)
     _write(report, output)
+    # Of every task and layer one row of shares: what the chart shows, without gates and entropies.
     if output and options.model:
         loads = {}
         for task, layers in report["use"].items():

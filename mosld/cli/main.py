@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
+    # Not parse_args: some verbs pass on to the Trainer what the parser does not know.
     options, rest = parser.parse_known_args(argv)
     verb = VERBS[options.command]
     if rest and not verb.TRAINER_ARGUMENTS:
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         print(escape_control_chars(f"mosld {options.command}: {error}"), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # stages.Interrupted as well, after a checkpoint
         print("\nstopped; what is finished is kept. Run the same command again to go on.", file=sys.stderr)
         return 130
     except Exception as error:

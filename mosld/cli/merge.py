@@ -135,6 +135,7 @@ def prepare_merge(options: argparse.Namespace) -> MergeRun:
     channels = _channels(options)
     realignment = _realignment(options)
     form = _form(options)
+    # Models and tasks are read as those of other verbs, which call the base their model.
     options.model = options.base
     inputs = inputs_of(options)
     tasks = chosen_tasks(inputs) if inputs.tasks or inputs.model is None else []
@@ -147,6 +148,7 @@ def prepare_merge(options: argparse.Namespace) -> MergeRun:
         "realignment": asdict(realignment) if realignment else None,
         "save_as": form,
     }
+    # Before the base is loaded, which takes longest of all that is checked.
     folder = Path(options.output)
     check_free(folder, settings, options.overwrite, MERGE)
     base, tokenizer = load_model(inputs)

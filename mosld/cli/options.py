@@ -78,6 +78,7 @@ def refuse_trainer_words(words: Sequence[str], instead: Mapping[str, str], progr
     """raises ValueError for a Trainer's argument that the program sets itself."""
     given = set()
     for word in words:
+        # The Trainer takes --output-dir and --output_dir=x as well as --output_dir.
         name = word.partition("=")[0]
         given.add(name.replace("-", "_").replace("__", "--", 1))
     for word, better in instead.items():

@@ -92,7 +92,7 @@ ADAPTER_OPTIONS = ("r", "alpha", "num_experts", "top_k", "dropout", "balance_coe
 def run(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
     with refusing(ValueError):
         training = prepare_training(options, trainer_words)
-    options.output = training.folder
+    options.output = training.folder  # may have been chosen here; an error of the disk names it
     run_training(training)
 
 
@@ -119,11 +119,14 @@ def prepare_training(options: argparse.Namespace, trainer_words: Sequence[str]) 
     )
     settings = _settings(options, inputs, recipe)
     folder = Path(options.output) if options.output else free_folder(_folder_name(options.method, inputs), settings)
+    # Before the model is loaded, which takes longest of all that is checked.
     check_free(folder, settings, options.overwrite)
     base, tokenizer = load_model(inputs)
     encoder = task_encoder(inputs, base, tokenizer, tasks)
+    # On the real layers: a target that is not there is known before anything is trained.
     for adapter in recipe.adapters.values():
         count_trained(base, adapter, len(tasks))
+    # One process makes the folder its own; the others must not write into it before.
     if PartialState().is_main_process and claim(folder, settings, options.overwrite):
         print(f"going on with the unfinished run in {folder}")
     PartialState().wait_for_everyone()
@@ -146,7 +149,7 @@ def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]
     given, of_lora = {}, {}
     for name in ADAPTER_OPTIONS:
         value = getattr(options, name)
-        if value is None:
+        if value is None:  # not given: the method's own value holds
             continue
         given[name] = value
         if name in LORA_DEFAULTS:

@@ -26,6 +26,7 @@ def calibration_batches(encoder: Encoder, tasks: Sequence[Task], batch_size: int
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    # On the right, where a causal model's other tokens do not see it.
     width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), pad)
     attention_mask = torch.zeros_like(input_ids)

@@ -85,6 +85,7 @@ def draw_experts(experts: dict[str, dict[str, list[float]]], path: Path, top_k: 
     """
     tasks = list(experts)
     layers = list(experts[tasks[0]])
+    # Every n-th layer, with n rounded up so that no more than MAX_PANELS are left.
     shown = layers[:: -(-len(layers) // MAX_PANELS)]
     columns = min(7, len(shown))
     rows = -(-len(shown) // columns)
@@ -96,6 +97,7 @@ def draw_experts(experts: dict[str, dict[str, list[float]]], path: Path, top_k: 
         panel.set_title(short_name(layer), fontsize=7)
         panel.set_xticks([])
         panel.set_yticks(range(len(tasks)), tasks if panel in axes[:, 0] else [], fontsize=7)
+    # The last row of panels may not be full.
     for panel in axes.flat[len(shown) :]:
         panel.set_axis_off()
     figure.colorbar(image, ax=axes, label="share of tokens' choices", shrink=0.8)

@@ -101,6 +101,7 @@ def run_merge_cell(
     with applied(base, merged) as model:
         scores = score_tasks(model, encoder, tasks, batch_size, label=f"score {stage.name}")
     score_seconds = time.perf_counter() - start
+    # Trained are the coefficients and masks that data decides, and the LoRAs before they were merged.
     parameters = merged.coefficients.numel() if settings.kind.adaptive else 0
     for mask in (merged.masks or {}).values():
         parameters += mask.numel()

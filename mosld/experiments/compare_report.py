@@ -118,6 +118,7 @@ def _add_intervals(lines: Sequence[dict[str, Any]], reference: str) -> None:
     for line in lines:
         own = hits[line["row"], line["setting"]]
         line["average"] = interval(list(own.values()))._asdict() | line["average"]
+        # A merge is one model for all tasks, as the mixture is; the reference itself is never merged.
         other = hits.get((reference, "mixture" if line["setting"] == "merged" else line["setting"]))
         if line["row"] == reference or other is None:
             continue
@@ -202,6 +203,7 @@ def _table(data: Mapping[str, Any]) -> list[list[str]]:
     rows = [head]
     for guess in GUESSES:
         shares = [score[guess] for score in tasks.values()]
+        # Nobody can guess a free text: with such a task there is no average of guesses.
         average = None if None in shares else statistics.fmean(shares)
         rows.append([guess, "", *map(percent, shares), percent(average), *[""] * len(shown)])
     rows.append(frozen)

@@ -12,6 +12,7 @@ def evaluate(inputs: Inputs, adapter: str | None) -> dict[str, Score]:
     tasks = chosen_tasks(inputs, only_test=True)
     model, tokenizer = load_model(inputs)
     encoder = task_encoder(inputs, model, tokenizer, tasks)
+    # A base alone routes by nothing, an adapter perhaps by task.
     on_task = None
     if adapter:
         model = load_adapter(model, adapter)

@@ -70,6 +70,7 @@ def check_examples(tasks: Sequence[Task], side: str, purpose: str) -> None:
 def hold_out(task: Task, share: float) -> Task:
     """A part of the training examples in the place of the test items, the same part in every run."""
     count = len(task.train)
+    # The name decides, and no seed of the run: every process and every seed holds out the same examples.
     order = Random(f"validation/{task.name}").sample(range(count), count)
     held = set(order[: round(share * count)])
     train, test = [], []
@@ -90,7 +91,7 @@ def task_settings(inputs: Inputs) -> dict[str, object]:
     embedded = _asks_for_embedded(inputs)
     digests = {} if embedded else _digests(inputs.tasks)
     if not (inputs.tasks or inputs.model):
-        embedded = True
+        embedded = True  # the embedded model's default; another model without tasks is a merge that scores nothing
     return {
         "tasks": EMBEDDED if embedded else list(inputs.tasks),
         "task_files": digests,

@@ -129,6 +129,7 @@ def _save(run: MergeRun, merged: Merged) -> dict[str, Any]:
         if run.realignment is not None:
             _realign(run, merged, model, run.realignment)
             found["realigned"] = _scores(run, model, "score the realigned model")
+            # Inside, where the base holds the merged and realigned weights: they are no longer the merge's own.
             save_model(run.base, target, tokenizer)
             return found
     if form == "lora":

@@ -100,7 +100,7 @@ def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> list[float]:
 def summarise_methods(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
     """Label -> method: the mean over seeds, and for one model a task their scores side by side."""
     summary = {**base, "average": _average(base["tasks"])}
-    del summary["items"]
+    summary.pop("items", None)  # of which results.json has no use
     methods = {"base": summary}
     for label, cells in cells_by_label(stages, stage_results).items():
         methods[label] = _summarise_method(cells)

@@ -51,6 +51,7 @@ def make_rows(
             title = NAMES.get(name, name)
         row = Row(name, title, adapter, rates.get(name))
         rows += _swept(row, sweep, base) if sweep else [row]
+    # Counted on the real layers, so that a target that is not there is known before any training.
     for row in rows:
         count_trained(base, row.adapter, num_tasks)
     return rows
@@ -60,6 +61,7 @@ def _equal_lora(base: PreTrainedModel, places: str | list[str], num_tasks: int) 
     """LoRA with MoSLD's number of parameters, or the nearest to it; alpha / r as in every LoRA here."""
     of_rank_1 = count_trained(base, Adapter(LORA, {"r": 1}, places), num_tasks)
     wanted = count_trained(base, Adapter(REFERENCE, {}, places), num_tasks)
+    # A LoRA's parameters are proportional to its rank.
     rank = max(1, round(wanted / of_rank_1))
     return Adapter(LORA, {"r": rank, "alpha": 2.0 * rank}, places)
 
@@ -129,6 +131,7 @@ def _experts_by_part(counts: Sequence[int], value: str, base: PreTrainedModel) -
         )
     numbers: list[list[str]] = [[] for _ in counts]
     for layer in range(layers):
+        # Parts differ by one layer at most where their number does not divide that of the layers.
         numbers[layer * parts // layers].append(str(layer))
     pattern = {}
     for count, own in zip(counts, numbers, strict=True):

@@ -108,6 +108,7 @@ def run_stage(
     chosen = [task for task in tasks if stage.task in (None, task.name)]
     adapter = recipe.adapters[stage.method]
     mixture = adapter.mixture(len(chosen))
+    # Before the adapter is made, whose initial weights are drawn from it.
     set_seed(stage.seed)
     model = _adapted(base, adapter.config(len(chosen)))
     try:
