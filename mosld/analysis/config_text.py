@@ -15,7 +15,7 @@ NAMES = ("target_modules", "exclude_modules", "modules_to_save")  # lists of mod
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
-def read_config(text: str, depth: int | None = None) -> MoSLDConfig:
+def parse_config(text: str, depth: int | None = None) -> MoSLDConfig:
     """The configuration that `text` means.
 
     mosld:r=8,top_k=2     a preset, and fields of MoSLDConfig. A value is JSON, or else the word as it stands; names of

@@ -21,7 +21,7 @@ from ..presets import PRESETS
 from ..tuner.config import MoSLDConfig
 from ..tuner.model import MoSLDModel
 from . import known_models
-from .config_text import read_config, split_names
+from .config_text import parse_config, split_names
 
 # One layer's trained tensor in an adapted model: <prefix><layer>.mosld_<part>.<adapter>.weight
 _TRAINED = re.compile(r"(?:base_model\.model\.)?(.+?)\.mosld_(\w+)\.")
@@ -32,7 +32,7 @@ COSTS = ("multiplications", "frozen_multiplications", "saved_bytes")  # in the o
 def count(model_name: str, configs: Sequence[str] = (), targets: str | None = None, quick: bool = False) -> dict:
     """What each method trains on the model of this name, in plain numbers and strings.
 
-    model_name, quick: as in `known_models.build`. configs: as in `config_text.read_config`; every preset without one.
+    model_name, quick: as in `known_models.build`. configs: as in `config_text.parse_config`; every preset without one.
     targets: module names with commas between, or "all-linear", instead of each configuration's own.
 
     model, parameters: of the base.
@@ -50,7 +50,7 @@ def count(model_name: str, configs: Sequence[str] = (), targets: str | None = No
     total = _parameters(base)
     methods = []
     for text in configs or tuple(PRESETS):
-        config = read_config(text, depth_of(base))
+        config = parse_config(text, depth_of(base))
         if targets is not None:
             config.target_modules = split_names(targets)
         elif config.target_modules is None:

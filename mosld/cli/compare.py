@@ -12,7 +12,7 @@ from ..embedded.base_model import EMBEDDED
 from ..experiments import compare_merged
 from ..experiments.compare import Comparison, run_comparison
 from ..experiments.inputs import (
-    Inputs,
+    RunInputs,
     check_examples,
     check_quick,
     chosen_tasks,
@@ -170,7 +170,7 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
     )
 
 
-def _check(options: argparse.Namespace, inputs: Inputs) -> None:
+def _check(options: argparse.Namespace, inputs: RunInputs) -> None:
     check_at_least_one("seeds", options.seeds)
     check_at_least_one("eval-batch-size", options.eval_batch_size)
     if options.validation is not None and not 0 < options.validation < 1:
@@ -201,7 +201,7 @@ def _rates(text: str | None, names: Sequence[str]) -> dict[str, str]:
     return rates
 
 
-def _tasks(inputs: Inputs, validation: float | None) -> list[Task]:
+def _tasks(inputs: RunInputs, validation: float | None) -> list[Task]:
     tasks = chosen_tasks(inputs)
     if validation is not None:
         tasks = [hold_out(task, validation) for task in tasks]
@@ -217,7 +217,7 @@ def _check_unlabelled(merges: dict[str, MergeSettings], encoder: Encoder, tasks:
             without_labels(encoder, task)
 
 
-def _settings(inputs: Inputs, validation: float | None, proportions: dict[str, float] | str) -> dict[str, Any]:
+def _settings(inputs: RunInputs, validation: float | None, proportions: dict[str, float] | str) -> dict[str, Any]:
     """What decides the results beside the rows, the seeds and which of the settings are run."""
     return {
         "model": inputs.model or EMBEDDED,
@@ -254,7 +254,7 @@ def _folder_name(options: argparse.Namespace) -> str:
 
 
 def _recipe(
-    rows: Sequence[Row], inputs: Inputs, trainer_words: Sequence[str], proportions: dict[str, float] | str
+    rows: Sequence[Row], inputs: RunInputs, trainer_words: Sequence[str], proportions: dict[str, float] | str
 ) -> Recipe:
     """What the user says of the Trainer comes after the defaults, and a rate for one row after it."""
     adapters, trainer = {}, {}
@@ -266,7 +266,7 @@ def _recipe(
     return Recipe(adapters, trainer, proportions, inputs.eval_batch_size)
 
 
-def _trainer_defaults(row: Row, inputs: Inputs) -> list[str]:
+def _trainer_defaults(row: Row, inputs: RunInputs) -> list[str]:
     if inputs.model:
         return OWN_TRAINER
     rate = EMBEDDED_RATES.get(row.adapter.method, EMBEDDED_RATE)

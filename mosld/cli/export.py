@@ -7,7 +7,7 @@ from pathlib import Path
 from ..convert.export import check_output, export_lora
 from ..convert.fixed_gates import Gates, LayerGates
 from ..experiments.calibration import calibration_batches
-from ..experiments.inputs import Inputs, chosen_tasks, longest_input
+from ..experiments.inputs import RunInputs, chosen_tasks, longest_input
 from ..experiments.loading import load_adapter, load_model
 from ..experiments.tables import aligned
 from ..tasks.encode import Encoder
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, trainer_words: Sequence[str]) -> None:
     print(f"{gates_text(layers)}\n\nwritten to {Path(options.output)}; load it without mosld: peft.{load}")
 
 
-def _export(options: argparse.Namespace, inputs: Inputs) -> dict[str, LayerGates]:
+def _export(options: argparse.Namespace, inputs: RunInputs) -> dict[str, LayerGates]:
     """Layer -> its gates; raises ValueError, and nothing is written then."""
     gates: Gates = parse_gates(options.gates)
     calibrates = gates == CALIBRATE

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..embedded.base_model import EMBEDDED
-from ..experiments.inputs import Inputs, chosen_tasks, model_state, task_encoder, task_settings
+from ..experiments.inputs import RunInputs, chosen_tasks, model_state, task_encoder, task_settings
 from ..experiments.loading import load_model
 from ..experiments.merge import FORMS, MergeRun, run_merge
 from ..experiments.results import versions
@@ -263,7 +263,7 @@ def _check_tasks(
         few(tasks, realignment)
 
 
-def _settings(options: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, inputs: RunInputs) -> dict[str, Any]:
     """What decides the result, beside how it is merged: two merges with equal settings are the same."""
     adapters = {}
     for folder in options.adapter:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..embedded.base_model import EMBEDDED
-from ..experiments.inputs import Inputs
+from ..experiments.inputs import RunInputs
 
 QUICK_HELP = "the embedded tasks and model at the size of train --quick"
 MODEL_HELP = "folder or hub name of a causal language model (default: the embedded one)"
@@ -53,9 +53,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-batch-size", type=int, default=64, help="choices scored together (default: 64)")
 
 
-def inputs_of(options: argparse.Namespace) -> Inputs:
+def inputs_of(options: argparse.Namespace) -> RunInputs:
     """The model and tasks of a command; `--model embedded` is the default by its name."""
-    return Inputs(
+    return RunInputs(
         model=None if options.model == EMBEDDED else options.model,
         tasks=options.task,
         quick=options.quick,

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..embedded.base_model import EMBEDDED
 from ..experiments.inputs import (
-    Inputs,
+    RunInputs,
     check_examples,
     check_quick,
     chosen_tasks,
@@ -163,7 +163,7 @@ def _adapters(options: argparse.Namespace, num_tasks: int) -> dict[str, Adapter]
 
 
 def _recipe(
-    inputs: Inputs,
+    inputs: RunInputs,
     adapters: dict[str, Adapter],
     trainer_words: Sequence[str],
     proportions: dict[str, float] | str,
@@ -178,14 +178,14 @@ def _recipe(
     return Recipe(adapters, trainer, proportions, inputs.eval_batch_size)
 
 
-def _trainer_defaults(method: str, inputs: Inputs) -> list[str]:
+def _trainer_defaults(method: str, inputs: RunInputs) -> list[str]:
     if inputs.model:
         return OWN_TRAINER
     rate = EMBEDDED_RATES.get(method, EMBEDDED_RATE)
     return ["--learning_rate", rate, *(QUICK_TRAINER if inputs.quick else EMBEDDED_TRAINER)]
 
 
-def _settings(options: argparse.Namespace, inputs: Inputs, recipe: Recipe) -> dict[str, object]:
+def _settings(options: argparse.Namespace, inputs: RunInputs, recipe: Recipe) -> dict[str, object]:
     """What decides the results: two runs with equal settings are the same run."""
     return {
         "model": inputs.model or EMBEDDED,
@@ -202,7 +202,7 @@ def _settings(options: argparse.Namespace, inputs: Inputs, recipe: Recipe) -> di
     }
 
 
-def _folder_name(method: str, inputs: Inputs) -> str:
+def _folder_name(method: str, inputs: RunInputs) -> str:
     parts = [method]
     if inputs.quick:
         parts.append("quick")

@@ -134,7 +134,7 @@ def _report(run: Comparison, base_result: dict[str, Any], results: Sequence[dict
     reference = REFERENCE if REFERENCE in titles else next(iter(titles))
     data = compare_report.summarise_rows(titles, reference, base_result, run.stages, results)
     data |= {"settings": run.settings, "versions": versions()}
-    compare_report.write(data, run.folder)
+    compare_report.write_comparison(data, run.folder)
     print(f"\n{compare_report.text(data)}")
     if run.quick:
         print("\nA quick comparison shows that every step works; it is too short to learn the tasks.")

@@ -237,7 +237,7 @@ def _points(value: Mapping[str, float]) -> str:
     return f"{100 * value['mean']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
-def write(data: Mapping[str, Any], folder: Path) -> None:
+def write_comparison(data: Mapping[str, Any], folder: Path) -> None:
     """compare.json, compare.md, accuracy.png, parameters.png"""
     draw_compared_accuracy(data, folder / "accuracy.png")
     draw_compared_sizes(data, folder / "parameters.png")

@@ -2,12 +2,12 @@
 
 from ..layers.stats import RouterStats, RouterUse
 from ..tasks.scoring import Score, score_tasks
-from .inputs import Inputs, chosen_tasks, task_encoder
+from .inputs import RunInputs, chosen_tasks, task_encoder
 from .loading import load_adapter, load_model, mixture_of
 from .methods import task_setter, use_recorder
 
 
-def evaluate(inputs: Inputs, adapter: str | None) -> dict[str, Score]:
+def evaluate(inputs: RunInputs, adapter: str | None) -> dict[str, Score]:
     """Task name -> score, of the model with the adapter saved in this folder, or alone."""
     tasks = chosen_tasks(inputs, only_test=True)
     model, tokenizer = load_model(inputs)
@@ -20,7 +20,7 @@ def evaluate(inputs: Inputs, adapter: str | None) -> dict[str, Score]:
     return score_tasks(model, encoder, tasks, inputs.eval_batch_size, on_task=on_task)
 
 
-def expert_use(inputs: Inputs, adapter: str) -> tuple[dict[str, dict[str, RouterStats]], dict[str, Score]]:
+def expert_use(inputs: RunInputs, adapter: str) -> tuple[dict[str, dict[str, RouterStats]], dict[str, Score]]:
     """task -> layer -> its routing of the test items, and task -> score."""
     tasks = chosen_tasks(inputs, only_test=True)
     base, tokenizer = load_model(inputs)

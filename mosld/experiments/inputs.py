@@ -19,7 +19,7 @@ QUICK_SIZES = {"train": 200, "test": 40}  # examples of each embedded task with 
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What every command line may say of its model and its tasks.
 
     model: a folder or hub name; None is the embedded model.
@@ -38,7 +38,7 @@ class Inputs:
     eval_batch_size: int = 64
 
 
-def chosen_tasks(inputs: Inputs, only_test: bool = False) -> list[Task]:
+def chosen_tasks(inputs: RunInputs, only_test: bool = False) -> list[Task]:
     """The named tasks; the embedded ones by that name, and where none is named for the embedded model.
 
     only_test: without training examples, and a task of one file has it for its test.
@@ -79,14 +79,14 @@ def hold_out(task: Task, share: float) -> Task:
     return Task(task.name, train, test)
 
 
-def check_quick(inputs: Inputs) -> None:
+def check_quick(inputs: RunInputs) -> None:
     """raises ValueError for --quick with a model or tasks of one's own."""
     own_tasks = list(inputs.tasks) not in ([], [EMBEDDED])
     if inputs.quick and (inputs.model or own_tasks):
         raise ValueError("--quick is for the embedded tasks and model; it goes with neither --model nor other tasks")
 
 
-def task_settings(inputs: Inputs) -> dict[str, object]:
+def task_settings(inputs: RunInputs) -> dict[str, object]:
     """What decides which tasks a run has: names, files with their digests, and the split of the embedded ones."""
     embedded = _asks_for_embedded(inputs)
     digests = {} if embedded else _digests(inputs.tasks)
@@ -122,7 +122,7 @@ def model_state(name: str | None) -> dict[str, list[int]]:
     return state
 
 
-def _asks_for_embedded(inputs: Inputs) -> bool:
+def _asks_for_embedded(inputs: RunInputs) -> bool:
     """raises TaskFileError where they would be mixed with others: two scores in one average that nobody asked for."""
     if EMBEDDED in inputs.tasks and len(inputs.tasks) > 1:
         raise TaskFileError(f"--task {EMBEDDED} stands for all embedded tasks, alone; got {', '.join(inputs.tasks)}")
@@ -130,7 +130,7 @@ def _asks_for_embedded(inputs: Inputs) -> bool:
 
 
 def task_encoder(
-    inputs: Inputs, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+    inputs: RunInputs, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
 ) -> Encoder:
     """The encoder of these tasks for this model.
 
@@ -141,7 +141,7 @@ def task_encoder(
     return encoder
 
 
-def longest_input(inputs: Inputs, model: PreTrainedModel) -> int:
+def longest_input(inputs: RunInputs, model: PreTrainedModel) -> int:
     asked = inputs.max_length
     longest = getattr(model.config, "max_position_embeddings", None) or LONGEST
     if asked is not None and not 2 <= asked <= longest:

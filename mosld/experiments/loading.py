@@ -14,7 +14,7 @@ from ..files.model_folder import check_model_folder
 from ..files.safe_regex import check_expressions
 from ..mixture.spec import Mixture
 from ..tuner.config import MoSLDConfig
-from .inputs import Inputs
+from .inputs import RunInputs
 
 # Paths that are never followed: --model says what is loaded, and a saved prompt is not tokenized again.
 NOT_FOLLOWED = ("base_model_name_or_path", "tokenizer_name_or_path")
@@ -24,7 +24,7 @@ class ModelError(ValueError):
     """A model, tokenizer or adapter that cannot be loaded."""
 
 
-def load_model(inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(inputs: RunInputs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model, on this process's device, and its tokenizer, padding on the right."""
     if inputs.model:
         model, tokenizer = _load_own(inputs.model)

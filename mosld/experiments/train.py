@@ -12,7 +12,7 @@ from ..files.atomic import write_text_atomic
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from .charts import draw_charts
-from .inputs import Inputs
+from .inputs import RunInputs
 from .methods import LORA
 from .plan import Recipe, Stage
 from .results import display_name, summarise_methods, table, versions
@@ -31,7 +31,7 @@ class TrainingRun:
     settings: dict[str, object]
     method: str
     seeds: int
-    inputs: Inputs
+    inputs: RunInputs
     recipe: Recipe
     tasks: list[Task]
     stages: list[Stage]

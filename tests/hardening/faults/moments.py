@@ -169,7 +169,7 @@ class _Told:
         self.before(train, "run_stage", lambda base, encoder, tasks, stage, *_: ("cell", stage.name))
         self.around(stages, "save_adapter", "writing")
         self.around(train, "_report", "writing")
-        self.around(compare_report, "write", "writing")
+        self.around(compare_report, "write_comparison", "writing")
         self.around(merge, "save_lora", "writing")
         self.around(merge, "save_checkpoint", "writing")
         self.around(merge, "write_text_atomic", "writing")
