@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def _make_config(source: str, base: str | None, given: dict[str, Any], depth: in
     _gather_mixing_options(given, options)
     unknown = MoSLDConfig.unknown_fields(given)
     if unknown:
-        known = sorted(field.name for field in fields(MoSLDConfig))
+        known = sorted(MoSLDConfig.__dataclass_fields__)
         raise ValueError(
             f"{source}: there is no field {', '.join(unknown)}; there are: {', '.join([*known, *options])}"
         )

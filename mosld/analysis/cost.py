@@ -103,9 +103,10 @@ def _count_one(base: nn.Module, config: MoSLDConfig, total: int) -> dict[str, An
     parts, layers = _trained_parts(model)
     kinds = list(_kinds(model.base_model.model, layers))  # pyright: ignore
     trained = sum(parts.values())
-    experts = [kind["experts"] for kind in kinds]
+    experts = []
     whole = dict.fromkeys(COSTS, 0)
     for kind in kinds:
+        experts.append(kind["experts"])
         for cost in COSTS:
             whole[cost] += kind["layers"] * kind[cost]
     return {

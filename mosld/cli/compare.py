@@ -18,6 +18,8 @@ from ..experiments.inputs import (
     chosen_tasks,
     hold_out,
     model_state,
+    names_of,
+    questions_for,
     task_encoder,
     task_settings,
 )
@@ -38,8 +40,6 @@ from ..experiments.rows import (
 )
 from ..experiments.run_folder import COMPARE, check_free, claim, free_folder
 from ..merging.merge import MergeSettings
-from ..merging.unlabelled import without_labels
-from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.proportions import parse_proportions
 from ..training.arguments import training_arguments
@@ -134,7 +134,7 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
         raise ValueError("--merge contradicts --sweep, whose rows are no plain LoRAs of single tasks")
     refuse_trainer_words(trainer_words, INSTEAD, "mosld compare")
     tasks = _tasks(inputs, options.validation)
-    task_names = [task.name for task in tasks]
+    task_names = names_of(tasks)
     proportions = parse_proportions(options.proportions, task_names)
     training_arguments([*COMMON_TRAINER, *trainer_words], Path("unused"))
     settings = _settings(inputs, options.validation, proportions)
@@ -143,7 +143,8 @@ def prepare_comparison(options: argparse.Namespace, trainer_words: Sequence[str]
     check_free(folder, settings, options.overwrite, COMPARE)
     base, tokenizer = load_model(inputs)
     encoder = task_encoder(inputs, base, tokenizer, tasks)
-    _check_unlabelled(merges, encoder, tasks)
+    for merge in merges.values():
+        questions_for(merge, encoder, tasks)  # what cannot be predicted on is known before anything is trained
     rows = make_rows(names, base, options.target_modules, rates, options.sweep, len(tasks))
     recipe = _recipe(rows, inputs, trainer_words, proportions)
     # Once more with the rows, whose sizes follow from the model.
@@ -208,13 +209,6 @@ def _tasks(inputs: RunInputs, validation: float | None) -> list[Task]:
     check_examples(tasks, "train", "train on")
     check_examples(tasks, "test", "compare on")
     return tasks
-
-
-def _check_unlabelled(merges: dict[str, MergeSettings], encoder: Encoder, tasks: Sequence[Task]) -> None:
-    """raises ValueError for tasks that an adaptive merge cannot predict on."""
-    if any(merge.kind.adaptive for merge in merges.values()):
-        for task in tasks:
-            without_labels(encoder, task)
 
 
 def _settings(inputs: RunInputs, validation: float | None, proportions: dict[str, float] | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..embedded.base_model import EMBEDDED
-from ..experiments.inputs import RunInputs, chosen_tasks, model_state, task_encoder, task_settings
+from ..experiments.inputs import RunInputs, chosen_tasks, model_state, questions_for, task_encoder, task_settings
 from ..experiments.loading import load_model
 from ..experiments.merge import FORMS, MergeRun, run_merge
 from ..experiments.results import versions
@@ -20,9 +20,7 @@ from ..merging.factored import check_fit
 from ..merging.merge import MergeSettings
 from ..merging.methods import METHODS, WIRELESS
 from ..merging.realign import RealignSettings, few
-from ..merging.unlabelled import Unlabelled, without_labels
 from ..merging.vectors import MergeError, TaskVector, check_whole, named_tensors, read_task_vectors
-from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from .options import QUICK_HELP, add_reading, check_at_least_one, inputs_of, refusing
 
@@ -155,7 +153,9 @@ def prepare_merge(options: argparse.Namespace) -> MergeRun:
     encoder = task_encoder(inputs, base, tokenizer, tasks)
     check_fit(base, vectors)
     check_whole(vectors, named_tensors(base))
-    unlabelled = _unlabelled(merging, encoder, tasks, options.unlabelled)
+    if merging.kind.adaptive and not tasks:
+        raise ValueError(f"{merging.method} needs unlabelled data, got none: give --tasks name=file.jsonl")
+    unlabelled = questions_for(merging, encoder, tasks, options.unlabelled)
     _note_other_bases(options.base, vectors)
     if claim(folder, settings, options.overwrite, MERGE):
         print(f"going on with the unfinished merge in {folder}")
@@ -279,14 +279,6 @@ def _settings(options: argparse.Namespace, inputs: RunInputs) -> dict[str, Any]:
         "rank": options.rank,
         "versions": versions(),
     }
-
-
-def _unlabelled(merging: MergeSettings, encoder: Encoder, tasks: Sequence[Task], count: int | None) -> list[Unlabelled]:
-    if not merging.kind.adaptive:
-        return []
-    if not tasks:
-        raise ValueError(f"{merging.method} needs unlabelled data, got none: give --tasks name=file.jsonl")
-    return [without_labels(encoder, task, count) for task in tasks]
 
 
 def _note_other_bases(base: str, vectors: Sequence[TaskVector]) -> None:

@@ -18,6 +18,7 @@ from ..experiments.inputs import (
     check_quick,
     chosen_tasks,
     model_state,
+    names_of,
     task_encoder,
     task_settings,
 )
@@ -107,7 +108,7 @@ def prepare_training(options: argparse.Namespace, trainer_words: Sequence[str]) 
     check_quick(inputs)
     tasks = chosen_tasks(inputs)
     check_examples(tasks, "train", "train on")
-    task_names = [task.name for task in tasks]
+    task_names = names_of(tasks)
     adapters = _adapters(options, len(tasks))
     recipe = _recipe(inputs, adapters, trainer_words, parse_proportions(options.proportions, task_names))
     stages = plan_training(

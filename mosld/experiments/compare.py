@@ -128,7 +128,9 @@ def _without_cells(failed: dict[str, str], run: Comparison) -> str:
 
 
 def _report(run: Comparison, base_result: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    titles = {row.name: row.title for row in run.rows}
+    titles = {}
+    for row in run.rows:
+        titles[row.name] = row.title
     for name, merge in run.merges.items():
         titles[name] = merge.kind.title
     reference = REFERENCE if REFERENCE in titles else next(iter(titles))

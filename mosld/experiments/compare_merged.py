@@ -18,11 +18,11 @@ from ..merging.concrete import ConcreteSettings
 from ..merging.merge import MergeSettings, merge
 from ..merging.methods import METHODS, WIRELESS
 from ..merging.save import applied
-from ..merging.unlabelled import Unlabelled, without_labels
 from ..merging.vectors import read_task_vectors
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.scoring import score_tasks
+from .inputs import names_of, questions_for
 from .methods import LORA
 from .plan import MERGED, Stage, single_stages
 from .results import scored
@@ -73,7 +73,7 @@ def _parse_options(text: str | None) -> dict[str, Any]:
 
 def merged_cells(stage: Stage, tasks: Sequence[Task]) -> list[str]:
     """The cells whose LoRAs a merge makes one."""
-    singles = single_stages(LORA, stage.seed, [task.name for task in tasks])
+    singles = single_stages(LORA, stage.seed, names_of(tasks))
     return [single.name for single in singles]
 
 
@@ -90,12 +90,10 @@ def run_merge_cell(
     singles = merged_cells(stage, tasks)
     start = time.perf_counter()
     vectors = read_task_vectors([folder / "adapters" / name for name in singles])
-    unlabelled: list[Unlabelled] = []
-    if settings.kind.adaptive:
-        unlabelled = [without_labels(encoder, task) for task in tasks]
+    questions = questions_for(settings, encoder, tasks)
     # Every process finds the same; one keeps what it finds.
     state = folder / "checkpoints" / stage.name if PartialState().is_main_process else None
-    merged = merge(base, vectors, _with_seed(settings, stage.seed), unlabelled, state)
+    merged = merge(base, vectors, _with_seed(settings, stage.seed), questions, state)
     merge_seconds = time.perf_counter() - start
     start = time.perf_counter()
     with applied(base, merged) as model:

@@ -1,6 +1,6 @@
 """What `mosld compare` says: the table, the paired differences with their intervals, and two charts.
 
-Everything is drawn from the dictionary that compare.json holds, so a committed file can be told anew.
+Everything is drawn from the dictionary that compare.json holds, so the page of a committed file can be written anew.
 """
 
 import json

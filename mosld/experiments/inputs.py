@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..embedded.base_model import EMBEDDED
 from ..embedded.tasks import embedded_tasks
+from ..merging.merge import MergeSettings
+from ..merging.unlabelled import Unlabelled, without_labels
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task, TaskFileError, parse_task, read_tasks
 from ..tasks.scoring import candidates
@@ -65,6 +67,22 @@ def check_examples(tasks: Sequence[Task], side: str, purpose: str) -> None:
     empty = [task.name for task in tasks if not getattr(task, side)]
     if empty:
         raise TaskFileError(f"nothing to {purpose} for {', '.join(empty)}")
+
+
+def names_of(tasks: Sequence[Task]) -> list[str]:
+    return [task.name for task in tasks]
+
+
+def questions_for(
+    merging: MergeSettings, encoder: Encoder, tasks: Sequence[Task], count: int | None = None
+) -> list[Unlabelled]:
+    """The unlabelled questions that a merge adapts to, the first `count` of each task; none where it adapts to nothing.
+
+    raises ValueError for a task that it cannot predict on.
+    """
+    if not merging.kind.adaptive:
+        return []
+    return [without_labels(encoder, task, count) for task in tasks]
 
 
 def hold_out(task: Task, share: float) -> Task:

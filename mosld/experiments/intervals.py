@@ -27,11 +27,11 @@ def interval(values: Sequence[numpy.ndarray]) -> Interval:
     """
     per_seed = numpy.mean([task.mean(1) for task in values], axis=0)
     seeds = len(per_seed)
-    items = sum(task.shape[1] for task in values)
     mean = float(per_seed.mean())
     v_seeds = float(per_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    of_tasks = 0.0
+    items, of_tasks = 0, 0.0
     for task in values:
+        items += task.shape[1]
         if task.shape[1] > 1:
             of_tasks += task.mean(0).var(ddof=1) / task.shape[1]
     v_items = float(of_tasks) / len(values) ** 2

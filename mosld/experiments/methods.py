@@ -123,7 +123,7 @@ def _as_given(options: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def task_setter(model: nn.Module, tasks: Sequence[Task], mixture: Mixture | None) -> Callable[[Task], None] | None:
-    """What tells `model` whose examples come next, by a task's place in `tasks`; None for methods that do not ask.
+    """Sets in `model` whose examples come next, by a task's place in `tasks`; None for methods that do not ask.
 
     raises ValueError where there are more or fewer tasks than the method was trained on.
     """

@@ -86,8 +86,10 @@ def _report(methods: dict[str, dict], run: TrainingRun, seconds: float) -> None:
     if methods["base"]["tasks"]:
         print(f"\naccuracy in percent on held-out items\n\n{table(methods)}")
     _print_notes(run)
-    written = ", ".join(["results.json", "adapter", *(path.name for path in charts)])
-    print(f"\nwritten to {run.folder}: {written} ({seconds:.0f} s)")
+    written = ["results.json", "adapter"]
+    for chart in charts:
+        written.append(chart.name)
+    print(f"\nwritten to {run.folder}: {', '.join(written)} ({seconds:.0f} s)")
     _print_loading(run)
 
 
