@@ -1,4 +1,4 @@
-"""Models without weights, on the meta device: published architectures by name, a folder's, the embedded one. No download."""
+"""Models without weights, on the meta device: published ones by name, a folder's, the embedded one. No download."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,8 @@ KNOWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-2-70b": (
         "Llama", "ForCausalLM",
         dict(
-            hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+            hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8,
         ),
     ),
     "llama-3-8b": (
@@ -104,9 +105,9 @@ def build(name: str, quick: bool = False) -> nn.Module:
         if name == EMBEDDED:
             model = _embedded(quick)
         elif name in KNOWN:
-            family, kind, sizes = KNOWN[name]
+            family, head, sizes = KNOWN[name]
             config = getattr(transformers, f"{family}Config")(**sizes)
-            model = getattr(transformers, f"{family}{kind}")(config)
+            model = getattr(transformers, f"{family}{head}")(config)
         elif Path(name).is_dir():
             model = _of_folder(Path(name))
         else:
@@ -128,14 +129,16 @@ def _embedded(quick: bool) -> nn.Module:
         def __len__(self) -> int:
             return settings.vocabulary
 
-    return base_model._new_model(settings, cast(Any, Tokens()))
+    return base_model.new_model(settings, cast(Any, Tokens()))
 
 
 def _of_folder(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        named = [getattr(transformers, str(name), None) for name in config.architectures or []]
-        models = [cls for cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
-        return models[0](config) if models else AutoModel.from_config(config, trust_remote_code=False)
+        for name in config.architectures or []:
+            cls = getattr(transformers, str(name), None)
+            if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+                return cls(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no config.json of a model that transformers knows: {error}") from error

@@ -1,4 +1,4 @@
-"""What a saved adapter holds, from its two files alone, and which experts it uses for which task, from a model that runs.
+"""What a saved adapter holds, from its two files alone, and its use of experts by task, from a model that runs.
 
     update of expert e:  s U_e A, for MoSLD U_e = B_e
     <s U_e A, s U_f A> = s^2 <U_e A A^T, U_f>        |s U_e A| = sqrt of that with f = e
@@ -30,34 +30,42 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
     unknown_fields: fields of the configuration that this version does not know, and leaves out when it loads it.
     parameters: of all layers together. others: name -> shape of tensors saved beside the adapter (modules_to_save).
     layers: name in the base model -> in_features, out_features, r, num_experts, parameters, and what `expert_numbers`
-        tells of the experts.
+        gives of the experts.
 
     raises AdapterFileError, naming the file, for a folder that holds no MoSLD adapter, a pickle, or a file that is cut
     off, altered or does not fit the other.
     """
     folder = Path(folder)
-    fields = read_config(folder)
-    unknown = MoSLDConfig.unknown_fields(fields)
-    try:
-        config = MoSLDConfig(**{name: value for name, value in fields.items() if name not in unknown})
-    except (ValueError, TypeError) as error:
-        more = f"; it has fields that this version does not know: {', '.join(unknown)}" if unknown else ""
-        raise AdapterFileError(f"{folder / CONFIG} cannot be used: {error}{more}") from error
+    config, unknown = _known_config(folder)
     weights = AdapterWeights(folder / WEIGHTS, config.mixture_of)
-    layers = {
-        name: {**asdict(layer), **expert_numbers(weights.tensors(name), weights.mixtures[name])}
-        for name, layer in weights.layers.items()
-    }
+    layers = {}
+    parameters = 0
+    for name, layer in weights.layers.items():
+        layers[name] = {**asdict(layer), **expert_numbers(weights.tensors(name), weights.mixtures[name])}
+        parameters += layer.parameters
     return {
         "adapter": str(folder),
         "method": "MOSLD",
         "base_model": config.base_model_name_or_path,
         **{name: getattr(config, name) for name in SETTINGS},
         "unknown_fields": unknown,
-        "parameters": sum(layer.parameters for layer in weights.layers.values()),
+        "parameters": parameters,
         "others": weights.others,
         "layers": layers,
     }
+
+
+def _known_config(folder: Path) -> tuple[MoSLDConfig, list[str]]:
+    """The configuration, and the names of its fields that this version does not know and has left out."""
+    fields = read_config(folder)
+    unknown = MoSLDConfig.unknown_fields(fields)
+    for name in unknown:
+        del fields[name]
+    try:
+        return MoSLDConfig(**fields), unknown
+    except (ValueError, TypeError) as error:
+        more = f"; it has fields that this version does not know: {', '.join(unknown)}" if unknown else ""
+        raise AdapterFileError(f"{folder / CONFIG} cannot be used: {error}{more}") from error
 
 
 def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str, Any]:
@@ -76,6 +84,7 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
         return {"update_norms": [], "similarity": None, "untrained": []}
     shared_a, expert_b = tensors["shared_a"].double(), tensors["expert_b"].double()
     mixer = tensors["mixer"].double() if "mixer" in tensors else None
+    # With a gate of 1 for one expert alone, the mixture is that expert.
     one_each = torch.eye(kind.gates(mixture), dtype=torch.float64)
     experts = torch.stack([expert_b @ mixture.matrix(gates, mixer) for gates in one_each])  # [E, out, R_in]
     through_a = (experts @ (shared_a @ shared_a.T)).flatten(1)
@@ -84,7 +93,7 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
 
 
 def _block_experts(tensors: Mapping[str, Tensor], mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """The three B's of each expert of a feed-forward block [E, ...], and its updates' squares [E], the three together."""
+    """The three B's of each expert of a feed-forward block [E, ...], and the squares of its updates [E], summed."""
     flat, squares = [], torch.zeros(mixture.num_experts, dtype=torch.float64)
     for linear in ("gate", "up", "down"):
         a = tensors[f"{linear}_a"].double().unflatten(0, (mixture.num_experts, -1))  # [E, R, in]
@@ -100,80 +109,27 @@ def _summary(mixture: Mixture, flat: Tensor, squares: Tensor) -> dict[str, Any]:
     trained = lengths > 0
     unit = flat[trained] / lengths[trained].unsqueeze(1)
     pairs = len(unit) * (len(unit) - 1)
+    norms = mixture.scale * squares.clamp(min=0).sqrt()  # rounding may leave a tiny negative square
+    # The sum of all cosines but those of an expert with itself, which are the squares on the diagonal.
+    cosines = (unit @ unit.T).sum() - unit.square().sum()
     return {
-        "update_norms": (
-            mixture.scale * squares.clamp(min=0).sqrt()
-        ).tolist(),  # rounding may leave a tiny negative square
-        "similarity": ((unit @ unit.T).sum() - unit.square().sum()).item() / pairs if pairs else None,
+        "update_norms": norms.tolist(),
+        "similarity": cosines.item() / pairs if pairs else None,
         "untrained": (~trained).nonzero().flatten().tolist(),
     }
 
 
 def use_as_json(stats: Mapping[str, Mapping[str, RouterStats]]) -> dict[str, dict[str, dict[str, Any]]]:
     """task -> layer in the base model -> load, gates [E], entropy, dead, tokens; from `RouterUse.stats`."""
-    return {
-        task: {
-            name.removeprefix("base_model.model."): {
-                "load": own.load.tolist(),
-                "gates": own.gates.tolist(),
-                "entropy": own.entropy,
-                "dead": own.dead,
-                "tokens": own.tokens,
+    use: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, layers in stats.items():
+        use[task] = {}
+        for name, found in layers.items():
+            use[task][name.removeprefix("base_model.model.")] = {
+                "load": found.load.tolist(),
+                "gates": found.gates.tolist(),
+                "entropy": found.entropy,
+                "dead": found.dead,
+                "tokens": found.tokens,
             }
-            for name, own in layers.items()
-        }
-        for task, layers in stats.items()
-    }
-
-
-def as_text(report: Mapping[str, Any]) -> str:
-    """A report of `inspect_adapter`, with `use` and `tasks` where a model has run, as text for people."""
-    layers = report["layers"]
-    experts = sorted({layer["num_experts"] for layer in layers.values()})
-    lines = [
-        f"{report['method']} adapter of {report['base_model'] or 'a base model that is not recorded'}",
-        f"r {report['r']}, alpha {report['alpha']:g}, experts per layer {' to '.join(map(str, dict.fromkeys((experts[0], experts[-1]))))}, "
-        f"chosen per token {report['top_k']}, dropout {report['dropout']:g}",
-        f"{report['parameters']:,} parameters in {len(layers)} layers",
-    ]
-    if report["others"]:
-        lines.append(f"saved beside the adapter: {', '.join(report['others'])}")
-    if report["unknown_fields"]:
-        lines.append(f"fields of {CONFIG} that this version does not know: {', '.join(report['unknown_fields'])}")
-    lines += ["", *_columns([_LAYER_HEADS, *[_layer_row(name, layer) for name, layer in layers.items()]])]
-    for task, own in report.get("use", {}).items():
-        score = report.get("tasks", {}).get(task)
-        lines += ["", task + (f", accuracy {100 * score['accuracy']:.1f} %" if score else ""), ""]
-        lines += _columns([_USE_HEADS, *[_use_row(name, layer) for name, layer in own.items()]])
-    return "\n".join(lines)
-
-
-_LAYER_HEADS = ("layer", "in -> out", "experts", "parameters", "norm of the updates", "similarity", "untrained")
-_USE_HEADS = ("layer", "entropy", "load of each expert, %", "mean gate, %", "dead")
-
-
-def _layer_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
-    norms = layer["update_norms"]
-    return (
-        name,
-        f"{layer['in_features']} -> {layer['out_features']}",
-        str(layer["num_experts"]),
-        f"{layer['parameters']:,}",
-        f"{min(norms):.3g} to {max(norms):.3g}" if norms else "",
-        "" if layer["similarity"] is None else f"{layer['similarity']:.3f}",
-        _numbers(layer["untrained"]),
-    )
-
-
-def _use_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
-    loads, gates = (" ".join(f"{100 * share:3.0f}" for share in layer[key]) for key in ("load", "gates"))
-    return name, f"{layer['entropy']:.2f}", loads, gates, _numbers(layer["dead"])
-
-
-def _numbers(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) or "none"
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return use

@@ -32,9 +32,9 @@ from ..training.progress import show_progress
 from . import pretraining, python_text
 from .pretraining import pretraining_text
 
+EMBEDDED = "embedded"  # as a command line names this model, and these tasks
 END, PAD = "<|end|>", "<|pad|>"
 # What torchrun and accelerate tell a process about the others.
-EMBEDDED = "embedded"  # as a command line names this model, and these tasks
 DISTRIBUTED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -83,12 +83,14 @@ def build_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
 
 def _rows(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[dict[str, torch.Tensor]]:
     """The documents end to end, an end token after each, cut into rows of `length`."""
-    ids = [token for row in tokenizer(documents)["input_ids"] for token in (*row, tokenizer.eos_token_id)]
+    ids = []
+    for document in tokenizer(documents)["input_ids"]:
+        ids += [*document, tokenizer.eos_token_id]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def _new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -113,7 +115,7 @@ def train_base(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenize
     documents = documents[: int(len(documents) * settings.share)]
     tokenizer = build_tokenizer(documents, settings.vocabulary)
     torch.manual_seed(settings.seed)
-    model = _new_model(settings, tokenizer)
+    model = new_model(settings, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -176,9 +178,13 @@ def _default_cache() -> Path:
 
 def _fingerprint(settings: Settings) -> str:
     """A name for everything that decides the base; the third number of a version is taken not to."""
-    versions = [".".join(version.split(".")[:2]) for version in (torch.__version__, transformers.__version__)]
+    versions = []
+    for version in (torch.__version__, transformers.__version__):
+        versions.append(".".join(version.split(".")[:2]))
     parts = [asdict(settings), sys.version_info[:2], versions, unicodedata.unidata_version]
-    parts += [inspect.getsource(module) for module in (python_text, pretraining, sys.modules[__name__])]
+    # Any change of these sources may change the text or the training.
+    for module in (python_text, pretraining, sys.modules[__name__]):
+        parts.append(inspect.getsource(module))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -19,13 +19,30 @@ def pretraining_text(records: int = 50_000, seed: int = 0) -> list[str]:
     """Documents in a fixed shuffled order, `records` of them questions about a name, half as many about a sentence."""
     prose = untested_docstrings()
     names = [character.name for character in characters()]
-    runs = ["\n".join(names[start : start + 16]) for start in range(0, len(names), 16)]
-    sentences = [sentence for sentence in map(first_sentence, prose) if 4 <= len(sentence.split()) <= 40]
     rng = random.Random(seed)
-    documents = prose + runs + [_record(name, rng) for name in rng.choices(names, k=records)]
+    documents = prose + _runs(names)
+    for name in rng.choices(names, k=records):
+        documents.append(_record(name, rng))
+    sentences = _sentences(prose)
     if sentences:  # a distribution may leave the library's sources out
-        documents += [_record(sentence, rng) for sentence in rng.choices(sentences, k=records // 2)]
+        for sentence in rng.choices(sentences, k=records // 2):
+            documents.append(_record(sentence, rng))
     return rng.sample(documents, len(documents))
+
+
+def _runs(names: list[str]) -> list[str]:
+    """Sixteen names of neighbouring code points in a document."""
+    return ["\n".join(names[start : start + 16]) for start in range(0, len(names), 16)]
+
+
+def _sentences(prose: list[str]) -> list[str]:
+    """First sentences of the length that a task's texts have."""
+    sentences = []
+    for text in prose:
+        sentence = first_sentence(text)
+        if 4 <= len(sentence.split()) <= 40:
+            sentences.append(sentence)
+    return sentences
 
 
 def untested_docstrings() -> list[str]:

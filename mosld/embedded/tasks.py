@@ -22,8 +22,7 @@ from fractions import Fraction
 from random import Random
 from typing import NamedTuple
 
-from mosld.tasks.examples import Example, Task
-
+from ..tasks.examples import Example, Task
 from .python_text import characters, docstrings, first_sentence, held_out
 
 MIN_TRAIN, MIN_TEST = 16, 4  # a label rarer than this on either side is left out
@@ -85,10 +84,15 @@ def docstring_items() -> list[Item]:
     homes = defaultdict(set)
     for text, kind, file in docstrings():
         homes[first_sentence(text)].add((kind, file))
-    items = [Item(text, *min(home)) for text, home in homes.items() if len(home) == 1]
-    return [
-        item for item in items if 4 <= len(item.text.split()) <= 40 and item.text.isascii() and ">>>" not in item.text
-    ]
+    items = []
+    for text, home in homes.items():
+        if len(home) == 1 and _is_plain_sentence(text):
+            items.append(Item(text, *min(home)))
+    return items
+
+
+def _is_plain_sentence(text: str) -> bool:
+    return 4 <= len(text.split()) <= 40 and text.isascii() and ">>>" not in text
 
 
 def _decomposition(char: str) -> str:
@@ -115,25 +119,33 @@ QUESTIONS: dict[str, tuple[str, Callable[[str], str | None]]] = {
 
 
 def _character_items(label: Callable[[str], str | None]) -> list[Item]:
-    labelled = ((char, label(char.char)) for char in characters())
-    return [Item(char.name, value, char.block) for char, value in labelled if value is not None]
+    items = []
+    for character in characters():
+        value = label(character.char)
+        if value is not None:
+            items.append(Item(character.name, value, character.block))
+    return items
 
 
 def _round_robin(items: list[Item], count: int, rng: Random) -> list[Item]:
     """At most `count` items, one of each label in turn until a label runs out."""
-    by_label = defaultdict(list)
+    drawn = Counter()
+    turns = []
     for item in rng.sample(items, len(items)):
-        by_label[item.label].append(item)
-    turns = [(turn, label, item) for label, group in by_label.items() for turn, item in enumerate(group)]
-    return [item for _, _, item in sorted(turns)[:count]]
+        turns.append((drawn[item.label], item.label, item))
+        drawn[item.label] += 1
+    turns.sort()
+    return [item for _, _, item in turns[:count]]
 
 
 def _examples(items: list[Item], labels: list[str], question: str, rng: Random) -> list[Example]:
     """Each item with three wrong answers drawn from its task's labels."""
     examples = []
     for text, label, _ in rng.sample(items, len(items)):
-        choices = [label, *rng.sample([other for other in labels if other != label], 3)]
+        others = [other for other in labels if other != label]
+        choices = [label, *rng.sample(others, 3)]
         rng.shuffle(choices)
+        # The full stop is scored as well, and says that the answer ends there.
         words = [f"{choice}." for choice in choices]
         examples.append(Example.multiple_choice(f"{text}\n{question}:", words, choices.index(label)))
     return examples
@@ -141,11 +153,10 @@ def _examples(items: list[Item], labels: list[str], question: str, rng: Random) 
 
 def _task(name: str, question: str, items: list[Item], train: int, test: int, split: str) -> Task:
     """Splits the items, keeps the labels that both sides have, and draws."""
-    sides: dict[bool, list[Item]] = {False: [], True: []}
+    sides: dict[bool, list[Item]] = {False: [], True: []}  # by whether it is held out
     for item in items:
         sides[held_out(item.group if split == "block" else item.text)].append(item)
-    seen = {side: Counter(item.label for item in sides[side]) for side in sides}
-    labels = sorted(label for label, n in seen[False].items() if n >= MIN_TRAIN and seen[True][label] >= MIN_TEST)
+    labels = _labels_of_both(sides[False], sides[True])
     if len(labels) < 4:
         raise RuntimeError(
             f"task {name!r} needs 4 labels on both sides of the {split} split, found {labels} in {len(items)} texts"
@@ -153,10 +164,21 @@ def _task(name: str, question: str, items: list[Item], train: int, test: int, sp
         )
     drawn = []
     for side, count in ((False, train), (True, test)):
-        rng = Random(f"{name}/{split}/{side}")
+        rng = Random(f"{name}/{split}/{side}")  # of its own, so that the size of one side changes nothing on the other
         kept = [item for item in sides[side] if item.label in labels]
         drawn.append(_examples(_round_robin(kept, count, rng), labels, question, rng))
     return Task(name, *drawn)
+
+
+def _labels_of_both(train: list[Item], test: list[Item]) -> list[str]:
+    """The labels that are frequent enough on either side, in order."""
+    in_train = Counter(item.label for item in train)
+    in_test = Counter(item.label for item in test)
+    frequent = []
+    for label in sorted(in_train):
+        if in_train[label] >= MIN_TRAIN and in_test[label] >= MIN_TEST:
+            frequent.append(label)
+    return frequent
 
 
 def embedded_tasks(train: int = 1000, test: int = 250, split: str = "block") -> list[Task]:
@@ -169,6 +191,8 @@ def embedded_tasks(train: int = 1000, test: int = 250, split: str = "block") -> 
     """
     if split not in ("block", "name"):
         raise ValueError(f'split must be "block" or "name", got {split!r}')
-    tasks = [(name, question, _character_items(label)) for name, (question, label) in QUESTIONS.items()]
-    tasks.append(("kind", "kind", docstring_items()))
-    return [_task(*task, train, test, split) for task in tasks]
+    tasks = []
+    for name, (question, label) in QUESTIONS.items():
+        tasks.append(_task(name, question, _character_items(label), train, test, split))
+    tasks.append(_task("kind", "kind", docstring_items(), train, test, split))
+    return tasks

@@ -1,7 +1,7 @@
 """The merges of `mosld compare`: the LoRAs of the single setting, one a task, made one model by a merging method.
 
-A cell is a method and a seed. Its LoRAs are those that the seed's single cells have trained and saved; its parameters and
-seconds include theirs, since nothing can be merged that has not been trained.
+A cell is a method and a seed. Its LoRAs are those that the seed's single cells have trained and saved; its parameters
+and seconds include theirs, since nothing can be merged that has not been trained.
 """
 
 import time
@@ -19,53 +19,47 @@ from ..merging.merge import MergeSettings, merge
 from ..merging.methods import METHODS, WIRELESS
 from ..merging.read import read_task_vectors
 from ..merging.save import applied
-from ..merging.unlabelled import Unlabelled, without_labels
 from ..tasks.encode import Encoder
 from ..tasks.examples import Task
 from ..tasks.scoring import score_tasks
+from .inputs import names_of, questions_for
 from .methods import LORA
-from .plan import Stage
-from .results import MERGED, SINGLE
+from .plan import MERGED, Stage, single_stages
+from .results import scored
+from .rows import check_known
 from .stages import finished
 
 KNOWN = tuple(name for name in METHODS if name != WIRELESS)  # without noise it is task arithmetic
-
-
-def row(name: str) -> str:
-    """The merge's name among the rows."""
-    return f"{name}{MERGED}"
-
-
 OPTIONS = {"steps": int, "learning_rate": float, "batch_size": int}
 
 
-def chosen(text: str | None, options: str | None, rows: Sequence[str], setting: str) -> dict[str, MergeSettings]:
-    """ "ties,adamerging_task" -> row -> settings; raises ValueError for what cannot be merged, and why."""
+def parse_merges(text: str | None, options: str | None, rows: Sequence[str], setting: str) -> dict[str, MergeSettings]:
+    """ "ties,adamerging_task" -> name among the rows -> settings.
+
+    raises ValueError for what cannot be merged, and why.
+    """
     if not text:
         if options is not None:
             raise ValueError(f"--merge-options {options} is for --merge, which is not given")
         return {}
     names = text.split(",")
-    if unknown := [name for name in names if name not in KNOWN]:
-        raise ValueError(f"merge must be of {', '.join(KNOWN)}, got {', '.join(unknown)}")
+    check_known("merge", names, KNOWN)
     if LORA not in rows:
         raise ValueError(
             f"--merge merges the LoRAs of single tasks: {LORA} must be among the methods, got {', '.join(rows)}"
         )
     if setting == "mixture":
         raise ValueError("--merge merges the LoRAs of single tasks, which --setting mixture does not train")
-    given = _options(options)
-    return {
-        row(name): MergeSettings(
-            name,
-            adaptive=AdaptiveSettings(**{"steps": METHODS[name].steps, **given}),
-            concrete=ConcreteSettings(**{"steps": METHODS[name].mask_steps, **given}),
-        )
-        for name in dict.fromkeys(names)
-    }
+    given = _parse_options(options)
+    merges = {}
+    for name in names:
+        adaptive = AdaptiveSettings(**{"steps": METHODS[name].steps, **given})
+        concrete = ConcreteSettings(**{"steps": METHODS[name].mask_steps, **given})
+        merges[f"{name}{MERGED}"] = MergeSettings(name, adaptive=adaptive, concrete=concrete)
+    return merges
 
 
-def _options(text: str | None) -> dict[str, Any]:
+def _parse_options(text: str | None) -> dict[str, Any]:
     """ "steps=100,learning_rate=5e-3" -> fields of both settings"""
     given = {}
     for part in text.split(",") if text else ():
@@ -77,47 +71,59 @@ def _options(text: str | None) -> dict[str, Any]:
     return given
 
 
-def plan(merges: Sequence[str], seeds: int) -> list[Stage]:
-    return [Stage(label, LORA, seed) for seed in range(seeds) for label in merges]
-
-
-def needs(stage: Stage, tasks: Sequence[Task]) -> list[str]:
+def merged_cells(stage: Stage, tasks: Sequence[Task]) -> list[str]:
     """The cells whose LoRAs a merge makes one."""
-    return [Stage(f"{LORA}{SINGLE}", LORA, stage.seed, task.name).name for task in tasks]
+    singles = single_stages(LORA, stage.seed, names_of(tasks))
+    return [single.name for single in singles]
 
 
-def run(
-    base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, settings: MergeSettings, folder: Path,
+def run_merge_cell(
+    base: PreTrainedModel,
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    stage: Stage,
+    settings: MergeSettings,
+    folder: Path,
     batch_size: int,
-) -> dict:  # fmt: skip
-    """Merge the LoRAs of the stage's seed, in `folder` of the comparison, and score the model; `base` is left as it was."""
-    singles = needs(stage, tasks)
-    trained = [result for name in singles if (result := finished(folder, name)) is not None]
+) -> dict:
+    """Merge the LoRAs of the stage's seed, in `folder` of the comparison, and score; `base` is left as it was."""
+    singles = merged_cells(stage, tasks)
     start = time.perf_counter()
     vectors = read_task_vectors([folder / "adapters" / name for name in singles])
-    unlabelled: list[Unlabelled] = []
-    if settings.kind.adaptive:
-        unlabelled = [without_labels(encoder, task) for task in tasks]
-    own = replace(
-        settings, seed=stage.seed,
-        adaptive=replace(settings.adaptive, seed=stage.seed), concrete=replace(settings.concrete, seed=stage.seed),
-    )  # fmt: skip
+    questions = questions_for(settings, encoder, tasks)
     # Every process finds the same; one keeps what it finds.
     state = folder / "checkpoints" / stage.name if PartialState().is_main_process else None
-    merged = merge(base, vectors, own, unlabelled, state)
-    seconds = time.perf_counter() - start
+    merged = merge(base, vectors, _with_seed(settings, stage.seed), questions, state)
+    merge_seconds = time.perf_counter() - start
     start = time.perf_counter()
     with applied(base, merged) as model:
         scores = score_tasks(model, encoder, tasks, batch_size, label=f"score {stage.name}")
-    learnt = merged.coefficients.numel() if settings.kind.adaptive else 0
-    learnt += sum(mask.numel() for mask in (merged.masks or {}).values())
+    score_seconds = time.perf_counter() - start
+    # Trained are the coefficients and masks that data decides, and the LoRAs before they were merged.
+    parameters = merged.coefficients.numel() if settings.kind.adaptive else 0
+    for mask in (merged.masks or {}).values():
+        parameters += mask.numel()
+    train_seconds = merge_seconds
+    for name in singles:
+        trained = finished(folder, name)
+        if trained is not None:
+            parameters += trained["trainable_parameters"]
+            train_seconds += trained["train_seconds"]
     return {
-        "tasks": {name: score.summary() for name, score in scores.items()},
-        "items": {name: score.right for name, score in scores.items()},
-        "trainable_parameters": sum(result["trainable_parameters"] for result in trained) + learnt,
-        "train_seconds": sum(result["train_seconds"] for result in trained) + seconds,
-        "merge_seconds": seconds,
-        "score_seconds": time.perf_counter() - start,
+        **scored(scores),
+        "trainable_parameters": parameters,
+        "train_seconds": train_seconds,
+        "merge_seconds": merge_seconds,
+        "score_seconds": score_seconds,
         "loss": list(enumerate(merged.losses, 1)),
         "coefficients": merged.coefficients.tolist(),
     }
+
+
+def _with_seed(settings: MergeSettings, seed: int) -> MergeSettings:
+    return replace(
+        settings,
+        seed=seed,
+        adaptive=replace(settings.adaptive, seed=seed),
+        concrete=replace(settings.concrete, seed=seed),
+    )

@@ -1,64 +1,161 @@
-"""From the stages of a run to `results.json`, the printed table, and the charts."""
+"""What is reported of a run: one list of figures, from which results.json, compare.json and every table are made.
+
+A figure of a task's score is a field of `tasks.scoring.Score`; it is in both files of itself, and in the tables where
+GUESSES names it. A figure of an adapter, such as its size, is an entry of FIGURES.
+"""
 
 import platform
 import statistics
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any, NamedTuple
 
 from ..files.version import __version__
+from ..tasks.scoring import Score
 from .methods import NAMES
-from .plan import Stage
+from .plan import SINGLE, Stage
+from .tables import aligned, percent
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-SINGLE, MERGED = "-single", "-merged"
+Cells = Sequence[tuple[Stage, Mapping[str, Any]]]  # stages of one label, each with its result
+
+
+def _by_seed(cells: Cells) -> dict[int, list[Mapping[str, Any]]]:
+    """Seed -> the results of its stages, one or one a task, in the order of seeds."""
+    results: dict[int, list[Mapping[str, Any]]] = {}
+    for stage, result in cells:
+        results.setdefault(stage.seed, []).append(result)
+    return dict(sorted(results.items()))
+
+
+def _of_first_seed(cells: Cells, key: str) -> int:
+    first, *_ = _by_seed(cells).values()
+    return sum(result[key] for result in first)
+
+
+def _mean_over_seeds(cells: Cells, key: str) -> float:
+    return sum(result[key] for _, result in cells) / len(_by_seed(cells))
+
+
+class Figure(NamedTuple):
+    """A number that every stage has beside the scores of its tasks.
+
+    key: its name in a stage's file and in results.json.
+    compare_key: its name in compare.json; None where it is not there.
+    total: of all stages of a label, one a task and seed, the number of the label.
+    train_title, compare_title: its name in the tables of `mosld train` and `mosld compare`; None: in no table.
+    form: how it is written there.
+    """
+
+    key: str
+    compare_key: str | None
+    total: Callable[[Cells, str], float]
+    train_title: str | None
+    compare_title: str | None
+    form: str
+
+    def of(self, cells: Cells) -> float:
+        return self.total(cells, self.key)
+
+    def text(self, number: float) -> str:
+        return self.form.format(number)
+
+
+FIGURES = (
+    Figure(
+        "trainable_parameters", "trained_parameters", _of_first_seed,
+        "trained parameters", "trained parameters", "{:,}",
+    ),
+    Figure("train_seconds", "train_seconds", _mean_over_seeds, "training, seconds", "training, s", "{:.0f}"),
+    Figure("score_seconds", None, _mean_over_seeds, None, None, "{:.0f}"),
+)  # fmt: skip
+GUESSES = ("chance", "majority")  # fields of Score that no model is needed for, a row or column of every table
+OF_SEEDS = ("accuracy", "accuracy_norm")  # fields of Score that differ between seeds
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "unicode": unicodedata.unidata_version,
-        "mosld": __version__,
-        **{package: version(package) for package in PACKAGES},
-    }
+    found = {"python": platform.python_version(), "unicode": unicodedata.unidata_version, "mosld": __version__}
+    for package in PACKAGES:
+        found[package] = version(package)
+    return found
 
 
-def gather(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
+def summaries(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """Task name -> its score, as results.json has it."""
+    return {name: score.summary() for name, score in scores.items()}
+
+
+def scored(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """What a stage keeps of its scores: `tasks`, and `items` with one character a test item, "1" where it is right."""
+    items = {name: score.right for name, score in scores.items()}
+    return {"tasks": summaries(scores), "items": items}
+
+
+def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Of all tasks, from summaries of their scores."""
+    return [score["accuracy"] for score in tasks.values()]
+
+
+def summarise_methods(base: dict, stages: Sequence[Stage], stage_results: Sequence[dict]) -> dict[str, dict]:
     """Label -> method: the mean over seeds, and for one model a task their scores side by side."""
-    methods: dict[str, dict] = {"base": {name: value for name, value in base.items() if name != "items"}}
-    methods["base"]["average"] = _average(base["tasks"])
-    for label in dict.fromkeys(stage.label for stage in stages):
-        own = [(s, r) for s, r in zip(stages, stage_results, strict=True) if s.label == label]
-        seeds = sorted({stage.seed for stage, _ in own})
-        per_seed = [_union(result["tasks"] for stage, result in own if stage.seed == seed) for seed in seeds]
-        first = [result for stage, result in own if stage.seed == seeds[0]]
-        methods[label] = {
-            "tasks": {name: _mean_score([tasks[name] for tasks in per_seed]) for name in per_seed[0]},
-            "average": _average(_union(per_seed)) if len(seeds) == 1 else None,
-            "average_per_seed": [_average(tasks) for tasks in per_seed],
-            "trainable_parameters": sum(result["trainable_parameters"] for result in first),
-            "train_seconds": sum(result["train_seconds"] for _, result in own) / len(seeds),
-            "score_seconds": sum(result["score_seconds"] for _, result in own) / len(seeds),
-            "loss": first[0]["loss"] if len(first) == 1 else [],
-            "experts": first[0]["experts"] if len(first) == 1 else {},
-        }
-        averages = [a for a in methods[label]["average_per_seed"] if a is not None]
-        methods[label]["average"] = statistics.fmean(averages) if averages else None
+    summary = {**base, "average": _average(base["tasks"])}
+    summary.pop("items", None)  # of which results.json has no use
+    methods = {"base": summary}
+    for label, cells in cells_by_label(stages, stage_results).items():
+        methods[label] = _summarise_method(cells)
     return methods
 
 
-def _union(parts) -> dict:
-    return {name: score for part in parts for name, score in part.items()}
+def cells_by_label(stages: Sequence[Stage], results: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
+    """Label -> its stages, each with its result, in their order."""
+    cells: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
+    for stage, result in zip(stages, results, strict=True):
+        cells.setdefault(stage.label, []).append((stage, result))
+    return dict(cells)
+
+
+def figures_of(cells: Cells) -> dict[str, float]:
+    """Key in results.json -> the number, of every figure."""
+    return {figure.key: figure.of(cells) for figure in FIGURES}
+
+
+def _summarise_method(cells: Cells) -> dict[str, Any]:
+    by_seed = list(_by_seed(cells).values())
+    tasks_by_seed = list(map(_all_tasks, by_seed))
+    averages = list(map(_average, tasks_by_seed))
+    known = [average for average in averages if average is not None]
+    tasks = {}
+    for name in tasks_by_seed[0]:
+        tasks[name] = _mean_score([tasks[name] for tasks in tasks_by_seed])
+    # A curve and a use of experts are one adapter's: of one adapter a task there would be several.
+    alone = by_seed[0][0] if len(by_seed[0]) == 1 else {"loss": [], "experts": {}}
+    return {
+        "tasks": tasks,
+        "average": statistics.fmean(known) if known else None,
+        "average_per_seed": averages,
+        **figures_of(cells),
+        "loss": alone["loss"],
+        "experts": alone["experts"],
+    }
+
+
+def _all_tasks(results: Iterable[Mapping[str, Any]]) -> dict[str, dict]:
+    """Task name -> score, of all the stages of a seed."""
+    tasks = {}
+    for result in results:
+        tasks |= result["tasks"]
+    return tasks
 
 
 def _average(tasks: dict[str, dict]) -> float | None:
-    return statistics.fmean(score["accuracy"] for score in tasks.values()) if tasks else None
+    return statistics.fmean(accuracies(tasks)) if tasks else None
 
 
 def _mean_score(scores: list[dict]) -> dict:
     """Accuracies averaged over seeds; the rest does not depend on the seed."""
     mean = dict(scores[0])
-    for key in ("accuracy", "accuracy_norm"):
+    for key in OF_SEEDS:
         if mean[key] is not None:
             mean[key] = statistics.fmean(score[key] for score in scores)
     mean["accuracy_per_seed"] = [score["accuracy"] for score in scores]
@@ -71,33 +168,33 @@ def display_name(label: str) -> str:
 
 
 def table(methods: dict[str, dict]) -> str:
-    """Accuracy in percent by task and method, with chance and majority, as text."""
-    labels = list(methods)
-    rows = [["task", "n", "chance", "majority", *map(display_name, labels)]]
+    """Accuracy in percent by task and method, with what guessing reaches, as text."""
+    rows = [["task", "n", *GUESSES, *map(display_name, methods)]]
     for task, score in methods["base"]["tasks"].items():
-        cells = [_percent(methods[label]["tasks"].get(task, {}).get("accuracy")) for label in labels]
-        rows.append([task, str(score["n"]), _percent(score["chance"]), _percent(score["majority"]), *cells])
-    rows.append(["average", "", "", "", *[_percent(methods[label]["average"]) for label in labels]])
-    seeds = [methods[label].get("average_per_seed", []) for label in labels]
-    if any(len(averages) > 1 for averages in seeds):
-        spread = [f"{100 * statistics.stdev(a):.1f}" if len(a) > 1 else "" for a in seeds]
-        rows.append(["deviation between seeds", "", "", "", *spread])
-    rows.append(["trained parameters", "", "", "", *[f"{methods[x]['trainable_parameters']:,}" for x in labels]])
-    rows.append(["training, seconds", "", "", "", *[f"{methods[label]['train_seconds']:.0f}" for label in labels]])
+        row = [task, str(score["n"])]
+        for guess in GUESSES:
+            row.append(percent(score[guess]))
+        for method in methods.values():
+            row.append(percent(method["tasks"].get(task, {}).get("accuracy")))
+        rows.append(row)
+    rows += _rows_of_methods(list(methods.values()))
     return aligned(rows)
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Text in columns under a head and a line; the first `left` columns are words, the others numbers."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _rows_of_methods(methods: Sequence[dict]) -> list[list[str]]:
+    """The last rows of the table: of each method as a whole."""
+    empty = [""] * (1 + len(GUESSES))  # under n and the guesses
+    average = ["average", *empty]
+    deviation = ["deviation between seeds", *empty]
+    several_seeds = False
+    for method in methods:
+        per_seed = method.get("average_per_seed", [])
+        average.append(percent(method["average"]))
+        deviation.append(percent(statistics.stdev(per_seed)) if len(per_seed) > 1 else "")
+        several_seeds = several_seeds or len(per_seed) > 1
+    rows = [average, deviation] if several_seeds else [average]
+    for figure in FIGURES:
+        if figure.train_title:
+            numbers = [figure.text(method[figure.key]) for method in methods]
+            rows.append([figure.train_title, *empty, *numbers])
+    return rows

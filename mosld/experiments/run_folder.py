@@ -5,8 +5,8 @@ lock           held by the process that trains here
 stages/        one file per finished stage          checkpoints/   of the stage being trained
 results.json   written last: a folder that has it holds a finished run
 
-A comparison (`mosld compare`) is never finished: the same command with more methods, seeds or settings goes on in it. Its
-`rows`, by name, must agree where both have them.
+A comparison (`mosld compare`) is never finished: the same command with more methods, seeds or settings goes on in it.
+Its `rows`, by name, must agree where both have them.
 """
 
 import json
@@ -54,15 +54,15 @@ class RunFolderError(ValueError):
 def check_free(folder: Path, settings: Mapping[str, object], overwrite: bool = False, program: str = TRAIN) -> str:
     """Whether `folder` can take this run: "new", "unfinished" (this very run, to go on with) or, to overwrite, "run".
 
-    raises RunFolderError for a folder that holds another run, a finished one, or something else, for one where this process
-    may not write, and for a run with symbolic links in it.
+    raises RunFolderError for a folder that holds another run, a finished one, or something else, for one where this
+    process may not write, and for a run with symbolic links in it.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: choose another --output")
     if link := next(_links(folder), None):
         raise RunFolderError(
-            f"{link} is a symbolic link, through which a run would write or remove files outside {folder}: choose another "
-            "--output, or put the file or folder itself there"
+            f"{link} is a symbolic link, through which a run would write or remove files outside {folder}: choose "
+            "another --output, or put the file or folder itself there"
         )
     _check_writable(folder)
     state, changed = _state(folder, json.loads(json.dumps(settings)), program)  # as it is read back
@@ -99,19 +99,26 @@ def claim(folder: Path, settings: Mapping[str, object], overwrite: bool = False,
     return state == "unfinished"
 
 
+def _own_paths(folder: Path) -> list[Path]:
+    """What a run may have in `folder`, whether it is there or not."""
+    return [folder / name for name in (*OWN, LOCK)]
+
+
 def _links(folder: Path) -> Iterator[Path]:
     """Symbolic links among what is a run's in `folder`, which may be one itself: whoever runs `mosld` has chosen it."""
-    for name in (*OWN, LOCK):
-        own = folder / name
-        yield from (path for path in (own, *(own.rglob("*") if not own.is_symlink() else ())) if path.is_symlink())
+    for own in _own_paths(folder):
+        if own.is_symlink():
+            yield own
+            continue
+        for path in own.rglob("*"):
+            if path.is_symlink():
+                yield path
 
 
 def _check_writable(folder: Path) -> None:
     """What is of a run in `folder`, or the folder that it would be made in, before anything costs time."""
-    place = existing(folder)
-    own = [folder / name for name in (*OWN, LOCK)] if folder.exists() else []
-    for path in (place, *(path for path in own if path.exists())):
-        if not writable(path):
+    for path in (existing(folder), *_own_paths(folder)):
+        if path.exists() and not writable(path):
             raise RunFolderError(
                 f"{folder} cannot be written, since this process may not write to {path}: choose another --output, or "
                 "change its permissions"
@@ -150,43 +157,59 @@ def free_folder(name: str, settings: Mapping[str, object], program: str = TRAIN)
 
 def _state(folder: Path, settings: Mapping[str, object], program: str) -> tuple[str, list[str]]:
     """ "new", "unfinished", "finished", "other" (with the settings that differ) or "foreign"."""
-    if not folder.is_dir() or not any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
+    if not folder.is_dir() or _is_empty(folder):
         return "new", []
-    if not (folder / "run.json").is_file():
-        return "foreign", []
-    try:
-        before = json.loads((folder / "run.json").read_text())
-    except json.JSONDecodeError:
-        return "foreign", []
-    if not isinstance(before, dict) or before.get("program") not in (
-        TRAIN,
-        COMPARE,
-        MERGE,
-    ):  # another tool's, however it is called
+    before = _read_run(folder / "run.json")
+    if before is None:
         return "foreign", []
     if "processes" in settings:
-        before.setdefault("processes", 1)  # of a run that began before runs told it
-    changed = sorted(key for key in {*before, *settings} - {"program", "rows"} if before.get(key) != settings.get(key))
-    if before["program"] != program:
-        changed = [f"it is one of {before['program']}"]
-    old, new = before.get("rows") or {}, cast(dict, settings.get("rows") or {})
-    changed += [f"row {name}" for name in old if name in new and old[name] != new[name]]
+        before.setdefault("processes", 1)  # a run of an older version, which did not write it
+    changed = _changed_settings(before, settings, program)
     if changed:
         return "other", changed
     return ("finished" if (folder / "results.json").is_file() else "unfinished"), []
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in it but a lock and what a killed process was about to write."""
+    return all(path.name == LOCK or is_leftover(path) for path in folder.iterdir())
+
+
+def _read_run(path: Path) -> dict | None:
+    """The settings of the run that wrote this file; None where no program of ours did, however the file is called."""
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None
+    ours = isinstance(run, dict) and run.get("program") in (TRAIN, COMPARE, MERGE)
+    return run if ours else None
+
+
+def _changed_settings(before: dict, settings: Mapping[str, object], program: str) -> list[str]:
+    """What differs, in words; rows that only one of them has do not count."""
+    if before["program"] == program:
+        names = {*before, *settings} - {"program", "rows"}
+        changed = sorted(name for name in names if before.get(name) != settings.get(name))
+    else:
+        changed = [f"it is one of {before['program']}"]
+    old_rows = before.get("rows") or {}
+    new_rows = cast(dict, settings.get("rows") or {})
+    for name, row in old_rows.items():
+        if name in new_rows and new_rows[name] != row:
+            changed.append(f"row {name}")
+    return changed
 
 
 def _clear(folder: Path) -> None:
     """Remove a run and nothing else."""
     for name in OWN:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def model_state(name: str) -> dict[str, list[int]]:
-    """Sizes and times of a local model's files, so that a run does not go on with other weights; {} for a hub name."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""One run of `mosld train`: score the frozen base, train each adapter with transformers' Trainer, score it, save it.
+"""One stage of a run: an adapter trained with transformers' Trainer, saved, and scored; or the frozen base, scored.
 
-A run is a list of stages. Each finished stage leaves `stages/NAME.json` in the run's folder, and training leaves
-checkpoints, so that the same command, given again after an interruption, goes on where it stopped.
+A finished stage leaves `stages/NAME.json` in the run's folder, and training leaves checkpoints, so that the same
+command, given again after an interruption, goes on where it stopped.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ from ..training.progress import show_progress
 from ..training.trainer import MoSLDTrainer
 from ..tuner.card import write_card
 from ..tuner.config import MoSLDConfig
-from .methods import Adapter, task_setter
+from .methods import Adapter, task_setter, use_recorder
 from .plan import Recipe, Stage
+from .results import scored
 
 
 class LoraTrainer(WholeCheckpointsMixin, Trainer):
@@ -77,10 +78,10 @@ def _adapted(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     try:
         return get_peft_model(base, config)
     except BaseException:
-        layers = [(name, module) for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
-        for name, layer in layers:
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+        for name, layer in list(base.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(base.get_submodule(parent), child, layer.get_base_layer())
         _forget_peft(base)
         raise
 
@@ -89,8 +90,7 @@ def score_base(base: PreTrainedModel, encoder: Encoder, tasks: Sequence[Task], r
     start = time.perf_counter()
     scores = score_tasks(base, encoder, tasks, recipe.eval_batch_size, label="score the frozen base")
     return {
-        "tasks": {name: score.summary() for name, score in scores.items()},
-        "items": {name: score.right for name, score in scores.items()},
+        **scored(scores),
         "trainable_parameters": 0,
         "train_seconds": 0.0,
         "score_seconds": time.perf_counter() - start,
@@ -108,6 +108,7 @@ def run_stage(
     chosen = [task for task in tasks if stage.task in (None, task.name)]
     adapter = recipe.adapters[stage.method]
     mixture = adapter.mixture(len(chosen))
+    # Before the adapter is made, whose initial weights are drawn from it.
     set_seed(stage.seed)
     model = _adapted(base, adapter.config(len(chosen)))
     try:
@@ -116,16 +117,19 @@ def run_stage(
         train_seconds = time.perf_counter() - start
         if PartialState().is_main_process:  # each process has the whole adapter, and PEFT makes a folder in each
             save_adapter(model, adapter_dir)
-        start, use = time.perf_counter(), RouterUse()
-        counts = mixture is not None and mixture.tokens_choose
-        on_batch = (lambda task, mask: use.update(task.name, model, mask)) if counts else None
+        start = time.perf_counter()
+        use = RouterUse()
         scores = score_tasks(
-            model, encoder, chosen, recipe.eval_batch_size, on_batch, f"score {stage.name}",
-            task_setter(model, chosen, mixture),
-        )  # fmt: skip
+            model,
+            encoder,
+            chosen,
+            recipe.eval_batch_size,
+            on_batch=use_recorder(use, model, mixture),
+            label=f"score {stage.name}",
+            on_task=task_setter(model, chosen, mixture),
+        )
         result = {
-            "tasks": {name: score.summary() for name, score in scores.items()},
-            "items": {name: score.right for name, score in scores.items()},
+            **scored(scores),
             "trainable_parameters": model.get_nb_trainable_parameters()[0],
             "train_seconds": train_seconds,
             "score_seconds": time.perf_counter() - start,
@@ -149,13 +153,9 @@ def _train(
     model: PeftModel, encoder: Encoder, tasks: Sequence[Task], stage: Stage, recipe: Recipe, checkpoints: Path
 ) -> list[tuple[int, float]]:
     """-> (step, loss) as the Trainer logged them"""
-    adapter, mixture = recipe.adapters[stage.method], recipe.adapters[stage.method].mixture(len(tasks))
-    examples = mix_with_tasks(tasks, recipe.proportions if stage.task is None else "proportional", stage.seed)
-    rows: list[dict[str, Any]] = [dict(encoder.training_row(example)) for _, example in examples]
-    if mixture is not None and mixture.wants_tasks:
-        rows = [{**row, "task_ids": place} for row, (place, _) in zip(rows, examples, strict=True)]
+    rows = _training_rows(encoder, tasks, stage, recipe)
     arguments = training_arguments([*recipe.trainer.get(stage.method, []), "--seed", str(stage.seed)], checkpoints)
-    trainer_class = LoraTrainer if adapter.is_lora else MoSLDTrainer
+    trainer_class = LoraTrainer if recipe.adapters[stage.method].is_lora else MoSLDTrainer
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -172,6 +172,19 @@ def _train(
             trainer.train(resume_from_checkpoint=last)
         state = trainer.state
     return [(int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry]
+
+
+def _training_rows(encoder: Encoder, tasks: Sequence[Task], stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
+    """The examples in the stage's order; with the place of each one's task for methods that route by task."""
+    mixture = recipe.adapters[stage.method].mixture(len(tasks))
+    proportions = recipe.proportions if stage.task is None else "proportional"
+    rows = []
+    for place, example in mix_with_tasks(tasks, proportions, stage.seed):
+        row: dict[str, Any] = dict(encoder.training_row(example))
+        if mixture is not None and mixture.wants_tasks:
+            row["task_ids"] = place
+        rows.append(row)
+    return rows
 
 
 class _SaveAndStop(TrainerCallback):

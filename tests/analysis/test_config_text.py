@@ -6,7 +6,7 @@ import peft
 import pytest
 
 from mosld import MoSLDConfig, presets
-from mosld.analysis.config_text import read_config
+from mosld.analysis.config_text import parse_config
 from tests.helpers.models import tiny_llama
 
 
@@ -35,7 +35,7 @@ from tests.helpers.models import tiny_llama
     ],
 )
 def test_a_preset_with_overrides(text, config):
-    assert read_config(text, depth=6) == config
+    assert parse_config(text, depth=6) == config
 
 
 def test_a_json_file_and_an_adapters_folder(tmp_path):
@@ -43,12 +43,12 @@ def test_a_json_file_and_an_adapters_folder(tmp_path):
     file.write_text(json.dumps({"preset": "malora", "r_up": 5, "num_experts": "8/6/4/2", "top_k": 1}))
     pattern = presets.experts_by_depth(4, 8, 6, 4, 2)
     expected = presets.malora(mixing_options={"r_up": 5}, num_experts_pattern=pattern, top_k=1)
-    assert read_config(str(file), depth=4) == expected
+    assert parse_config(str(file), depth=4) == expected
     file.write_text(json.dumps({"r": 4, "target_modules": ["q_proj"]}))
-    assert read_config(str(file)) == MoSLDConfig(r=4, target_modules=["q_proj"])
+    assert parse_config(str(file)) == MoSLDConfig(r=4, target_modules=["q_proj"])
     config = presets.mtl_lora(target_modules=["q_proj"], num_tasks=5)
     peft.get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path / "adapter"))
-    saved = read_config(str(tmp_path / "adapter"))
+    saved = parse_config(str(tmp_path / "adapter"))
     assert (saved.mixture_of("x"), saved.target_modules) == (config.mixture_of("x"), {"q_proj"})
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_refused_by_name(text, message, tmp_path):
     if (tmp_path / text).exists():
         text = str(tmp_path / text)
     with pytest.raises(ValueError, match=message):
-        read_config(text)
+        parse_config(text)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosld import presets, set_routing
-from mosld.analysis import cost as counting
 from mosld.analysis import known_models
 from mosld.analysis.cost import adapted, cost_per_token, count
+from mosld.cli.inspect_text import cost_text
 from mosld.cli.main import main
 from mosld.tuner.layer import MoSLDPeftLinear
 from tests.helpers.models import tiny_llama
@@ -272,7 +272,7 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         "32,768", "0", "1.95", "48",
     ]  # fmt: skip
     assert len(rows) == 2 + 8 + 2
-    assert counting.as_text(report) == "\n".join(lines)
+    assert cost_text(report) == "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,19 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         (["somewhere", "--target-modules", "q_proj"], "leave out ADAPTER"),
         (["--model", "gpt2", "--task", "a=a.jsonl"], "--task is for an ADAPTER"),
         (["--model", "gpt2", "--quick"], "--quick is for --model embedded"),
-        (["--model", "llama-9"], "model must be one of llama-2-7b, .*, embedded, or a folder with config.json, got 'llama-9'"),
+        (
+            ["--model", "llama-9"],
+            "model must be one of llama-2-7b, .*, embedded, or a folder with config.json, got 'llama-9'",
+        ),
         (["--model", "EMPTY"], "holds no config.json of a model that transformers knows"),
-        (["--model", "gpt2", "--config", "mosldd"], "config must be one of lora, mosld, .* got 'mosldd': there is no such file"),
-        (["--model", "gpt2", "--config", "mosld:rank=8"], "mosld:rank=8: there is no field rank; there are: .*num_experts,.* r,"),
+        (
+            ["--model", "gpt2", "--config", "mosldd"],
+            "config must be one of lora, mosld, .* got 'mosldd': there is no such file",
+        ),
+        (
+            ["--model", "gpt2", "--config", "mosld:rank=8"],
+            "mosld:rank=8: there is no field rank; there are: .*num_experts,.* r,",
+        ),
         (["--model", "gpt2", "--target-modules", "c_atn"], "no module is called 'c_atn', the nearest are c_attn"),
         (["--model", "vit-base"], "no modules to adapt in vit-base by itself: .* are called .*dense"),
     ],

@@ -1,4 +1,4 @@
-"""`mosld inspect`: its numbers are those of updates and routings written out, and what is no adapter is refused by name."""
+"""`mosld inspect`: its numbers are those of updates and routings written out; what is no adapter is refused by name."""
 
 import json
 import math

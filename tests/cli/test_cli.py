@@ -15,8 +15,10 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from mosld import MoSLDConfig
+from mosld.cli import compare as compare_verb
+from mosld.cli import train as train_verb
 from mosld.cli.main import main
-from mosld.experiments import commands, compare
+from mosld.experiments import compare, evaluate, train
 from mosld.experiments.run_folder import RunFolderError, claim, release
 from mosld.tasks.encode import Encoder
 from mosld.tasks.examples import read_tasks
@@ -114,8 +116,8 @@ def test_a_run_that_began_before_runs_told_their_processes_goes_on_with_one(tmp_
         claim(tmp_path, {"model": "m", "processes": 2})
 
 
-@pytest.mark.parametrize("module", [commands, compare])
-def test_a_run_goes_on_with_as_many_processes_as_it_began_with(data, tmp_path, monkeypatch, capsys, module):
+@pytest.mark.parametrize(("verb", "module"), [(train_verb, train), (compare_verb, compare)], ids=["train", "compare"])
+def test_a_run_goes_on_with_as_many_processes_as_it_began_with(data, tmp_path, monkeypatch, capsys, verb, module):
     """More of them take larger steps: another training."""
 
     class Two(PartialState):
@@ -125,9 +127,9 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(data, tmp_path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "run_stage", broken)
-    own = words(data, tmp_path / "run", *FAST, command=module.__name__.rpartition(".")[2].replace("commands", "train"))
+    own = words(data, tmp_path / "run", *FAST, command=verb.__name__.rpartition(".")[2])
     assert main(own) == 130
-    monkeypatch.setattr(module, "PartialState", Two)
+    monkeypatch.setattr(verb, "PartialState", Two)
     assert main(own) == 2
     assert "other settings (processes)" in capsys.readouterr().err
 
@@ -229,13 +231,13 @@ def test_eval_refuses_a_bad_batch_size_and_a_file_that_exists(data, tmp_path, ca
     assert (tmp_path / "s.json").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("verb", "module"), [("train", commands), ("compare", compare), ("eval", commands)])
+@pytest.mark.parametrize(("verb", "module"), [("train", train_verb), ("compare", compare_verb), ("eval", evaluate)])
 def test_the_embedded_model_may_be_named(verb, module, monkeypatch, tmp_path):
     """As `mosld inspect` and `mosld merge` have it."""
     asked = []
 
-    def load(options):
-        asked.append(options.model)
+    def load(inputs):
+        asked.append(inputs.model)
         raise ValueError("far enough")
 
     monkeypatch.setattr(module, "load_model", load)

@@ -21,8 +21,8 @@ SPLITS = ("block", "name")
 TINY = Settings(hidden=16, layers=1, vocabulary=400, steps=2, records=100, share=0.02)
 FINGERPRINT = """
 import hashlib
-from mosld.tasks.embedded import embedded_tasks
-from mosld.tasks.pretraining import pretraining_text
+from mosld.embedded.tasks import embedded_tasks
+from mosld.embedded.pretraining import pretraining_text
 facts = repr([embedded_tasks(60, 20, split) for split in ("block", "name")] + [pretraining_text(50)])
 print(hashlib.sha256(facts.encode()).hexdigest())
 """

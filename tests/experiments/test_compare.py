@@ -1,4 +1,4 @@
-"""`mosld compare`: the same data for every method, cells that are never run twice, and numbers that follow from the items."""
+"""`mosld compare`: the same data for every method, no cell run twice, and numbers that follow from the items."""
 
 import json
 import math
@@ -13,9 +13,10 @@ from transformers import Trainer
 from mosld.cli.main import main
 from mosld.experiments import compare as compare_module
 from mosld.experiments import compare_report
-from mosld.experiments.compare import Row, _layers, _options, plan
-from mosld.experiments.compare_report import interval, t_quantile
+from mosld.experiments.intervals import interval, t_quantile
 from mosld.experiments.methods import Adapter
+from mosld.experiments.plan import plan_comparison
+from mosld.experiments.rows import Row, layer_list, swept_options
 from mosld.experiments.stages import Interrupted, count_trained
 from tests.cli.test_cli import data, words  # noqa: F401  the tiny model and its two tasks
 from tests.helpers.kills import killed_at_every_change
@@ -148,7 +149,7 @@ def test_the_page_and_the_charts_tell_compare_json(run):
 
 def write_again(folder):
     before = told(folder)
-    compare_report.write({**before, "rows": before["rows"][:-1]}, folder)
+    compare_report.write_comparison({**before, "rows": before["rows"][:-1]}, folder)
 
 
 @pytest.mark.slow
@@ -224,7 +225,12 @@ def recorded_cells(monkeypatch, stop_after=None) -> list[str]:
     return ran
 
 
-def test_a_killed_comparison_goes_on_and_more_methods_and_seeds_join_it(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_killed_comparison_goes_on_and_more_methods_and_seeds_join_it(
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     first = recorded_cells(monkeypatch, stop_after=1)
     assert call(data, tmp_path / "o", methods="lora,mosld", seeds=1, setting="mixture") == 130
     assert first == ["lora-seed0"] and "Run the same command again" in capsys.readouterr().err
@@ -244,7 +250,7 @@ def test_a_killed_comparison_goes_on_and_more_methods_and_seeds_join_it(data, tm
 
 
 def test_a_whole_seed_of_all_methods_comes_before_the_next():
-    names = [stage.name for stage in plan(["a", "b"], ["mixture", "single"], 2, ["x", "y"])]
+    names = [stage.name for stage in plan_comparison(["a", "b"], ["mixture", "single"], 2, ["x", "y"])]
     assert names[:4] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
     assert names[4:8] == ["a-single-x-seed0", "a-single-y-seed0", "b-single-x-seed0", "b-single-y-seed0"]
 
@@ -308,8 +314,8 @@ def test_the_equal_lora_takes_part_in_a_sweep_of_rates_which_leaves_its_rank(dat
 
 def test_experts_are_given_to_equal_parts_of_the_layers():
     base = tiny_llama(num_hidden_layers=11)
-    assert _layers(base) == ("model.layers", 11)
-    config = Adapter("mosld", _options("mosld", "experts", "2-4-6", base)).config(1)
+    assert layer_list(base) == ("model.layers", 11)
+    config = Adapter("mosld", swept_options("mosld", "experts", "2-4-6", base)).config(1)
     counts = [config.experts_of(f"model.layers.{i}.mlp.0.up_proj") for i in range(11)]
     assert counts == [2] * 4 + [4] * 4 + [6] * 3
     assert count_trained(base, Adapter("mosld", {"num_experts": 4}), 1) > 0 and not hasattr(base, "peft_config")
@@ -317,7 +323,7 @@ def test_experts_are_given_to_equal_parts_of_the_layers():
 
 def test_a_sweep_of_ranks_keeps_the_scale():
     for method, scale in (("lora", 2), ("mosld", 2), ("hydralora", 4)):
-        options = _options(method, "rank", "3", tiny_llama())
+        options = swept_options(method, "rank", "3", tiny_llama())
         assert options["r"] == 3 and options["alpha"] == 3 * scale
 
 

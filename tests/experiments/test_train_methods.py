@@ -1,4 +1,4 @@
-"""The methods by name: a preset's values hold unless an option is given, options without use are refused, tasks are told."""
+"""The methods by name: a preset's values hold unless an option is given, and options without use are refused."""
 
 import ast
 import re
@@ -59,9 +59,16 @@ def test_an_option_without_use_is_refused(method, option, message):
         Adapter(method, option).config(2)
 
 
-@pytest.mark.parametrize(("method", "option"), [("hydralora", {"num_experts": 5}), ("mtl_lora", {"num_experts": 5}),
-                                               ("hydralora", {"balance_coef": 0.1}), ("mtl_lora", {"balance_coef": 0.0}),
-                                               ("malora", {"top_k": 3})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("hydralora", {"num_experts": 5}),
+        ("mtl_lora", {"num_experts": 5}),
+        ("hydralora", {"balance_coef": 0.1}),
+        ("mtl_lora", {"balance_coef": 0.0}),
+        ("malora", {"top_k": 3}),
+    ],
+)
 def test_an_option_with_use_is_taken(method, option):
     ((name, value),) = option.items()
     assert getattr(Adapter(method, option).config(2), name) == value

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mosld
+from mosld.cli import merge as merge_verb
 from mosld.cli.main import build_parser, main
 from mosld.experiments import compare_merged
-from mosld.experiments import merge as merge_command
 from mosld.merging import descent
 from mosld.merging.methods import METHODS
 from tests.helpers.cli_data import write_data
@@ -130,8 +130,8 @@ def test_every_method_merges_and_the_order_of_the_adapters_changes_nothing(data,
 
 def test_the_entropy_falls_and_a_run_that_was_cut_off_goes_on_to_the_same_coefficients(data, tmp_path, monkeypatch):
     settings = ("--steps", "6", "--batch-size", "4", "--learning-rate", "0.05")
-    often = functools.partial(merge_command.AdaptiveSettings, save_steps=2)
-    monkeypatch.setattr(merge_command, "AdaptiveSettings", often)
+    often = functools.partial(merge_verb.AdaptiveSettings, save_steps=2)
+    monkeypatch.setattr(merge_verb, "AdaptiveSettings", often)
     assert merge(data, tmp_path / "whole", "adamerging_layer", *settings) == 0
     done, original = [], descent.Descent.done
 
@@ -174,13 +174,13 @@ def test_adaptive_methods_see_as_many_questions_as_were_asked_for(data, tmp_path
 def test_without_other_words_the_steps_are_the_papers():
     def steps(method, *more):
         options = build_parser().parse_args(["merge", "--method", method, "a", "--output", "o", *more])
-        settings = merge_command._settings(options)
+        settings = merge_verb.merge_settings(options)
         return settings.adaptive.steps, settings.concrete.steps
 
     assert steps("adamerging_task") == steps("adamerging_layer++") == (500, 2000)
     assert steps("concrete_task_arithmetic")[1] == 2000 and steps("concrete_adamerging") == (1000, 1000)
     assert steps("concrete_adamerging", "--steps", "7") == (7, 7)
-    own = compare_merged.chosen("concrete_adamerging,adamerging_task", None, ["lora"], "both")
+    own = compare_merged.parse_merges("concrete_adamerging,adamerging_task", None, ["lora"], "both")
     assert [(s.adaptive.steps, s.concrete.steps) for s in own.values()] == [(1000, 1000), (500, 2000)]
 
 
@@ -248,9 +248,10 @@ def test_embeddings_are_neither_sent_nor_realigned(data, tmp_path):
     (data / "tuned").symlink_to(tmp_path / "tuned")
     before = base(data).get_input_embeddings().weight
     for method, more, kept in (
-        ("task_arithmetic", (), False), ("r_mtllmf", (), True),
+        ("task_arithmetic", (), False),
+        ("r_mtllmf", (), True),
         ("r_mtllmf", ("--shots", "4", "--realign-rate", "1e-2"), True),
-    ):  # fmt: skip
+    ):
         output = tmp_path / f"{method}{len(more)}"
         assert merge(data, output, method, *more, adapters=("tuned",)) == 0
         model = AutoModelForCausalLM.from_pretrained(output / "model")

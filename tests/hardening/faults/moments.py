@@ -24,10 +24,9 @@ from typing import Any
 
 from transformers import Trainer
 
+from mosld.cli import merge as merge_verb
 from mosld.cli.main import main
-from mosld.experiments import commands, compare, compare_merged, compare_report
-from mosld.experiments import merge as merge_command
-from mosld.experiments import stages as training
+from mosld.experiments import compare, compare_merged, compare_report, merge, stages, train
 from mosld.merging import descent
 from tests.helpers.kills import TIMEOUT_S, processes
 
@@ -97,7 +96,7 @@ def _run(words: list[str], printed: Path, sender: Connection, moment: Moment | N
 
 def save_often() -> None:
     """For this process: a merge's state after every other step."""
-    for module in (compare_merged, merge_command):
+    for module in (compare_merged, merge_verb):
         module.AdaptiveSettings = functools.partial(module.AdaptiveSettings, save_steps=SAVE_STEPS)
         module.ConcreteSettings = functools.partial(module.ConcreteSettings, save_steps=SAVE_STEPS)
 
@@ -156,8 +155,8 @@ class _Told:
         setattr(place, name, outer)
 
     def listen(self) -> None:
-        self.around(training, "_train", "training")
-        for module in (compare_merged, merge_command):
+        self.around(stages, "_train", "training")
+        for module in (compare_merged, merge):
             self.around(module, "merge", "training")
         self.before(Trainer, "training_step", lambda own, *_: ("step", _stage(own), own.state.global_step + 1))
         self.around(
@@ -165,18 +164,18 @@ class _Told:
         )
         self.before(descent.Descent, "done", lambda own, _: ("step", own.label, len(own.losses) + 1))
         self.around(descent.Descent, "_save", "checkpointing", lambda own: ("kept", own.label, len(own.losses)))
-        for module in (training, compare_merged, merge_command):
+        for module in (stages, compare_merged, merge):
             self.around(module, "score_tasks", "scoring")
-        for module in (commands, compare, merge_command):
+        for module in (train, compare, merge):
             self.around(module, "finish", "writing", lambda folder, name, result: ("finished", name))
         self.before(compare, "_run_cell", lambda run, stage: ("cell", stage.name))
-        self.before(commands, "run_stage", lambda base, encoder, tasks, stage, *_: ("cell", stage.name))
-        self.around(training, "save_adapter", "writing")
-        self.around(commands, "_report", "writing")
-        self.around(compare_report, "write", "writing")
-        self.around(merge_command, "save_lora", "writing")
-        self.around(merge_command, "save_checkpoint", "writing")
-        self.around(merge_command, "write_text_atomic", "writing")
+        self.before(train, "run_stage", lambda base, encoder, tasks, stage, *_: ("cell", stage.name))
+        self.around(stages, "save_adapter", "writing")
+        self.around(train, "_report", "writing")
+        self.around(compare_report, "write_comparison", "writing")
+        self.around(merge, "save_lora", "writing")
+        self.around(merge, "save_checkpoint", "writing")
+        self.around(merge, "write_text_atomic", "writing")
 
 
 def _stage(trainer: Trainer) -> str:

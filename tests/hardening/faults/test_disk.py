@@ -130,11 +130,11 @@ def test_without_a_disk_of_its_own_a_write_that_is_refused_ends_in_the_same_word
 
 
 def test_an_error_of_the_programs_own_keeps_its_traceback(data, tmp_path, monkeypatch):
-    from mosld.experiments import commands
+    from mosld.cli import train as train_verb
 
     def fail(run):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "train", fail)
+    monkeypatch.setattr(train_verb, "run_training", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(words(data, tmp_path / "run", *TRAIN))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft.tuners.lora import LoraModel
 
+from mosld.cli import compare as compare_verb
 from mosld.cli.main import main
-from mosld.experiments import compare, compare_merged
+from mosld.experiments import compare
 from mosld.experiments import stages as training
-from mosld.experiments.compare import plan
+from mosld.experiments.plan import plan_comparison, plan_merges
 from mosld.files.errors import LESS_MEMORY, explain, out_of_memory
 from tests.experiments.test_compare import recorded_cells
 from tests.hardening.faults.fifty_kills import COMPARE, compare_folders
@@ -44,8 +45,8 @@ def whole(data, tmp_path_factory):
 
 
 def cells():
-    names = [stage.name for stage in plan(["lora", "mosld"], ["mixture", "single"], 1, ["even", "vowel"])]
-    return [*names, *(stage.name for stage in compare_merged.plan(["ties-merged", "adamerging_layer-merged"], 1))]
+    names = [stage.name for stage in plan_comparison(["lora", "mosld"], ["mixture", "single"], 1, ["even", "vowel"])]
+    return [*names, *(stage.name for stage in plan_merges(["ties-merged", "adamerging_layer-merged"], 1))]
 
 
 def finished(folder):
@@ -147,7 +148,8 @@ def test_one_of_several_processes_does_not_go_on_alone(data, tmp_path, monkeypat
             pass
 
     monkeypatch.setattr(compare, "run_stage", fail)
-    monkeypatch.setattr(compare, "PartialState", Two)
+    for module in (compare_verb, compare):
+        monkeypatch.setattr(module, "PartialState", Two)
     assert main(words(data, tmp_path / "run", *MORE, command="compare")) == 1
     assert ran == ["lora-seed0"] and "\n  lora-seed0: CUDA out of memory. Tried" in capsys.readouterr().err
 

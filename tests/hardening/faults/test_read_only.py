@@ -98,11 +98,11 @@ def test_an_unfinished_run_with_a_part_that_cannot_be_written_is_refused_and_goe
 
 @pytest.mark.slow
 def test_a_folder_that_becomes_read_only_while_it_trains_is_told_with_the_file(data, tmp_path, monkeypatch, capsys):
-    from mosld.experiments import commands
+    from mosld.experiments import train
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path / "run" / "stages"))
 
-    monkeypatch.setattr(commands, "finish", refuse)
+    monkeypatch.setattr(train, "finish", refuse)
     assert main(words(data, tmp_path / "run", *MORE)) == 1
     assert f"{tmp_path / 'run' / 'stages'} cannot be written or read: Permission denied" in capsys.readouterr().err

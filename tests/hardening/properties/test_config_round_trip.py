@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mosld import MoSLDConfig
-from mosld.analysis.config_text import read_config
+from mosld.analysis.config_text import parse_config
 from mosld.presets import PRESETS
 from tests.hardening.properties.configurations import LAYERS, WRONG, configurations
 from tests.hardening.properties.profile import cases
@@ -47,9 +47,9 @@ def same(found: peft.PeftConfig, config: MoSLDConfig) -> None:
 def test_json_and_back_is_the_same_configuration(folder, drawn):
     _, _, config = drawn
     config.save_pretrained(str(folder))
-    for read in (MoSLDConfig.from_pretrained, peft.PeftConfig.from_pretrained, read_config):
+    for read in (MoSLDConfig.from_pretrained, peft.PeftConfig.from_pretrained, parse_config):
         same(read(str(folder)), config)
-    same(read_config(str(folder / CONFIG)), config)
+    same(parse_config(str(folder / CONFIG)), config)
     same(MoSLDConfig(**json.loads(as_json(config))), config)
 
 
@@ -58,9 +58,9 @@ def test_a_preset_and_its_fields_as_text_are_the_same_configuration(folder, draw
     name, own, config = drawn
     path = folder / "settings.json"
     path.write_text(json.dumps({"preset": name, **own}))
-    same(read_config(str(path)), config)
+    same(parse_config(str(path)), config)
     pairs = ",".join(f"{field}={json.dumps(value)}" for field, value in own.items())
-    same(read_config(f"{name}:{pairs}" if pairs else name), config)
+    same(parse_config(f"{name}:{pairs}" if pairs else name), config)
 
 
 def test_every_field_of_its_own_has_values_that_are_refused():
@@ -104,7 +104,7 @@ def test_a_file_with_such_a_value_is_refused_by_name(folder, drawn, wrong):
     field, value = wrong
     text = json.dumps({**json.loads(as_json(config)), field: value})
     (folder / CONFIG).write_text(text)
-    for read in (MoSLDConfig.from_pretrained, read_config):
+    for read in (MoSLDConfig.from_pretrained, parse_config):
         with pytest.raises(ValueError) as caught:
             read(str(folder))
         named(caught.value, field, value)
@@ -125,5 +125,5 @@ def test_fields_of_a_newer_version_are_named_and_left_out(folder, drawn, unknown
         ", ".join(sorted(unknown))
     ]
     with pytest.raises(ValueError, match="there is no field ") as error:
-        read_config(str(folder))
+        parse_config(str(folder))
     assert str(folder / CONFIG) in str(error.value) and ", ".join(sorted(unknown)) in str(error.value)

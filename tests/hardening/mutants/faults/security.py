@@ -172,8 +172,8 @@ FAULTS = [
     Fault(
         "any_name_of_transformers_is_a_model",
         "mosld/analysis/known_models.py",
-        "if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]",
-        "if cls]",
+        "if isinstance(cls, type) and issubclass(cls, PreTrainedModel):",
+        "if cls:",
         "a config.json has any function of transformers called",
         CODE,
     ),
