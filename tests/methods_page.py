@@ -194,7 +194,7 @@ def _operator() -> str:
             "",
             *_table(
                 ("`router`", "the logits or gates are", "presets"),
-                ((f"`{n}`", text, _users(configs, lambda m, n=n: m.router == n)) for n, text in ROUTERS.items()),
+                ((f"`{n}`", r.description, _users(configs, lambda m, n=n: m.router == n)) for n, r in ROUTERS.items()),
             ),
             "",
             "**Gates**, `gate=`, in float32; logits are divided by `temperature` first. `grouped`, `dense` and `select` make their own.",

@@ -155,7 +155,7 @@ def cost_per_token(layer: Any) -> tuple[float, float, float]:
     """
     (adapter,) = layer.mixtures.values()
     device, m = next(layer.parameters()).device, adapter.mixture
-    gates = torch.empty(1, m.kind.gates(m), device=device) if m.router == "external" else None
+    gates = torch.empty(1, m.num_gates, device=device)  # for routers that take them from the caller
     given, adapter.routing = adapter.routing, Routing(torch.zeros(1, dtype=torch.long, device=device), gates)
     try:
         ends = [(_cost(layer, layer.in_features, n), _cost(layer.base_layer, layer.in_features, n)) for n in LENGTHS]

@@ -86,6 +86,8 @@ class MoSLDAdapter(nn.Module):
         self.mixture = m = Mixture(**hyperparameters)
         self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
         self.top_k = m.experts_per_token
+        self._can_fuse = m.uses_fused_operator
+        self._can_keep_hidden = m.tokens_choose and m.mixing in ("expand", "diagonal")
         shapes = m.shapes(in_features, out_features)
         if not shapes.keys() <= set(self.parts):
             of_block = m.kind.block is not None
@@ -132,8 +134,8 @@ class MoSLDAdapter(nn.Module):
         m = self.mixture
         init_weight(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
-        if self.router is not None and m.router == "constant":
-            nn.init.constant_(self.router.weight, 1 / m.num_experts)
+        if self.router is not None and m.router_kind.start is not None:
+            m.router_kind.start(self.router.weight, m)
         elif self.router is not None:
             init_weight(self.router.weight, m.router_std)
         if self.tasks is not None:
@@ -151,18 +153,18 @@ class MoSLDAdapter(nn.Module):
         (torch.Size([2, 3, 5]), tensor(False))
         """
         self._expect_whole()
-        keeps_hidden = self.keep_hidden and self.mixture.tokens_choose and self.mixture.mixing in ("expand", "diagonal")
-        staged = keeps_hidden or not self.mixture.uses_fused_operator
+        keeps_hidden = self.keep_hidden and self._can_keep_hidden
+        staged = keeps_hidden or not self._can_fuse
         out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
         if self.keep_logits:
             self.router_logits = logits
         if self.keep_hidden:
             self.hidden, self.gram = hidden, gram
-        return self._settled(out, router_logits=logits, hidden=hidden, gram=gram)
+        return self._with_deferred_grads(out, router_logits=logits, hidden=hidden, gram=gram)
 
-    def _settled(self, out: Tensor, **made: Tensor | None) -> Tensor:
-        return out if self.deferred_grads is None else attach(self, out, made)
+    def _with_deferred_grads(self, out: Tensor, **kept: Tensor | None) -> Tensor:
+        return out if self.deferred_grads is None else attach(self, out, kept)
 
     def _gram(self, z: Tensor) -> Tensor:
         """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
@@ -219,7 +221,7 @@ class MoSLDAdapter(nn.Module):
 
         out, _ = staged_linear(
             x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
-            router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
+            router_weight=self.router.weight if m.router_kind.linear else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
         return out, routed[0] if routed and m.tokens_choose else None, hidden[0]

@@ -92,7 +92,7 @@ class BlockAdapter(MoSLDAdapter):
         logits = logits.view(*leading, logits.shape[-1])
         if self.keep_logits:
             self.router_logits = logits if m.tokens_choose else None
-        return self._settled(out, router_logits=logits)
+        return self._with_deferred_grads(out, router_logits=logits)
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [T, E] -> the gates of each token's slots and whose they are, each [T, K]"""

@@ -22,6 +22,7 @@ from ..convert.fixed_gates import PREFIX
 from ..files.adapter_folder import CONFIG, WEIGHTS, check_weights, read_config, read_json
 from ..files.model_folder import INDEX, files_of
 from ..files.safe_regex import check_expressions
+from ..mixture.gates import saved_fixed_gates
 from ..tuner.config import MoSLDConfig
 from ..tuner.weights import AdapterWeights
 
@@ -258,9 +259,9 @@ def _read_mosld(folder: Path) -> TaskVector:
 
 
 def _fixed_gates(mixture: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-    if mixture.router == "constant":
-        return tensors["router"][0].double()
-    return torch.full((mixture.num_experts,), 1.0 if mixture.router == "none" else 1 / mixture.num_experts).double()
+    if mixture.router_kind.fixed:
+        return saved_fixed_gates(mixture, tensors.get("router"), like=tensors["shared_a"].double())
+    return torch.full((mixture.num_experts,), 1 / mixture.num_experts).double()
 
 
 def _scaled(up: Tensor, scale: float) -> Tensor:

@@ -158,7 +158,7 @@ def _select(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
 
 
 def _check_block(m: Mixture) -> None:
-    if m.router != "token":
+    if not m.router_kind.linear:
         raise ValueError(f"router={m.router!r} contradicts mixing='block', whose router is linear on the block's input")
     for name in ("up_dropout", "hidden_dropout"):
         if getattr(m, name):
