@@ -24,6 +24,7 @@ from tests.tasks.test_scoring import byte_tokenizer
 # Pages whose Python is run, from its text, by tests that look closer.
 ELSEWHERE = {
     "docs/new_mixture.md": "tests/mixture/test_new_mixing.py",
+    "docs/tutorials/new_router.md": "tests/mixture/test_new_router.py",
     "docs/methods.md": "tests/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints

@@ -1,10 +1,10 @@
-"""Gradients for what a layer keeps of its last forward (router logits, say), under any kind of activation checkpointing.
+"""Gradients for what a layer keeps of its last forward, such as router logits, under any activation checkpointing.
 
 A loss over kept tensors goes through them into the layers, by itself, where the forward kept a graph. Under reentrant
-checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of which
-nothing but the layer's output is asked. So there the loss works on stand-ins, each of which stores the gradient that
-arrives for it at its adapter, and the recomputation takes it along (`attach`). That works because autograd goes through
-what was made last first: the loss before the layers.
+checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of
+which nothing but the layer's output is asked. So there the loss works on stand-ins, each of which stores the gradient
+that arrives for it at its adapter, and the recomputation takes it along (`attach`). That works because autograd goes
+through what was made last first: the loss before the layers.
 """
 
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ class KeptTensors:
         """`adapter`'s kept tensor called `what`, or a stand-in that carries its gradient to the recomputation.
 
         through: a weight on the tensor's way; while it is trained a gradient must arrive.
-        raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation was
-        expected and did not come, backward raises it.
+        raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation
+        was expected and did not come, backward raises it.
         """
         tensor: Tensor = getattr(adapter, what)
         if tensor.requires_grad or not torch.is_grad_enabled():
@@ -67,8 +67,8 @@ class KeptTensors:
             adapter.deferred_grads = None
         if missed:
             raise RuntimeError(
-                f"the loss waited for {missed[0]} to be run again in backward, which did not happen: its last forward kept "
-                "no gradient and was no part of activation checkpointing"
+                f"the loss waited for {missed[0]} to be run again in backward, which did not happen: its last forward "
+                "kept no gradient and was no part of activation checkpointing"
             )
 
 
@@ -92,8 +92,8 @@ class _StandIn(torch.autograd.Function):
 def attach(adapter: DeferredGrads, out: Tensor, kept: Mapping[str, Tensor | None]) -> Tensor:
     """A layer's output, whose backward takes the deferred gradients into what this forward `kept`, by name."""
     deferred, adapter.deferred_grads = adapter.deferred_grads, None
-    # A gradient that is deferred outside backward is left from one that broke off. A compiled layer cannot ask whether it
-    # is inside; there, `forget_routing` takes away what is left.
+    # A gradient that is deferred outside backward is left from one that broke off. A compiled layer cannot ask whether
+    # it is inside; there, `forget_routing` takes away what is left.
     if deferred is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
         return out
     tensors, grads = [], []

@@ -36,7 +36,8 @@ def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
     if ids is None:
         raise RuntimeError(
             f"mixing={adapter.mixture.mixing!r} with router={adapter.mixture.router!r} asks for the task of every row: "
-            "call mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` column"
+            "call mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` "
+            "column"
         )
     return _for_rows("task_ids", ids.to(x.device), x.shape[0] if x.dim() > 1 else 1)
 
@@ -51,7 +52,7 @@ def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
 
 
 def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
-    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype and on its device."""
+    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device."""
     given: Tensor = adapter.routing_input(name)
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
@@ -78,7 +79,7 @@ def router_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor, logits: Tensor |
 
 
 def gates_without_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
-    """x [..., D_in], z [..., R_in] -> gates that no gate function makes, [n] or [..., n]: parameters, the caller's, or ones."""
+    """x [..., D_in], z [..., R_in] -> gates that no gate function makes, [n] or [..., n]."""
     return _route(adapter, x, z)
 
 
@@ -101,7 +102,7 @@ class _SavedRouter:
 
 
 def saved_fixed_gates(mixture: Any, weight: Tensor | None, like: Tensor) -> Tensor:
-    """The fixed gates [n] of a saved layer, of its router's weight where it has one, in `like`'s dtype and on its device."""
+    """The fixed gates [n] of a saved layer, of its router's weight or None, in `like`'s dtype and on its device."""
     return mixture.router_kind.route(like, like, None if weight is None else weight.to(like), _SavedRouter(mixture))
 
 

@@ -1,4 +1,4 @@
-"""The mixings of the methods that we know, as `MoSLDConfig(mixing=...)` names them. The arithmetic is `mosld_kernels.mixing`'s."""
+"""The known methods' mixings, as `MoSLDConfig(mixing=...)` names them. The arithmetic is `mosld_kernels.mixing`'s."""
 
 import math
 from typing import Any
@@ -163,8 +163,8 @@ def _check_block(m: Mixture) -> None:
     for name in ("up_dropout", "hidden_dropout"):
         if getattr(m, name):
             raise ValueError(
-                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of what "
-                "goes into A (input_dropout)"
+                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of "
+                "what goes into A (input_dropout)"
             )
 
 

@@ -21,15 +21,18 @@ class Router:
     """Who decides a token's gates. Functions of "m" take the Mixture, which is built on this registry.
 
     Attributes:
-        route: (x [..., in_features], z [..., rows of A], weight or None, the layer's MoSLDAdapter) -> logits [..., n], before
-            the temperature; n is `m.num_gates`. Sizes of 1 broadcast over tokens. weight and z are in the routing's
-            dtype (float32, or float64 of a float64 layer), x is in the layer's.
+        route: (x [..., in_features], z [..., rows of A], weight or None, the layer's MoSLDAdapter) -> logits [..., n],
+            before the temperature; n is `m.num_gates`. Sizes of 1 broadcast over tokens. weight and z are in the
+            routing's dtype (float32, or float64 of a float64 layer), x is in the layer's.
         description: What the logits or gates are, in a line.
         weight: (m, in_features) -> shape of its trained weight. None where it has none.
         start: (weight, m) fills a new weight in place. None starts it as `router_std` says.
-        has_logits: Whether `route` returns logits. Otherwise it returns the gates themselves, and no gate function applies.
-        linear: Whether `route` is x W^T. The layer then computes it together with A x, in the fused operator where it can.
-        tokens_choose: Whether each token is routed by itself, so that load balance and router statistics mean something.
+        has_logits: Whether `route` returns logits. Otherwise it returns the gates themselves, and no gate function
+            applies.
+        linear: Whether `route` is x W^T. The layer then computes it together with A x, in the fused operator where it
+            can.
+        tokens_choose: Whether each token is routed by itself, so that load balance and router statistics mean
+            something.
         fixed: Whether gates depend on the weight alone. Such gates are exported as they are.
         sums_to_one: (m) -> whether a token's gates sum to one in a new layer, as a softmax makes them.
         needs_tasks: Whether it asks for task ids, and so for `num_tasks`.
@@ -152,7 +155,8 @@ def _by_task(x: Tensor, z: Tensor, weight: Tensor, adapter: RoutedAdapter) -> Te
 def _external(x: Tensor, z: Tensor, weight: None, adapter: RoutedAdapter) -> Tensor:
     if adapter.routing_input("gates") is None:
         raise RuntimeError(
-            "router='external' takes its gates from the caller: call mosld.set_routing(model, gates=...) before the model"
+            "router='external' takes its gates from the caller: call mosld.set_routing(model, gates=...) before the "
+            "model"
         )
     return broadcast_per_row(adapter, "gates", z.new_empty(()).expand(*x.shape[:-1], adapter.mixture.num_gates))
 

@@ -1,7 +1,7 @@
 """What the mixture of one layer is: how many of what, which mixing matrix, who routes, where dropout falls.
 
-Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table in
-docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` and `register_router` add what is not here.
+Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table
+in docs/methods.md). `Mixture` holds the choices, checked; `register_mixing` and `register_router` add what is not here.
 """
 
 import math
@@ -36,7 +36,8 @@ class Mixture:
 
     Args:
         r, alpha, num_experts, ...: The fields have the names and meanings of those of `mosld.MoSLDConfig`, which
-            documents them and takes its defaults from here. `num_experts` is that of this layer. `mixing` is never None.
+            documents them and takes its defaults from here. `num_experts` is that of this layer. `mixing` is never
+            None.
 
     Raises:
         ValueError: A value cannot be used, or two contradict each other. The message has the rule and the values.

@@ -1,4 +1,4 @@
-"""The example of docs/new_mixture.md, run from its text: it computes what it says, trains, saves and leaves as a LoRA."""
+"""The example of docs/new_mixture.md, run from its text: it computes what it says, trains, saves and is exported."""
 
 import peft
 import pytest
