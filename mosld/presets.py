@@ -125,7 +125,7 @@ def mosld_up(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def hydralora(**overrides: Any) -> MoSLDConfig:
-    """HydraLoRA (arXiv 2404.19245, Eq. 2 to 4): shared A, softmax over all 3 experts, dropout 0.05 on x, no balance loss.
+    """HydraLoRA (arXiv 2404.19245, Eq. 2 to 4): shared A, softmax over 3 experts, dropout 0.05 on x, no balance loss.
 
     The paper's figures are of r 8 and 3 experts, its script's of r 4, alpha 32 and 4. Its code draws the dropout on x
     anew for every expert and multiplies A as often; here all experts see one. Its parameter counts leave the router
@@ -196,8 +196,8 @@ def mixlora(**overrides: Any) -> MoSLDConfig:
     Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the
     balance loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the
     dropout for every expert and layer anew; here gate and up of all experts see one. Its other routers are
-    gate="top_p", and top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base model. No LoRA
-    equals it.
+    gate="top_p", and top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base
+    model. No LoRA equals it.
 
     >>> from mosld import presets
     >>> block = presets.mixlora(r=2, num_experts=4).mixture_of("mlp").shapes(6, 8)  # of hidden and intermediate size

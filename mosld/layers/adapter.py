@@ -248,10 +248,12 @@ class MoSLDAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         m = self.mixture
-        more = [f"{name}={getattr(m, name)!r}" for name in FIELDS if getattr(m, name) != getattr(_DEFAULT, name)]
         first = ("r", "alpha", "num_experts", "top_k", "dropout")
-        more = [text for text in more if text.partition("=")[0] not in first]
-        return ", ".join([*(f"{name}={getattr(m, name)}" for name in first), *more])
+        texts = [f"{name}={getattr(m, name)}" for name in first]
+        for name in FIELDS:
+            if name not in first and getattr(m, name) != getattr(_DEFAULT, name):
+                texts.append(f"{name}={getattr(m, name)!r}")
+        return ", ".join(texts)
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.

@@ -57,9 +57,10 @@ def set_routing(
     adapters = list(all_adapters(model))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no MoSLD layer")
-    ids = None if task_ids is None else _checked_ids(task_ids, [adapter for _, adapter in adapters])
-    by_layer = gates if isinstance(gates, Mapping) else dict.fromkeys((name for name, _ in adapters), gates)
-    if unknown := sorted(by_layer.keys() - {name for name, _ in adapters}):
+    names = [name for name, _ in adapters]
+    ids = None if task_ids is None else _checked_ids(task_ids, adapters)
+    by_layer = gates if isinstance(gates, Mapping) else dict.fromkeys(names, gates)
+    if unknown := sorted(by_layer.keys() - set(names)):
         raise ValueError(f"gates name layers that are not adapted: {', '.join(unknown)}")
     for name, adapter in adapters:
         device = next(adapter.parameters()).device  # a block has no shared_a
@@ -67,12 +68,12 @@ def set_routing(
         adapter.routing = Routing(own, by_layer.get(name), prior)
 
 
-def _checked_ids(task_ids: Any, adapters: list[MoSLDAdapter]) -> Tensor:
+def _checked_ids(task_ids: Any, adapters: list[tuple[str, MoSLDAdapter]]) -> Tensor:
     ids = torch.as_tensor(task_ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() > 1:
         raise ValueError(f"task_ids must be integers, one or [batch], got {ids.dtype} {list(ids.shape)}")
     ids = ids.reshape(-1).long()
-    for tasks in {adapter.mixture.num_tasks for adapter in adapters if adapter.mixture.num_tasks is not None}:
+    for tasks in {a.mixture.num_tasks for _, a in adapters if a.mixture.num_tasks is not None}:
         # On a GPU the embedding says so by itself, and nobody waits for it here.
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tasks:
             raise ValueError(f"task_ids must be in [0, num_tasks={tasks}), got {ids.tolist()}")

@@ -28,7 +28,10 @@ def last_routing(
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
     if not any(adapter.mixture.tokens_choose for _, adapter in adapters):
         raise ValueError(f"there is {no_choice(adapters[0][1])}")
-    ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
+    ran: list[tuple[str, MoSLDAdapter, Tensor]] = []
+    for name, adapter in adapters:
+        if adapter.router_logits is not None:
+            ran.append((name, adapter, adapter.router_logits))
     if not ran:
         raise RuntimeError(
             "no MoSLD layer has run yet: call the model before asking for its routing, with MoSLDAdapter.keep_logits on"
@@ -139,13 +142,17 @@ class RouterUse:
 
     def stats(self) -> dict[str, dict[str, RouterStats]]:
         """group -> layer name -> RouterStats of everything counted so far."""
-        return {group: {name: _stats(sums) for name, sums in own.items()} for group, own in self._sums.items()}
+        by_group: dict[str, dict[str, RouterStats]] = {}
+        for group, own in self._sums.items():
+            by_group[group] = {name: _stats(sums) for name, sums in own.items()}
+        return by_group
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
         """group -> layer name -> each expert's share of the chosen places; shares sum to 1."""
-        return {
-            group: {name: own.load.tolist() for name, own in layers.items()} for group, layers in self.stats().items()
-        }
+        by_group: dict[str, dict[str, list[float]]] = {}
+        for group, layers in self.stats().items():
+            by_group[group] = {name: own.load.tolist() for name, own in layers.items()}
+        return by_group
 
 
 def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
