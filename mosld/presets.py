@@ -162,7 +162,7 @@ def loramoe(**overrides: Any) -> MoSLDConfig:
     """LoRAMoE (arXiv 2312.09979): an A and a B per expert, a softmax over all 8, r 4, alpha 32, dropout 0.05 on x.
 
     Adapts the feed-forward layers (gate, up, down) in the paper. Its localised balance loss is
-    `mosld.training.localized.localized_balance_loss`; the shipped script gives it no weight.
+    `mosld.losses.localized_balance_loss`; the shipped script gives it no weight.
 
     >>> from mosld import presets
     >>> mixture = presets.loramoe(num_experts=2).mixture_of("up_proj")
