@@ -18,6 +18,7 @@ from .layers.linear import MoSLDLinear  # noqa: E402
 from .layers.routing import forget_routing, set_routing  # noqa: E402
 from .layers.stats import RouterStats, router_stats  # noqa: E402
 from .mixture.registry import register_mixing  # noqa: E402
+from .mixture.routers import register_router  # noqa: E402
 from .training.balance import balance_loss  # noqa: E402
 from .training.contrastive import contrastive_loss  # noqa: E402
 from .training.localized import localized_balance_loss  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "localized_balance_loss",
     "presets",
     "register_mixing",
+    "register_router",
     "router_stats",
     "set_routing",
 ]

@@ -3,8 +3,8 @@
 A preset is a function: keyword overrides in, MoSLDConfig out. Its values are the paper's or its code's where they are
 known; what the sources leave open is said in the docstring. `PRESETS` has all of them by name.
 
-Batch mates, padding and later tokens change nothing, unless the docstring says that a method routes by the whole sequence.
-Methods that route by task follow each row's own task.
+Batch mates, padding and later tokens change nothing, unless the docstring says that a method routes by the whole
+sequence. Methods that route by task follow each row's own task.
 
 >>> from mosld import presets
 >>> presets.hydralora(target_modules=["q_proj"], r=4).mixture_of("q_proj").shapes(6, 5)  # one A, three B's
@@ -40,10 +40,10 @@ def preset(name: str, **overrides: Any) -> MoSLDConfig:
 
 
 def experts_by_depth(blocks: int, *experts: int) -> dict[str, int]:
-    """A num_experts_pattern: equal parts of a model's blocks, from the first to the last, have these numbers of experts.
+    """A num_experts_pattern: equal parts of a model's blocks, first to last, have these numbers of experts.
 
-    `experts_by_depth(32, 8, 6, 4, 2)` is MoSLD's setting of LLaMA-2-7B. For models whose blocks are called layers, layer, h
-    or block, as in LLaMA, BERT, GPT-2 and T5.
+    `experts_by_depth(32, 8, 6, 4, 2)` is MoSLD's setting of LLaMA-2-7B. For models whose blocks are called layers,
+    layer, h or block, as in LLaMA, BERT, GPT-2 and T5.
     raises ValueError for more parts than blocks.
 
     >>> from mosld import MoSLDConfig, presets
@@ -125,10 +125,11 @@ def mosld_up(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def hydralora(**overrides: Any) -> MoSLDConfig:
-    """HydraLoRA (arXiv 2404.19245, Eq. 2 to 4): a shared A, a softmax over all 3 experts, dropout 0.05 on x, no balance loss.
+    """HydraLoRA (arXiv 2404.19245, Eq. 2 to 4): shared A, softmax over 3 experts, dropout 0.05 on x, no balance loss.
 
-    The paper's figures are of r 8 and 3 experts, its script's of r 4, alpha 32 and 4. Its code draws the dropout on x anew
-    for every expert and multiplies A as often; here all experts see one. Its parameter counts leave the router out.
+    The paper's figures are of r 8 and 3 experts, its script's of r 4, alpha 32 and 4. Its code draws the dropout on x
+    anew for every expert and multiplies A as often; here all experts see one. Its parameter counts leave the router
+    out.
 
     >>> from mosld import presets
     >>> mixture = presets.hydralora(r=4).mixture_of("q_proj")
@@ -144,8 +145,9 @@ def hydralora(**overrides: Any) -> MoSLDConfig:
 def mola(**overrides: Any) -> MoSLDConfig:
     """MoLA (arXiv 2402.08562): an A and a B per expert, top-2 renormalised, r 8, alpha 16, dropout 0.05 on x.
 
-    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: `experts_by_depth(32, 2, 4, 6, 8)`. Its
-    code draws the dropout for every expert anew; here all see one. Its balance loss is optional, with weight 1e-3.
+    2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: `experts_by_depth(32, 2, 4, 6,
+    8)`. Its code draws the dropout for every expert anew; here all see one. Its balance loss is optional, with weight
+    1e-3.
 
     >>> from mosld import presets
     >>> config = presets.mola(r=2, num_experts_pattern=presets.experts_by_depth(32, 2, 4, 6, 8))
@@ -175,8 +177,8 @@ def loramoe(**overrides: Any) -> MoSLDConfig:
 def moelora(**overrides: Any) -> MoSLDConfig:
     """MoELoRA (arXiv 2402.12851): MoLA's form with a contrastive loss between experts.
 
-    We have not read the paper's body: the forward is MoLA's, r, experts and weights are guesses, and the contrastive loss,
-    `mosld.losses.contrastive_loss`, is the stated best reading.
+    We have not read the paper's body: the forward is MoLA's, r, experts and weights are guesses, and the contrastive
+    loss, `mosld.losses.contrastive_loss`, is the stated best reading.
 
     >>> from mosld import presets
     >>> presets.moelora() == presets.mola()  # the loss is what differs
@@ -187,13 +189,15 @@ def moelora(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def mixlora(**overrides: Any) -> MoSLDConfig:
-    """MixLoRA (TUDB, arXiv 2404.15159): each expert is a whole SwiGLU feed-forward block with LoRAs on its three layers, top-2
-    of 8 by one router per block; plain LoRAs on q, k, v, o. r 16, alpha 32, dropout 0.05 on what goes into A.
+    """MixLoRA (TUDB, arXiv 2404.15159): each expert is a whole SwiGLU feed-forward block with LoRAs on its three
+    layers, top-2 of 8 by one router per block; plain LoRAs on q, k, v, o. r 16, alpha 32, dropout 0.05 on what goes
+    into A.
 
-    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the balance
-    loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the dropout
-    for every expert and layer anew; here gate and up of all experts see one. Its other routers are gate="top_p", and
-    top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base model. No LoRA equals it.
+    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the
+    balance loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the
+    dropout for every expert and layer anew; here gate and up of all experts see one. Its other routers are
+    gate="top_p", and top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base
+    model. No LoRA equals it.
 
     >>> from mosld import presets
     >>> block = presets.mixlora(r=2, num_experts=4).mixture_of("mlp").shapes(6, 8)  # of hidden and intermediate size
@@ -211,8 +215,8 @@ def mixlora(**overrides: Any) -> MoSLDConfig:
 def moelora_medical(**overrides: Any) -> MoSLDConfig:
     """MOELoRA, medical (arXiv 2310.18339): 8 experts of rank 1 (in all rank 8), a softmax of an embedding of the task.
 
-    Asks for task ids (`mosld.set_routing`) and num_tasks, 8 unless said. The paper splits a total rank of 8 and scales by
-    alpha over that total: here r is one expert's rank, so alpha=2 with r=1 stands for its 16 / 8. A ~ N(0, 0.01^2).
+    Asks for task ids (`mosld.set_routing`) and num_tasks, 8 unless said. The paper splits a total rank of 8 and scales
+    by alpha over that total: here r is one expert's rank, so alpha=2 with r=1 stands for its 16 / 8. A ~ N(0, 0.01^2).
 
     >>> from mosld import presets
     >>> presets.moelora_medical(num_tasks=3).mixture_of("q_proj").shapes(6, 5)
@@ -227,7 +231,9 @@ def moelora_medical(**overrides: Any) -> MoSLDConfig:
 
 @_preset
 def malora(**overrides: Any) -> MoSLDConfig:
-    """MALoRA (arXiv 2410.22782): a shared A, a core P_e [r_up, r] per expert, top-2 of 8: y = W0 x + s sum_k g_k B_k P_k A x.
+    """MALoRA (arXiv 2410.22782): shared A, a core P_e [r_up, r] per expert, top-2 of 8.
+
+    y = W0 x + s sum_k g_k B_k P_k A x
 
     mixing_options: r_up=12, the rank of the experts' B. Taken from two re-implementations, which differ in how A and P
     start: here both Kaiming-uniform (one takes A from an SVD of stacked A's). Its rule for r_up and its loss weight are
@@ -266,7 +272,7 @@ def mode(**overrides: Any) -> MoSLDConfig:
     No alpha is given: the update is not scaled. A ~ N(0, 0.01^2) is of the paper's motivating study.
 
     >>> from mosld import presets
-    >>> presets.mode(num_experts=2).mixture_of("q_proj").shapes(6, 5)  # a softmax over the 2 experts for each of 4 ranks
+    >>> presets.mode(num_experts=2).mixture_of("q_proj").shapes(6, 5)  # a softmax over 2 experts for each rank
     {'shared_a': (4, 6), 'expert_b': (5, 8), 'router': (8, 6)}
     """
     defaults = dict(
@@ -280,8 +286,8 @@ def mor1e(**overrides: Any) -> MoSLDConfig:
     """Intuition-MoR1E, later T-REX (arXiv 2404.08985): r rows of A and r_up columns of B, every pair of them an expert.
 
     y = W0 x + sigma(100 b) B M(x) A x,   M = w 32 softmax(router(x)) + (1 - w) 4 rho,   w = sigma(100 v), 32 = r r_up.
-    rho is the prior of a sequence's cluster, [batch, r r_up] to `mosld.set_routing(model, prior=...)`; without it its term
-    is left out, which is our choice. r 4, r_up 8 in mixing_options, the router starts at zero, alpha is not used.
+    rho is the prior of a sequence's cluster, [batch, r r_up] to `mosld.set_routing(model, prior=...)`; without it its
+    term is left out, which is our choice. r 4, r_up 8 in mixing_options, the router starts at zero, alpha is not used.
 
     >>> from mosld import presets
     >>> presets.mor1e(r=2, mixing_options={"r_up": 3}).mixture_of("q_proj").shapes(6, 5)  # the mixer is v and b
@@ -300,10 +306,11 @@ def mixlora_conditional(**overrides: Any) -> MoSLDConfig:
     """Conditional Mixture-of-LoRA (multimodal MixLoRA, arXiv 2402.15896): per sequence r of num_experts rows of A and,
     given these, r columns of B, paired by rank order and not weighted.
 
-    Routes on the mean of x over the whole sequence, so later tokens change earlier ones; so does padding, and through it batch
-    mates. With a cache each step of `generate` routes on its own tokens alone: say use_cache=False. The released
-    selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a softmax,
-    False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight is its weight.
+    Routes on the mean of x over the whole sequence, so later tokens change earlier ones; so does padding, and through
+    it batch mates. With a cache each step of `generate` routes on its own tokens alone: say use_cache=False. The
+    released selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a
+    softmax, False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight
+    is its weight.
 
     >>> from mosld import presets
     >>> presets.mixlora_conditional(r=2, num_experts=4).mixture_of("q_proj").shapes(6, 5)

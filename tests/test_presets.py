@@ -1,4 +1,4 @@
-"""Every preset through PEFT on a small LLaMA: starts as the base, trains, saves, compiles, and leaves others' tokens alone."""
+"""Every preset through PEFT on a small LLaMA: starts as the base, trains, saves, compiles, leaves others' tokens."""
 
 import copy
 import pickle

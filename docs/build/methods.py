@@ -152,8 +152,8 @@ def _mixings() -> str:
 
 def _routers() -> str:
     rows = []
-    for name, text in ROUTERS.items():
-        rows.append((f"`{name}`", text, _users("router", name)))
+    for name, router in ROUTERS.items():
+        rows.append((f"`{name}`", router.description, _users("router", name)))
     return "\n".join(table(("`router`", "the logits or gates are", "presets"), rows))
 
 

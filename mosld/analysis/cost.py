@@ -183,9 +183,7 @@ def cost_per_token(layer: Any) -> tuple[float, float, float]:
     adapter = _adapter_of(layer)
     mixture = adapter.mixture
     device = next(layer.parameters()).device
-    gates = None
-    if mixture.router == "external":  # which must come from somewhere
-        gates = torch.empty(1, mixture.kind.gates(mixture), device=device)
+    gates = torch.empty(1, mixture.num_gates, device=device)  # for routers that take them from the caller
     # Methods that route by task need one, and it is the same for all tokens: the cost is that of any task.
     given = adapter.routing
     adapter.routing = Routing(torch.zeros(1, dtype=torch.long, device=device), gates)

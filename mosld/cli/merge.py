@@ -19,8 +19,9 @@ from ..merging.concrete import ConcreteSettings
 from ..merging.factored import check_fit
 from ..merging.merge import MergeSettings
 from ..merging.methods import METHODS, WIRELESS
+from ..merging.read import read_task_vectors
 from ..merging.realign import RealignSettings, few
-from ..merging.vectors import MergeError, TaskVector, check_whole, named_tensors, read_task_vectors
+from ..merging.vectors import MergeError, TaskVector, check_whole, named_tensors
 from ..tasks.examples import Task
 from .options import QUICK_HELP, add_reading, check_at_least_one, inputs_of, refusing
 

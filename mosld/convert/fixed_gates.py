@@ -87,7 +87,7 @@ def gate_shape(adapter: MoSLDAdapter) -> torch.Size:
 @torch.no_grad()
 def _uniform(adapter: MoSLDAdapter) -> list[float]:
     m = adapter.mixture
-    if m.router in ("none", "constant"):  # fixed already
+    if m.router_kind.fixed:
         weight = adapter.shared_a.weight
         return gates_without_logits(adapter, weight, weight.double()).cpu().tolist()
     if m.mixing in ("dense", "select"):
@@ -103,7 +103,7 @@ def _of_task(layers: Layers, gates: Gates, task: int | None) -> dict[str, LayerG
         m = adapter.mixture
         if not m.wants_tasks:
             raise ValueError(f"task={task} is for methods that route by task; {name} has router={m.router!r}")
-        if m.router != "task" or not (isinstance(gates, str) and gates == "uniform"):
+        if not m.router_kind.needs_tasks or not (isinstance(gates, str) and gates == "uniform"):
             raise ValueError(
                 "a method that routes by task is exported for one task, task=..., with that task's own gates"
             )

@@ -92,7 +92,7 @@ def _repeats(config: MoSLDConfig) -> tuple[bool, bool]:
         raise ValueError(
             f"a LoRA becomes a mixture with mixing 'expand', 'diagonal' or 'reduce', got {mixture.mixing!r}"
         )
-    if mixture.router == "external" or (mixture.router == "none" and mixture.num_experts > 1):
+    if not mixture.router_kind.sums_to_one(mixture):
         raise ValueError(
             f"router={mixture.router!r} with num_experts={mixture.num_experts} has gates that need not sum to one, so that "
             "the mixture would not start as the LoRA"

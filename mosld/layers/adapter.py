@@ -1,9 +1,9 @@
-"""One frozen linear layer with its mixture: `MoSLDAdapter` owns A, B and the router, `MoSLDLinear` is an nn.Linear with one.
+"""One frozen linear layer with its mixture: `MoSLDAdapter` owns A, B and the router.
 
     y = x W0^T + b0 + s sum_{k in top-K} g_k B_k A~ x,     s = alpha / r        (MoSLD, arXiv 2412.08946, Eq. 1 to 3)
 
-A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly what the frozen one does. Sibling methods
-are other Mixtures of the same adapter: MoSLD's structure runs in the fused operator, the others in three stages.
+A starts Kaiming-uniform, B at zero, so a freshly adapted layer computes exactly what the frozen one does. Sibling
+methods are other Mixtures of the same adapter: MoSLD's structure runs in the fused operator, others in three stages.
 """
 
 import math
@@ -39,18 +39,23 @@ class AdapterWeight(nn.Module):
 class MoSLDAdapter(nn.Module):
     """The mixture beside one linear layer; by default MoSLD's, E experts of rank r that share one down-projection A.
 
-    in_features, out_features: of the layer. hyperparameters: the fields of `mosld.mixture.Mixture`.
+    Args:
+        in_features: Input size of the layer.
+        out_features: Output size of the layer.
+        device, dtype: Of the trained weights.
+        hyperparameters: The fields of `mosld.mixture.Mixture`.
+
+    Raises:
+        ValueError: Mixture refuses a value, or the mixing is of feed-forward blocks.
 
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
-    `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures have
-    other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
+    `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures
+    have other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
     router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the first,
     since `forget_routing`, and where tokens do not choose among experts. hidden, gram: z [..., rows of A] of the last
-    forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. owed: gradients for these, by name,
-    of a forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing` gave. None of them is part of the
-    state: copies and pickles of the module start without them.
-
-    raises ValueError for values that Mixture refuses.
+    forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. deferred_grads: gradients for
+    these, by name, of a forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing`
+    gave. None of them is part of the state: copies and pickles of the module start without them.
 
     >>> import torch
     >>> from torch.nn import functional as F
@@ -65,12 +70,14 @@ class MoSLDAdapter(nn.Module):
 
     # "auto", "eager" or "triton", as for `mosld_kernels.mosld_linear`; set it on the class for all layers, or on one.
     backend = "auto"
-    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing torch.compile(fullgraph=True)
-    # takes such a memory only under torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False
-    # lets it through where neither the balance loss nor statistics are wanted.
+    # Whether `router_logits` are kept; set it as `backend`. Inside activation checkpointing
+    # torch.compile(fullgraph=True) takes such a memory only under
+    # torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True. False lets it through where neither the
+    # balance loss nor statistics are wanted.
     keep_logits = True
-    # Whether `hidden` and `gram` are kept, where each expert has a B of its own behind z (mixings "expand" and "diagonal");
-    # set it as `backend`, before the forward. Such layers then run in three stages, not in the fused operator.
+    # Whether `hidden` and `gram` are kept, where each expert has a B of its own behind z (mixings "expand" and
+    # "diagonal"); set it as `backend`, before the forward. Such layers then run in three stages, not in the fused
+    # operator.
     keep_hidden = False
 
     parts = PARTS
@@ -86,12 +93,14 @@ class MoSLDAdapter(nn.Module):
         self.mixture = m = Mixture(**hyperparameters)
         self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
         self.top_k = m.experts_per_token
+        self._can_fuse = m.uses_fused_operator
+        self._can_keep_hidden = m.tokens_choose and m.mixing in ("expand", "diagonal")
         shapes = m.shapes(in_features, out_features)
         if not shapes.keys() <= set(self.parts):
             of_block = m.kind.block is not None
             raise ValueError(
-                f"mixing={m.mixing!r} is of {'whole feed-forward blocks' if of_block else 'linear layers'}: it cannot be "
-                f"placed on a {'linear layer' if of_block else 'feed-forward block'}"
+                f"mixing={m.mixing!r} is of {'whole feed-forward blocks' if of_block else 'linear layers'}: "
+                f"it cannot be placed on a {'linear layer' if of_block else 'feed-forward block'}"
             )
         for part in self.parts:
             self.register_module(
@@ -132,8 +141,8 @@ class MoSLDAdapter(nn.Module):
         m = self.mixture
         init_weight(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
-        if self.router is not None and m.router == "constant":
-            nn.init.constant_(self.router.weight, 1 / m.num_experts)
+        if self.router is not None and m.router_kind.start is not None:
+            m.router_kind.start(self.router.weight, m)
         elif self.router is not None:
             init_weight(self.router.weight, m.router_std)
         if self.tasks is not None:
@@ -151,18 +160,18 @@ class MoSLDAdapter(nn.Module):
         (torch.Size([2, 3, 5]), tensor(False))
         """
         self._expect_whole()
-        keeps_hidden = self.keep_hidden and self.mixture.tokens_choose and self.mixture.mixing in ("expand", "diagonal")
-        staged = keeps_hidden or not self.mixture.uses_fused_operator
+        keeps_hidden = self.keep_hidden and self._can_keep_hidden
+        staged = keeps_hidden or not self._can_fuse
         out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
         if self.keep_logits:
             self.router_logits = logits
         if self.keep_hidden:
             self.hidden, self.gram = hidden, gram
-        return self._settled(out, router_logits=logits, hidden=hidden, gram=gram)
+        return self._with_deferred_grads(out, router_logits=logits, hidden=hidden, gram=gram)
 
-    def _settled(self, out: Tensor, **made: Tensor | None) -> Tensor:
-        return out if self.deferred_grads is None else attach(self, out, made)
+    def _with_deferred_grads(self, out: Tensor, **kept: Tensor | None) -> Tensor:
+        return out if self.deferred_grads is None else attach(self, out, kept)
 
     def _gram(self, z: Tensor) -> Tensor:
         """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
@@ -171,11 +180,12 @@ class MoSLDAdapter(nn.Module):
             return expert_b.t() @ expert_b
 
     def _expect_whole(self) -> None:
-        if any(isinstance(part.weight, DTensor) for part in self._modules.values() if part is not None):  # pyright: ignore
+        weights: Any = [part.weight for part in self._modules.values() if part is not None]
+        if any(isinstance(weight, DTensor) for weight in weights):
             raise RuntimeError(
-                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while the "
-                "layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts them "
-                "together, and not to the weights by themselves"
+                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while "
+                "the layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts "
+                "them together, and not to the weights by themselves"
             )
 
     def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
@@ -219,7 +229,7 @@ class MoSLDAdapter(nn.Module):
 
         out, _ = staged_linear(
             x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
-            router_weight=self.router.weight if self.router is not None and m.router == "token" else None,
+            router_weight=self.router.weight if m.router_kind.linear else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
         return out, routed[0] if routed and m.tokens_choose else None, hidden[0]
@@ -238,10 +248,12 @@ class MoSLDAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         m = self.mixture
-        more = [f"{name}={getattr(m, name)!r}" for name in FIELDS if getattr(m, name) != getattr(_DEFAULT, name)]
         first = ("r", "alpha", "num_experts", "top_k", "dropout")
-        more = [text for text in more if text.partition("=")[0] not in first]
-        return ", ".join([*(f"{name}={getattr(m, name)}" for name in first), *more])
+        texts = [f"{name}={getattr(m, name)}" for name in first]
+        for name in FIELDS:
+            if name not in first and getattr(m, name) != getattr(_DEFAULT, name):
+                texts.append(f"{name}={getattr(m, name)!r}")
+        return ", ".join(texts)
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.

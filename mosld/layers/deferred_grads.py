@@ -1,10 +1,10 @@
-"""Gradients for what a layer keeps of its last forward (router logits, say), whatever kind of activation checkpointing runs it.
+"""Gradients for what a layer keeps of its last forward, such as router logits, under any activation checkpointing.
 
 A loss over kept tensors goes through them into the layers, by itself, where the forward kept a graph. Under reentrant
-checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of which
-nothing but the layer's output is asked. So there the loss works on stand-ins, each of which hands its layer the gradient
-that arrives for it, and the recomputation takes it along (`attach`). That works because autograd goes through what was
-made last first: the loss before the layers.
+checkpointing it kept none, and tensors that carry a gradient are made only while backward recomputes the layer, of
+which nothing but the layer's output is asked. So there the loss works on stand-ins, each of which stores the gradient
+that arrives for it at its adapter, and the recomputation takes it along (`attach`). That works because autograd goes
+through what was made last first: the loss before the layers.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,15 @@ class KeptTensors:
         if recomputed is None:
             recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self._recomputed = recomputed
-        self._stand_ins: list[tuple[str, DeferredGrads, bool]] = []  # layer, its mixture, whether it must be paid
+        # Each stand-in's layer, its adapter, and whether the way to it is trained.
+        self._stand_ins: list[tuple[str, DeferredGrads, bool]] = []
 
     def of(self, layer: str, adapter: DeferredGrads, what: str, through: Tensor) -> Tensor:
         """`adapter`'s kept tensor called `what`, or a stand-in that carries its gradient to the recomputation.
 
         through: a weight on the tensor's way; while it is trained a gradient must arrive.
-        raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation was
-        expected and did not come, backward raises it.
+        raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation
+        was expected and did not come, backward raises it.
         """
         tensor: Tensor = getattr(adapter, what)
         if tensor.requires_grad or not torch.is_grad_enabled():
@@ -58,22 +59,21 @@ class KeptTensors:
         return tensor
 
     def _expect_recomputed(self) -> None:
-        unpaid = [
-            (layer, adapter, expected)
-            for layer, adapter, expected in self._stand_ins
-            if adapter.deferred_grads is not None
-        ]
-        for _, adapter, _ in unpaid:
+        missed = []
+        for layer, adapter, trained in self._stand_ins:
+            if adapter.deferred_grads is not None and trained:
+                missed.append(layer)
+        for _, adapter, _ in self._stand_ins:
             adapter.deferred_grads = None
-        if trained := [layer for layer, _, expected in unpaid if expected]:
+        if missed:
             raise RuntimeError(
-                f"the loss waited for {trained[0]} to be run again in backward, which did not happen: its last forward kept "
-                "no gradient and was no part of activation checkpointing"
+                f"the loss waited for {missed[0]} to be run again in backward, which did not happen: its last forward "
+                "kept no gradient and was no part of activation checkpointing"
             )
 
 
 class _StandIn(torch.autograd.Function):
-    """Forward is the tensor as it is; backward leaves the gradient that arrives with the adapter."""
+    """Forward is the tensor as it is; backward stores the gradient that arrives at the adapter."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, adapter: DeferredGrads, what: str, expect_recomputed) -> Tensor:
@@ -82,26 +82,28 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad: Tensor) -> tuple[None, None, None, None]:
-        owed = ctx.adapter.deferred_grads or {}
-        earlier = owed.get(ctx.what)
-        ctx.adapter.deferred_grads = {**owed, ctx.what: grad[0] if earlier is None else earlier + grad[0]}
+        deferred = ctx.adapter.deferred_grads or {}
+        earlier = deferred.get(ctx.what)
+        ctx.adapter.deferred_grads = {**deferred, ctx.what: grad[0] if earlier is None else earlier + grad[0]}
         Variable._execution_engine.queue_callback(ctx.expect_recomputed)  # when the whole backward has ended
         return None, None, None, None
 
 
-def attach(adapter: DeferredGrads, out: Tensor, made: Mapping[str, Tensor | None]) -> Tensor:
-    """A layer's output, with which what `adapter` is owed goes into the tensors that this forward `made`, by name."""
-    owed, adapter.deferred_grads = adapter.deferred_grads, None
-    # A gradient that is owed outside backward is left from one that broke off. A compiled layer cannot ask whether it is
-    # inside; there, `forget_routing` takes away what is left.
-    if owed is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
+def attach(adapter: DeferredGrads, out: Tensor, kept: Mapping[str, Tensor | None]) -> Tensor:
+    """A layer's output, whose backward takes the deferred gradients into what this forward `kept`, by name."""
+    deferred, adapter.deferred_grads = adapter.deferred_grads, None
+    # A gradient that is deferred outside backward is left from one that broke off. A compiled layer cannot ask whether
+    # it is inside; there, `forget_routing` takes away what is left.
+    if deferred is None or not (torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1):
         return out
-    paid = [(tensor, owed[name]) for name, tensor in made.items() if name in owed and tensor is not None]
-    paid = [(tensor, grad) for tensor, grad in paid if tensor.requires_grad]
-    if not paid:
+    tensors, grads = [], []
+    for name, tensor in kept.items():
+        if name in deferred and tensor is not None and tensor.requires_grad:
+            tensors.append(tensor)
+            grads.append(deferred[name])
+    if not tensors:
         return out
-    tensors, grads = zip(*paid, strict=True)
-    return cast(Tensor, _AttachGrads.apply(out, grads, *tensors))
+    return cast(Tensor, _AttachGrads.apply(out, tuple(grads), *tensors))
 
 
 class _AttachGrads(torch.autograd.Function):

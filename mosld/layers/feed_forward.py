@@ -1,4 +1,4 @@
-"""MixLoRA's mixture (arXiv 2404.15159) of one frozen SwiGLU feed-forward block: every expert is the whole block with LoRAs.
+"""MixLoRA's mixture (arXiv 2404.15159) of one frozen SwiGLU block: every expert is the whole block with LoRAs.
 
     y = sum_{k in top-K} g_k W2_k ( act(W1_k x) * W3_k x ),    W_k = W + s B_k A_k for each of the three linear layers
 
@@ -23,18 +23,18 @@ LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class BlockAdapter(MoSLDAdapter):
-    """The mixture beside one feed-forward block, E experts of rank r for each of its three linear layers, and one router.
+    """The mixture beside one feed-forward block: one router, and E experts of rank r for each of its linear layers.
 
-    hidden_size, intermediate_size: of the block. hyperparameters: the fields of `mosld.mixture.Mixture`, mixing="block".
+    hidden_size, intermediate_size: of the block. hyperparameters: fields of `mosld.mixture.Mixture`, mixing="block".
 
     gate_a.weight, up_a.weight: [E r, hidden_size]; gate_b.weight, up_b.weight: [intermediate_size, E r]; down_a.weight:
-    [E r, intermediate_size]; down_b.weight: [hidden_size, E r]; router.weight: [E, hidden_size]. Expert e has the places
-    e r to e r + r of every E r. What else the module has is as in MoSLDAdapter.
+    [E r, intermediate_size]; down_b.weight: [hidden_size, E r]; router.weight: [E, hidden_size]. Expert e has the
+    places e r to e r + r of every E r. What else the module has is as in MoSLDAdapter.
 
-    Dropout: `dropout` on elements of the A's; `input_dropout` on x, once for gate and up and all experts, and on what goes
-    into down, for each chosen expert anew. gate="top_p" has E slots a token instead of K, most with a gate of zero.
-    mixing_options renormalise=False makes the gates the router's probabilities, which need not sum to one: with top_k=1 that
-    is the Switch Transformer's router. Such a block does not start equal to the frozen one.
+    Dropout: `dropout` on elements of the A's; `input_dropout` on x, once for gate and up and all experts, and on what
+    goes into down, for each chosen expert anew. gate="top_p" has E slots a token, not K, most with a gate of zero.
+    mixing_options renormalise=False makes the gates the router's probabilities, which need not sum to one: with top_k=1
+    that is the Switch Transformer's router. Such a block does not start equal to the frozen one.
     """
 
     parts = BLOCK_PARTS
@@ -90,7 +90,7 @@ class BlockAdapter(MoSLDAdapter):
         logits = logits.view(*leading, logits.shape[-1])
         if self.keep_logits:
             self.router_logits = logits if m.tokens_choose else None
-        return self._settled(out, router_logits=logits)
+        return self._with_deferred_grads(out, router_logits=logits)
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [T, E] -> the gates of each token's slots and whose they are, each [T, K]"""

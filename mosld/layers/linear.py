@@ -21,11 +21,17 @@ def _no_hook(module, args, output) -> None:
 class MoSLDLinear(nn.Linear, MixtureHost):
     """A drop-in for nn.Linear: its `weight` and `bias` are frozen, a mixture of LoRA experts beside them is trained.
 
-    in_features, out_features, bias, device, dtype: as in nn.Linear.
-    r: rank of A and of every expert. alpha: the update is scaled by alpha / r.
-    num_experts: E. top_k: experts chosen per token, in [1, E].
-    dropout: probability of dropping an element of A in training (MoSLD's Eq. 2).
-    mixture: further fields of `mosld.mixture.Mixture`, for the sibling methods.
+    Args:
+        in_features, out_features, bias, device, dtype: As in nn.Linear.
+        r: Rank of A and of every expert.
+        alpha: The update is scaled by alpha / r.
+        num_experts: E, the number of experts.
+        top_k: Experts chosen per token, in [1, E].
+        dropout: Probability of dropping an element of A in training (MoSLD's Eq. 2).
+        mixture: Further fields of `mosld.mixture.Mixture`, for the sibling methods.
+
+    Raises:
+        ValueError: Mixture refuses a value.
 
     `weight` and `bias` load from a plain nn.Linear checkpoint, strictly too: one without any of the adapter's tensors
     leaves the adapter as it is. The adapter's own tensors are `adapter.shared_a.weight`, `adapter.expert_b.weight`
@@ -45,11 +51,11 @@ class MoSLDLinear(nn.Linear, MixtureHost):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        r: int = 8,
-        alpha: float = 16,
-        num_experts: int = 8,
-        top_k: int = 2,
-        dropout: float = 0.1,
+        r: int = Mixture.r,
+        alpha: float = Mixture.alpha,
+        num_experts: int = Mixture.num_experts,
+        top_k: int = Mixture.top_k,
+        dropout: float = Mixture.dropout,
         device=None,
         dtype=None,
         **mixture,
@@ -90,6 +96,13 @@ class MoSLDLinear(nn.Linear, MixtureHost):
         return layer.train(linear.training)
 
     def all_adapters(self) -> tuple[MoSLDAdapter]:
+        """Its one mixture, which always runs.
+
+        >>> from mosld import MoSLDLinear
+        >>> layer = MoSLDLinear(6, 5)
+        >>> layer.all_adapters() == layer.running_adapters() == (layer.adapter,)
+        True
+        """
         return (self.adapter,)
 
     running_adapters = all_adapters

@@ -5,8 +5,8 @@ A method that routes by task, or by gates from outside, is told so once before a
     mosld.set_routing(model, task_ids=batch["task_ids"])
     out = model(input_ids=batch["input_ids"], ...)
 
-It stays until it is set again, because activation checkpointing runs layers again after the forward. MoSLDTrainer does it
-with a `task_ids` column of the data.
+It stays until it is set again, because activation checkpointing runs layers again after the forward. MoSLDTrainer does
+it with a `task_ids` column of the data.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,20 @@ def set_routing(
     gates: Tensor | Mapping[str, Tensor] | None = None,
     prior: Tensor | None = None,
 ) -> None:
-    """Tell every mixture in `model` what it cannot see in its input, until it is told anew; None takes it back.
-
-    task_ids: integers [batch], or one for all rows, in [0, num_tasks): for methods that route by task.
-    gates: [n], [batch, n] or [batch, sequence, n], for router="external", one gate an expert; or layer name -> such a tensor.
-        They carry gradients to where they come from.
-    prior: of the same shapes, the prior on the matrix of mixing="dense", [r_up, r] row by row.
+    """Give every mixture in `model` what it cannot see in its input. It stays until it is set again; None removes it.
 
     Where a layer sees a multiple of the rows that were given, each stands for as many neighbours: so lie the beams of
     `generate`, the windows of an image, and tokens that a model flattened into rows.
 
-    raises ValueError for a model without mixtures, ids that are no integers or out of range, and unknown layers.
+    Args:
+        model: Any module with mixtures.
+        task_ids: Integers [batch], or one for all rows, in [0, num_tasks): for methods that route by task.
+        gates: [n], [batch, n] or [batch, sequence, n], one gate an expert, for router="external"; or layer name -> such
+            a tensor. They carry gradients to where they come from.
+        prior: Of the same shapes, the prior on the matrix of mixing="dense", [r_up, r] row by row.
+
+    Raises:
+        ValueError: The model has no mixture, ids are no integers or out of range, or a layer is unknown.
 
     >>> import torch
     >>> from torch import nn
@@ -54,9 +57,10 @@ def set_routing(
     adapters = list(all_adapters(model))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no MoSLD layer")
-    ids = None if task_ids is None else _checked_ids(task_ids, [adapter for _, adapter in adapters])
-    by_layer = gates if isinstance(gates, Mapping) else dict.fromkeys((name for name, _ in adapters), gates)
-    if unknown := sorted(by_layer.keys() - {name for name, _ in adapters}):
+    names = [name for name, _ in adapters]
+    ids = None if task_ids is None else _checked_ids(task_ids, adapters)
+    by_layer = gates if isinstance(gates, Mapping) else dict.fromkeys(names, gates)
+    if unknown := sorted(by_layer.keys() - set(names)):
         raise ValueError(f"gates name layers that are not adapted: {', '.join(unknown)}")
     for name, adapter in adapters:
         device = next(adapter.parameters()).device  # a block has no shared_a
@@ -64,12 +68,12 @@ def set_routing(
         adapter.routing = Routing(own, by_layer.get(name), prior)
 
 
-def _checked_ids(task_ids: Any, adapters: list[MoSLDAdapter]) -> Tensor:
+def _checked_ids(task_ids: Any, adapters: list[tuple[str, MoSLDAdapter]]) -> Tensor:
     ids = torch.as_tensor(task_ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() > 1:
         raise ValueError(f"task_ids must be integers, one or [batch], got {ids.dtype} {list(ids.shape)}")
     ids = ids.reshape(-1).long()
-    for tasks in {adapter.mixture.num_tasks for adapter in adapters if adapter.mixture.num_tasks is not None}:
+    for tasks in {a.mixture.num_tasks for _, a in adapters if a.mixture.num_tasks is not None}:
         # On a GPU the embedding says so by itself, and nobody waits for it here.
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tasks:
             raise ValueError(f"task_ids must be in [0, num_tasks={tasks}), got {ids.tolist()}")
@@ -84,6 +88,9 @@ def forget_routing(model: nn.Module) -> None:
     adapted by hand or through transformers' `add_adapter`) call it before each forward that may skip layers, or once
     `model.register_forward_pre_hook(lambda module, args: forget_routing(module))`.
     Inside backward, where activation checkpointing runs the same forward again, it does nothing.
+
+    Args:
+        model: Any module; its mixtures are found.
 
     >>> import torch
     >>> from torch import nn

@@ -28,15 +28,18 @@ def last_routing(
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
     if not any(adapter.mixture.tokens_choose for _, adapter in adapters):
         raise ValueError(f"there is {no_choice(adapters[0][1])}")
-    ran = [(name, adapter, adapter.router_logits) for name, adapter in adapters if adapter.router_logits is not None]
+    ran: list[tuple[str, MoSLDAdapter, Tensor]] = []
+    for name, adapter in adapters:
+        if adapter.router_logits is not None:
+            ran.append((name, adapter, adapter.router_logits))
     if not ran:
         raise RuntimeError(
             "no MoSLD layer has run yet: call the model before asking for its routing, with MoSLDAdapter.keep_logits on"
         )
     if attention_mask is not None and all(logits.shape[:-1] != attention_mask.shape for _, _, logits in ran):
         raise ValueError(
-            f"attention_mask must have one entry per token: {ran[0][0]} saw {list(ran[0][2].shape[:-1])} tokens, the mask "
-            f"has {list(attention_mask.shape)}"
+            f"attention_mask must have one entry per token: {ran[0][0]} saw {list(ran[0][2].shape[:-1])} tokens, "
+            f"the mask has {list(attention_mask.shape)}"
         )
     for name, adapter, logits in ran:
         fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
@@ -47,8 +50,8 @@ def no_choice(adapter: MoSLDAdapter) -> str:
     """Why there is neither balance loss nor statistics, as the end of an error message."""
     m = adapter.mixture
     return (
-        f"no load to balance and none to tell of: mixing={m.mixing!r} with router={m.router!r} and gate={m.gate!r} lets no "
-        "token choose among experts"
+        f"no load to balance and none to tell of: mixing={m.mixing!r} with router={m.router!r} and gate={m.gate!r} "
+        "lets no token choose among experts"
     )
 
 
@@ -56,11 +59,12 @@ def no_choice(adapter: MoSLDAdapter) -> str:
 class RouterStats:
     """One layer's routing of one set of tokens.
 
-    load: [E], the share of the chosen places (K per token) that each expert got; sums to 1.
-    gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1.
-    probability: [E], the mean router probability of each expert; sums to 1.
-    entropy: mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
-    tokens: how many tokens were counted.
+    Attributes:
+        load: [E], the share of the chosen places (K per token) that each expert got; sums to 1.
+        gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1.
+        probability: [E], the mean router probability of each expert; sums to 1.
+        entropy: Mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
+        tokens: How many tokens were counted.
 
     >>> import torch
     >>> from torch import nn
@@ -94,9 +98,19 @@ class RouterStats:
 
 @torch.no_grad()
 def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
-    """Layer name -> RouterStats of the last forward. Arguments and errors as in `last_routing`.
+    """What the routers did in the last forward.
 
-    Where several adapters run in one layer, the second is called `<layer> (2)`.
+    Args:
+        model: A model with mixtures that has run.
+        attention_mask: [batch, sequence], nonzero at real tokens; None counts every token. A layer that saw something
+            else than [batch, sequence] tokens counts all of its tokens.
+
+    Returns:
+        Layer name -> RouterStats. Where several adapters run in one layer, the second is called `<layer> (2)`.
+
+    Raises:
+        ValueError: The model has no mixture, none in which tokens choose among experts, or the mask fits none.
+        RuntimeError: No mixture has run yet.
 
     >>> import torch
     >>> from torch import nn
@@ -128,13 +142,17 @@ class RouterUse:
 
     def stats(self) -> dict[str, dict[str, RouterStats]]:
         """group -> layer name -> RouterStats of everything counted so far."""
-        return {group: {name: _stats(sums) for name, sums in own.items()} for group, own in self._sums.items()}
+        by_group: dict[str, dict[str, RouterStats]] = {}
+        for group, own in self._sums.items():
+            by_group[group] = {name: _stats(sums) for name, sums in own.items()}
+        return by_group
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
         """group -> layer name -> each expert's share of the chosen places; shares sum to 1."""
-        return {
-            group: {name: own.load.tolist() for name, own in layers.items()} for group, layers in self.stats().items()
-        }
+        by_group: dict[str, dict[str, list[float]]] = {}
+        for group, layers in self.stats().items():
+            by_group[group] = {name: own.load.tolist() for name, own in layers.items()}
+        return by_group
 
 
 def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from ..convert.fixed_gates import PREFIX
 from ..files.adapter_folder import CONFIG, WEIGHTS, check_weights, read_config, read_json
 from ..files.model_folder import INDEX, files_of
 from ..files.safe_regex import check_expressions
+from ..mixture.gates import saved_fixed_gates
 from ..tuner.config import MoSLDConfig
 from ..tuner.weights import AdapterWeights
 from .vectors import Factors, MergeError, TaskVector, open_safetensors
@@ -152,10 +153,9 @@ def _read_mosld(folder: Path) -> TaskVector:
 
 def _fixed_gates(mixture: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     """-> [E], float64: the trained gates of a constant router, ones without a router, else 1 / E"""
-    if mixture.router == "constant":
-        return tensors["router"][0].double()
-    gate = 1.0 if mixture.router == "none" else 1 / mixture.num_experts
-    return torch.full((mixture.num_experts,), gate).double()
+    if mixture.router_kind.fixed:
+        return saved_fixed_gates(mixture, tensors.get("router"), like=tensors["shared_a"].double())
+    return torch.full((mixture.num_experts,), 1 / mixture.num_experts).double()
 
 
 def _in_float32(values: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a layer's input to its gates, where the fused operator does not compute them: logits, gate function, given gates."""
+"""From a layer's input to its gates, where the fused operator does not compute them: logits, gate function, gates."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,8 +35,9 @@ def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
     ids: Tensor | None = adapter.routing_input("task_ids")
     if ids is None:
         raise RuntimeError(
-            f"mixing={adapter.mixture.mixing!r} with router={adapter.mixture.router!r} asks for the task of every row: call "
-            "mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` column"
+            f"mixing={adapter.mixture.mixing!r} with router={adapter.mixture.router!r} asks for the task of every row: "
+            "call mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` "
+            "column"
         )
     return _for_rows("task_ids", ids.to(x.device), x.shape[0] if x.dim() > 1 else 1)
 
@@ -51,7 +52,7 @@ def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
 
 
 def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
-    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype and on its device."""
+    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device."""
     given: Tensor = adapter.routing_input(name)
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
@@ -68,32 +69,41 @@ def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tens
     return values
 
 
-def router_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor, logits: Tensor | None) -> Tensor:
-    """x [..., D_in], z [..., R_in], the token router's logits [..., n] or None
+def router_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor, logits: Tensor | None = None) -> Tensor:
+    """x [..., D_in], z [..., R_in], the logits of a linear router [..., n] where the products brought them along
     -> logits over the temperature [..., n], of every token or with sizes 1 to be broadcast over tokens, in z's dtype"""
-    m, router = adapter.mixture, adapter.router
     if logits is None:
-        assert router is not None
-        weight = router.weight.to(z.dtype)
-        if m.router == "hidden":
-            logits = z @ weight.t()
-        elif m.router == "sequence":
-            rows = x if x.dim() > 1 else x.unsqueeze(0)
-            # Not mean(), which is NaN where there is no token, and so would be the router's gradient.
-            mean = rows.sum(-2, keepdim=True, dtype=z.dtype) / max(rows.shape[-2], 1)
-            logits = (mean if x.dim() > 1 else mean.squeeze(0)) @ weight.t()
-        else:
-            logits = _by_task(adapter, x, weight)
-    return logits if m.temperature == 1 else logits / m.temperature
+        logits = _route(adapter, x, z)
+    temperature = adapter.mixture.temperature
+    return logits if temperature == 1 else logits / temperature
 
 
-def _by_task(adapter: RoutedAdapter, x: Tensor, weight: Tensor) -> Tensor:
-    ids = task_ids(adapter, x)
-    # A table [num_tasks, n], or linear on an embedding.
-    logits = weight[ids] if adapter.tasks is None else adapter.tasks.weight.to(weight.dtype)[ids] @ weight.t()
-    if x.dim() == 1:
-        return logits.squeeze(0)
-    return logits.view(len(ids), *[1] * (x.dim() - 2), logits.shape[1])
+def gates_without_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
+    """x [..., D_in], z [..., R_in] -> gates that no gate function makes, [n] or [..., n]."""
+    return _route(adapter, x, z)
+
+
+def _route(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
+    weight = None if adapter.router is None else adapter.router.weight.to(z.dtype)
+    return adapter.mixture.router_kind.route(x, z, weight, adapter)
+
+
+@dataclass(frozen=True)
+class _SavedRouter:
+    """As much of an adapter as a router with fixed gates reads."""
+
+    mixture: Any
+    shared_a: None = None
+    router: None = None
+    tasks: None = None
+
+    def routing_input(self, name: str) -> None:
+        return None
+
+
+def saved_fixed_gates(mixture: Any, weight: Tensor | None, like: Tensor) -> Tensor:
+    """The fixed gates [n] of a saved layer, of its router's weight or None, in `like`'s dtype and on its device."""
+    return mixture.router_kind.route(like, like, None if weight is None else weight.to(like), _SavedRouter(mixture))
 
 
 def apply_gate(adapter: RoutedAdapter, logits: Tensor) -> Tensor:
@@ -107,27 +117,10 @@ def apply_gate(adapter: RoutedAdapter, logits: Tensor) -> Tensor:
 
 
 def eval_gates(adapter: RoutedAdapter, x: Tensor) -> Tensor:
-    """x [..., D_in] -> the gates that the layer gives its tokens in eval mode, as the mixing wants them, in the routing's dtype"""
-    m, dtype = adapter.mixture, router_dtype(x.dtype)
+    """x [..., D_in] -> the gates of its tokens in eval mode, as the mixing wants them, in the routing's dtype"""
+    dtype = router_dtype(x.dtype)
     x = x.to(dtype)
     z = F.linear(x, adapter.shared_a.weight.to(dtype))
-    if not m.has_logits:
+    if not adapter.mixture.has_logits:
         return gates_without_logits(adapter, x, z)
-    logits = F.linear(x, adapter.router.weight.to(dtype)) if m.router == "token" else None
-    return apply_gate(adapter, router_logits(adapter, x, z, logits))
-
-
-def gates_without_logits(adapter: RoutedAdapter, x: Tensor, z: Tensor) -> Tensor:
-    """Gates that nobody computes: parameters, the caller's, or ones."""
-    m = adapter.mixture
-    count = m.kind.gates(m)
-    if m.router == "none":
-        return z.new_ones(count)
-    if m.router == "constant":
-        assert adapter.router is not None
-        return adapter.router.weight[0].to(z.dtype)
-    if adapter.routing_input("gates") is None:
-        raise RuntimeError(
-            "router='external' takes its gates from the caller: call mosld.set_routing(model, gates=...) before the model"
-        )
-    return broadcast_per_row(adapter, "gates", z.new_empty(()).expand(*x.shape[:-1], count))
+    return apply_gate(adapter, router_logits(adapter, x, z))

@@ -1,4 +1,4 @@
-"""The mixings of the methods that we know, as `MoSLDConfig(mixing=...)` names them. The arithmetic is `mosld_kernels.mixing`'s."""
+"""The known methods' mixings, as `MoSLDConfig(mixing=...)` names them. The arithmetic is `mosld_kernels.mixing`'s."""
 
 import math
 from typing import Any
@@ -158,13 +158,13 @@ def _select(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
 
 
 def _check_block(m: Mixture) -> None:
-    if m.router != "token":
+    if not m.router_kind.linear:
         raise ValueError(f"router={m.router!r} contradicts mixing='block', whose router is linear on the block's input")
     for name in ("up_dropout", "hidden_dropout"):
         if getattr(m, name):
             raise ValueError(
-                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of what "
-                "goes into A (input_dropout)"
+                f"{name}={getattr(m, name)} contradicts mixing='block', which drops elements of A (dropout) and of "
+                "what goes into A (input_dropout)"
             )
 
 

@@ -16,13 +16,15 @@ class Mixing:
     mix: (z [..., down], gates, mixer as below or None) -> h [..., up]; gates are [..., gates], of every token or
         broadcast over tokens, or what `gate` returns. See `mosld_kernels.mixing`.
     down, up, gates: rows of A, columns of B, logits of a token, each a function of the Mixture.
-    mixer: (Mixture, in_features) -> shape of what the mixing itself trains; None for nothing. per_task: its first size is
-        num_tasks, and `mix` gets [batch, ...], that of each row's task (of one vector [...]). start: fills a new one, in place.
+    mixer: (Mixture, in_features) -> shape of what the mixing itself trains; None for nothing. per_task: its first size
+        is num_tasks, and `mix` gets [batch, ...], that of each row's task (of one vector [...]). start: fills a new
+        one, in place.
     gate: (logits [..., gates], the layer's MoSLDAdapter) -> gates, instead of the Mixture's gate function.
     options: the names that `mixing_options` may have, with their defaults. check: raises ValueError for what is wrong.
     per_expert: whether there is one gate an expert, so that load balance and router statistics mean something.
-    block: of a mixture of whole feed-forward blocks, not of linear layers: (Mixture, hidden, intermediate size) -> shapes of
-        what a block trains, by the names of BLOCK_PARTS; `mosld.layers.feed_forward` computes it, and `mix` is not called.
+    block: of a mixture of whole feed-forward blocks, not of linear layers: (Mixture, hidden, intermediate size) ->
+        shapes of what a block trains, by the names of BLOCK_PARTS; `mosld.layers.feed_forward` computes it, and `mix`
+        is not called.
     """
 
     mix: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -43,9 +45,17 @@ MIXINGS: dict[str, Mixing] = {}
 
 
 def register_mixing(name: str, **parts: Any) -> Callable:
-    """Make the decorated function, mix(z, gates, mixer), known as `MoSLDConfig(mixing=name)`; `parts` are Mixing's.
+    """Make the decorated function, mix(z, gates, mixer), known as `MoSLDConfig(mixing=name)`.
 
-    raises ValueError for a name that is taken.
+    Args:
+        name: What configurations call it.
+        parts: The other fields of `mosld.mixture.Mixing`.
+
+    Returns:
+        The decorator, which returns the function as it is.
+
+    Raises:
+        ValueError: The name is taken.
 
     >>> from mosld import MoSLDConfig, register_mixing
     >>> @register_mixing("summed", down=lambda m: m.r, up=lambda m: m.r)

@@ -1,8 +1,8 @@
 """What the mixture of one layer is: how many of what, which mixing matrix, who routes, where dropout falls.
 
 Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table in
-docs/reference/methods.md). `Mixture` holds the choices, checked; `register_mixing` adds a mixing matrix that is not
-here.
+docs/reference/methods.md). `Mixture` holds the choices, checked; `register_mixing` and
+`register_router` add what is not here.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .registry import MIXINGS, Mixing
-from .routers import ROUTERS
+from .routers import ROUTERS, Router
 
 GATES = ("top_k", "softmax", "top_p")
 
@@ -33,9 +33,15 @@ BLOCK_PARTS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "router")
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one layer; the fields are those of MoSLDConfig, which documents them.
+    """The mixture of one layer, whose values have been checked.
 
-    raises ValueError for values that cannot be used and for two that contradict each other, with the rule and the values.
+    Args:
+        r, alpha, num_experts, ...: The fields have the names and meanings of those of `mosld.MoSLDConfig`, which
+            documents them and takes its defaults from here. `num_experts` is that of this layer. `mixing` is never
+            None.
+
+    Raises:
+        ValueError: A value cannot be used, or two contradict each other. The message has the rule and the values.
     """
 
     r: int = 8
@@ -58,9 +64,23 @@ class Mixture:
     router_std: float | None = None
 
     def __post_init__(self):
-        sizes = (("r", self.r), ("num_experts", self.num_experts), ("top_k", self.top_k))
-        optional = (("num_tasks", self.num_tasks), ("task_dim", self.task_dim))
-        for name, value in (*sizes, *((name, value) for name, value in optional if value is not None)):
+        self._check_numbers()
+        self._check_names()
+        if self._takes_top_k and self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
+        if not 0 < number(self.top_p) <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        self._check_options()
+        self._check_tasks()
+        self._check_gates()
+        self.router_kind.check(self)
+        self.kind.check(self)
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "num_experts", "top_k", "num_tasks", "task_dim"):
+            value = getattr(self, name)
+            if value is None and name in ("num_tasks", "task_dim"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("dropout", "up_dropout", "input_dropout", "hidden_dropout"):
@@ -73,49 +93,66 @@ class Mixture:
             std = getattr(self, name)
             if std is not None and not 0 <= number(std) < math.inf:
                 raise ValueError(f"{name} must be None or at least 0, got {std!r}")
+
+    def _check_names(self) -> None:
         for name, known in (("mixing", MIXINGS), ("router", ROUTERS), ("gate", GATES)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.gate == "top_k" and self.has_logits and self.kind.gate is None and self.top_k > self.num_experts:
-            raise ValueError(f"top_k must be in [1, num_experts={self.num_experts}], got {self.top_k}")
-        if not 0 < number(self.top_p) <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        kind = self.kind
+
+    def _check_options(self) -> None:
+        known = self.kind.options
         if not isinstance(self.mixing_options, dict):
             raise ValueError(f"mixing_options must be a dictionary, got {self.mixing_options!r}")
-        if unknown := sorted(map(str, set(self.mixing_options) - set(kind.options))):
-            known = ", ".join(kind.options) or "none"
-            raise ValueError(f"mixing_options of {self.mixing!r} may have {known}, got {', '.join(unknown)}")
+        if unknown := sorted(map(str, set(self.mixing_options) - set(known))):
+            raise ValueError(
+                f"mixing_options of {self.mixing!r} may have {', '.join(known) or 'none'}, got {', '.join(unknown)}"
+            )
         for name, value in self.mixing_options.items():
-            if isinstance(kind.options[name], bool) and not isinstance(value, bool):
+            if isinstance(known[name], bool) and not isinstance(value, bool):
                 raise ValueError(f"{name} in mixing_options must be True or False, got {value!r}")
-        if self.router == "task" and self.num_tasks is None:
-            raise ValueError("router='task' contradicts num_tasks=None: say how many tasks there are")
-        if kind.per_task and self.num_tasks is None:
-            raise ValueError(f"mixing={self.mixing!r} contradicts num_tasks=None: say how many tasks there are")
-        if self.task_dim is not None and self.router != "task":
-            raise ValueError(f"task_dim={self.task_dim} contradicts router={self.router!r}: only 'task' embeds tasks")
-        if self.num_tasks is not None and not (self.router == "task" or kind.per_task):
+
+    def _check_tasks(self) -> None:
+        for name, asks in (("router", self.router_kind.needs_tasks), ("mixing", self.kind.per_task)):
+            if asks and self.num_tasks is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} contradicts num_tasks=None: say how many tasks there are"
+                )
+        if self.task_dim is not None and not self.router_kind.embeds_tasks:
+            embedding = ", ".join(repr(name) for name, router in ROUTERS.items() if router.embeds_tasks)
+            raise ValueError(
+                f"task_dim={self.task_dim} contradicts router={self.router!r}: only {embedding} embeds tasks"
+            )
+        if self.num_tasks is not None and not self.wants_tasks:
             raise ValueError(
                 f"num_tasks={self.num_tasks} contradicts router={self.router!r} with mixing={self.mixing!r}: neither "
                 "asks for the task"
             )
-        if kind.gate is not None and not self.has_logits:
+
+    def _check_gates(self) -> None:
+        makes_gates = self.kind.gate is not None
+        if makes_gates and not self.has_logits:
             raise ValueError(f"router={self.router!r} contradicts mixing={self.mixing!r}, which makes gates of logits")
-        if not self.has_logits:
-            for name, unused in (("temperature", self.temperature != 1), ("router_std", self.router_std is not None)):
-                if unused:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} contradicts router={self.router!r}, which has no logits"
-                    )
-        if self.gate == "top_p" and (kind.gate is not None or not self.has_logits):
-            which = f"router={self.router!r}" if kind.gate is None else f"mixing={self.mixing!r}"
+        for name, unused in (("temperature", 1), ("router_std", None)):
+            if not self.has_logits and getattr(self, name) != unused:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} contradicts router={self.router!r}, which has no logits"
+                )
+        if self.gate == "top_p" and (makes_gates or not self.has_logits):
+            which = f"mixing={self.mixing!r}" if makes_gates else f"router={self.router!r}"
             raise ValueError(f"gate='top_p' contradicts {which}, which has gates of its own")
-        kind.check(self)
 
     @property
     def kind(self) -> Mixing:
         return MIXINGS[self.mixing]
+
+    @property
+    def router_kind(self) -> Router:
+        return ROUTERS[self.router]
+
+    @property
+    def num_gates(self) -> int:
+        """How many logits or gates a token has: one an expert, unless the mixing says otherwise."""
+        return self.kind.gates(self)
 
     @property
     def scale(self) -> float:
@@ -124,16 +161,20 @@ class Mixture:
     @property
     def has_logits(self) -> bool:
         """Whether there are logits, of which a gate function makes gates."""
-        return self.router not in ("external", "constant", "none")
+        return self.router_kind.has_logits
 
     @property
     def wants_tasks(self) -> bool:
-        return self.router == "task" or self.kind.per_task
+        return self.router_kind.needs_tasks or self.kind.per_task
 
     @property
     def experts_per_token(self) -> int:
         """K, experts chosen per token: all of them where the softmax goes over all."""
-        return self.top_k if self.gate == "top_k" and self.has_logits and self.kind.gate is None else self.num_experts
+        return self.top_k if self._takes_top_k else self.num_experts
+
+    @property
+    def _takes_top_k(self) -> bool:
+        return self.gate == "top_k" and self.has_logits and self.kind.gate is None
 
     @property
     def uses_fused_operator(self) -> bool:
@@ -141,7 +182,7 @@ class Mixture:
         sites = self.up_dropout or self.input_dropout or self.hidden_dropout
         return (
             self.mixing in ("expand", "diagonal")
-            and self.router == "token"
+            and self.router_kind.linear
             and self.gate != "top_p"
             and self.temperature == 1
             and not sites
@@ -150,7 +191,8 @@ class Mixture:
     @property
     def tokens_choose(self) -> bool:
         """Whether tokens choose among experts, so that load balance and router statistics mean something."""
-        return self.kind.per_expert and self.router in ("token", "hidden") and self.gate != "top_p"
+        router = self.router_kind
+        return self.kind.per_expert and router.has_logits and router.tokens_choose and self.gate != "top_p"
 
     @property
     def for_linear_layers(self) -> "Mixture":
@@ -167,22 +209,19 @@ class Mixture:
         """Name of each trained tensor of a layer -> its shape. Of a block: of its hidden and its intermediate size."""
         if self.kind.block is not None:
             return self.kind.block(self, in_features, out_features)
-        kind, gates = self.kind, self.kind.gates(self)
-        router = {
-            "token": (gates, in_features),
-            "hidden": (gates, kind.down(self)),
-            "sequence": (gates, in_features),
-            "task": (self.num_tasks, gates) if self.task_dim is None else (gates, self.task_dim),
-            "constant": (1, gates),
-        }.get(self.router)
-        parts: dict[str, tuple[int, ...] | None] = {
+        kind, router = self.kind, self.router_kind
+        shapes: dict[str, tuple[int, ...]] = {
             "shared_a": (kind.down(self), in_features),
             "expert_b": (out_features, kind.up(self)),
-            "router": router,  # pyright: ignore[reportAssignmentType]  num_tasks is known where it is asked for
-            "tasks": (self.num_tasks, self.task_dim) if self.task_dim is not None else None,  # pyright: ignore
-            "mixer": kind.mixer(self, in_features) if kind.mixer else None,
         }
-        return {name: shape for name, shape in parts.items() if shape is not None}
+        if router.weight is not None:
+            shapes["router"] = router.weight(self, in_features)
+        if self.task_dim is not None and self.num_tasks is not None:
+            shapes["tasks"] = (self.num_tasks, self.task_dim)
+        mixer = None if kind.mixer is None else kind.mixer(self, in_features)
+        if mixer is not None:
+            shapes["mixer"] = mixer
+        return shapes
 
     def matrix(self, gates: Tensor, mixer: Tensor | None = None) -> Tensor:
         """gates [n], the same for every token -> M [R_out, R_in], with which the update is s B M A

@@ -66,27 +66,27 @@ class MoSLDConfig(PeftConfig):
     trainable params: 76 || all params: 111 || trainable%: 68.4685
     """
 
-    r: int = 8
-    alpha: float = 16
-    num_experts: int = 8
-    top_k: int = 2
-    dropout: float = 0.1
-    input_dropout: float = 0.0
+    r: int = Mixture.r
+    alpha: float = Mixture.alpha
+    num_experts: int = Mixture.num_experts
+    top_k: int = Mixture.top_k
+    dropout: float = Mixture.dropout
+    input_dropout: float = Mixture.input_dropout
     balance_coef: float = 1e-3
     shared: str = "down"
     num_experts_pattern: dict[str, int] = field(default_factory=dict)
     mixing: str | None = None
     mixing_options: dict[str, Any] = field(default_factory=dict)
-    router: str = "token"
-    gate: str = "top_k"
-    top_p: float = 0.8
-    temperature: float = 1.0
-    num_tasks: int | None = None
-    task_dim: int | None = None
-    up_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    down_std: float | None = None
-    router_std: float | None = None
+    router: str = Mixture.router
+    gate: str = Mixture.gate
+    top_p: float = Mixture.top_p
+    temperature: float = Mixture.temperature
+    num_tasks: int | None = Mixture.num_tasks
+    task_dim: int | None = Mixture.task_dim
+    up_dropout: float = Mixture.up_dropout
+    hidden_dropout: float = Mixture.hidden_dropout
+    down_std: float | None = Mixture.down_std
+    router_std: float | None = Mixture.router_std
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None

@@ -78,12 +78,13 @@ PUBLIC = public_names(PACKAGES)
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Examples write into the folder they are in, and one registers a mixing."""
+    """Examples write into the folder they are in, one registers a mixing and one a router."""
     monkeypatch.chdir(tmp_path)
-    known = dict(mixture.MIXINGS)
+    mixings, routers = dict(mixture.MIXINGS), dict(mixture.ROUTERS)
     yield
-    mixture.MIXINGS.clear()
-    mixture.MIXINGS.update(known)
+    for registry, known in ((mixture.MIXINGS, mixings), (mixture.ROUTERS, routers)):
+        registry.clear()
+        registry.update(known)
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.name)

@@ -24,6 +24,7 @@ from tests.tasks.test_scoring import byte_tokenizer
 # Pages whose Python is run, from its text, by tests that look closer.
 ELSEWHERE = {
     "docs/tutorials/new_mixing.md": "tests/mixture/test_new_mixing.py",
+    "docs/tutorials/new_router.md": "tests/mixture/test_new_router.py",
     "docs/reference/methods.md": "tests/docs/test_methods_page.py",
 }
 LANGUAGES = {"python", "sh", "json", "text", ""}  # the last two are what something prints

@@ -1,4 +1,4 @@
-"""MixLoRA: mixtures of whole feed-forward blocks inside a PEFT model, against loops over tokens and experts in float64."""
+"""MixLoRA: mixtures of whole blocks inside a PEFT model, against loops over tokens and experts in float64."""
 
 import copy
 
@@ -156,7 +156,10 @@ def test_a_saved_adapter_computes_the_same_and_is_checked(tmp_path):
     _, a = block_of(model, 1)
     own = [slice(e * 2, e * 2 + 2) for e in range(3)]
     squares = [
-        sum((getattr(a, f"{n}_b").weight[:, e] @ getattr(a, f"{n}_a").weight[e]).square().sum().item() for n in ("gate", "up", "down"))
+        sum(
+            (getattr(a, f"{n}_b").weight[:, e] @ getattr(a, f"{n}_a").weight[e]).square().sum().item()
+            for n in ("gate", "up", "down")
+        )
         for e in own
     ]  # fmt: skip
     assert layer["update_norms"] == pytest.approx([1.5 * square**0.5 for square in squares], rel=1e-5)

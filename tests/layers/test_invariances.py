@@ -110,7 +110,8 @@ def test_compiled_whole_with_dropout_and_dynamic_shapes_it_is_the_same(checkpoin
             base = model.get_base_model()
             enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-            base.disable_input_require_grads()  # only reentrant checkpoints need them, and torch.compile takes no such hook
+            # Only reentrant checkpoints need them, and torch.compile takes no such hook.
+            base.disable_input_require_grads()
 
         def loss(ids):
             task = model(ids, labels=ids, use_cache=False).loss

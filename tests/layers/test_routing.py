@@ -1,4 +1,4 @@
-"""What the caller tells the routers: task ids in plain calls and in generate, gates from outside, and errors that help."""
+"""What the caller gives the routers: task ids in plain calls and in generate, gates from outside; errors that help."""
 
 import peft
 import pytest
@@ -57,7 +57,7 @@ def test_generate_of_an_encoder_and_a_decoder_whose_batches_differ():
 
 @torch.no_grad()
 def test_a_sequence_routed_method_generates_without_a_cache_as_it_computes():
-    """Each step without a cache sees the whole row so far, which is what a forward of it sees; one with a cache does not."""
+    """Each step without a cache sees the whole row so far, as a forward of it does; one with a cache does not."""
     model = peft.get_peft_model(
         tiny_llama(), presets.mixlora_conditional(r=2, num_experts=6, target_modules=["q_proj"])
     )
@@ -146,15 +146,30 @@ def test_gates_of_one_layer_are_its_own():
         ({"top_k": 9}, r"top_k must be in \[1, num_experts=8\], got 9"),
         ({"top_p": 0.0, "gate": "top_p"}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"router": "external", "temperature": 0.5}, "temperature=0.5 contradicts router='external', which has no logits"),
-        ({"router": "constant", "router_std": 0.1}, "router_std=0.1 contradicts router='constant', which has no logits"),
+        (
+            {"router": "external", "temperature": 0.5},
+            "temperature=0.5 contradicts router='external', which has no logits",
+        ),
+        (
+            {"router": "constant", "router_std": 0.1},
+            "router_std=0.1 contradicts router='constant', which has no logits",
+        ),
         ({"router": "none", "gate": "top_p"}, "gate='top_p' contradicts router='none', which has gates of its own"),
-        ({"mixing": "grouped", "gate": "top_p"}, "gate='top_p' contradicts mixing='grouped', which has gates of its own"),
+        (
+            {"mixing": "grouped", "gate": "top_p"},
+            "gate='top_p' contradicts mixing='grouped', which has gates of its own",
+        ),
         ({"mixing": "dense", "router": "external"}, "router='external' contradicts mixing='dense'"),
         ({"mixing": "grouped", "r": 3, "mixing_options": {"group_size": 2}}, "r=3 contradicts group_size=2"),
         ({"mixing": "select", "r": 9}, "r=9 contradicts num_experts=8"),
-        ({"mixing": "select", "mixing_options": {"conditional_weight": -1}}, "conditional_weight in mixing_options must be at least 0, got -1"),
-        ({"mixing": "core", "mixing_options": {"r_up": 0}}, "r_up in mixing_options must be an integer of at least 1, got 0"),
+        (
+            {"mixing": "select", "mixing_options": {"conditional_weight": -1}},
+            "conditional_weight in mixing_options must be at least 0, got -1",
+        ),
+        (
+            {"mixing": "core", "mixing_options": {"r_up": 0}},
+            "r_up in mixing_options must be an integer of at least 1, got 0",
+        ),
         ({"mixing": "core", "mixing_options": {"rank": 3}}, "mixing_options of 'core' may have r_up, got rank"),
         ({"mixing_options": {"r_up": 3}}, "mixing_options of 'expand' may have none, got r_up"),
         ({"mixing": "reduce"}, "shared='down' contradicts mixing='reduce'"),

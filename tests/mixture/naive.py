@@ -1,8 +1,8 @@
 """Every method as its paper writes it: loops over rows, tokens, experts and ranks, nothing of the library.
 
-Of one token: x [D_in] as the router sees it, dropped [D_in] as A sees it; A [R_in, D_in], B [D_out, R_out], router, tasks and
-mixer as the layer has them; hidden [R_in], what the dropout on z multiplies it by; row, all of x's tokens. All take a
-Token and return the update [D_out].
+Of one token: x [D_in] as the router sees it, dropped [D_in] as A sees it; A [R_in, D_in], B [D_out, R_out], router,
+tasks and mixer as the layer has them; hidden [R_in], what the dropout on z multiplies it by; row, all of x's tokens.
+All take a Token and return the update [D_out].
 """
 
 from dataclasses import dataclass, field

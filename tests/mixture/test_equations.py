@@ -45,10 +45,12 @@ CASES = {
     "mor1e, prior by token": (naive.mor1e, presets.mor1e, dict(r=2, alpha=3, mixing_options={"r_up": 3})),
     "mixlora_conditional": (naive.mixlora_conditional, presets.mixlora_conditional, SELECT),
     "mixlora_conditional, weighted": (
-        naive.mixlora_conditional, presets.mixlora_conditional, SELECT | dict(mixing_options={"conditional_weight": 2.5}),
+        naive.mixlora_conditional, presets.mixlora_conditional,
+        SELECT | dict(mixing_options={"conditional_weight": 2.5}),
     ),
     "mixlora_conditional, hard": (
-        naive.mixlora_conditional, presets.mixlora_conditional, SELECT | dict(mixing_options={"straight_through": False}),
+        naive.mixlora_conditional, presets.mixlora_conditional,
+        SELECT | dict(mixing_options={"straight_through": False}),
     ),
     "mixlora_conditional, apart": (
         naive.mixlora_conditional, presets.mixlora_conditional, SELECT | dict(mixing_options={"conditional": False}),
@@ -97,7 +99,7 @@ def given_of(name, layer):
 
 
 def masks_of(config, layer, x, torch_seed):
-    """What the elements of A, B, x and z are multiplied by: drawn again as the layer draws them, at the rates asked for."""
+    """What the elements of A, B, x and z are multiplied by: drawn again as the layer draws them, at these rates."""
     a = layer.adapter
     of_a, of_b = (0.0, config.dropout) if config.shared == "up" else (config.dropout, config.up_dropout)
     torch.manual_seed(torch_seed)
@@ -131,7 +133,8 @@ def loops(name, layer, x, masks, given):
             of_token = {key: v[b] if v.dim() == 2 else v[b, i] for key, v in given.items() if key in ("gates", "prior")}
             token = naive.Token(
                 x=x[b, i], dropped=dropped[b, i], row=x[b],
-                A=a.shared_a.weight * masks.get("A", 1), undropped_a=a.shared_a.weight, B=a.expert_b.weight * masks.get("B", 1),
+                A=a.shared_a.weight * masks.get("A", 1), undropped_a=a.shared_a.weight,
+                B=a.expert_b.weight * masks.get("B", 1),
                 hidden=masks["z"][b, i] if "z" in masks else x.new_ones(len(a.shared_a.weight)),
                 r=m.r, s=m.alpha / m.r, E=m.num_experts, k=m.top_k, task=int(TASKS[b]),
                 options={**m.kind.options, **m.mixing_options, "top_p": m.top_p}, **weight, **of_token,

@@ -1,4 +1,4 @@
-"""How a new adapter starts: B at zero, and what each method says of the rest, made anew or around a layer that is there."""
+"""How a new adapter starts: B at zero, the rest as each method says, made anew or around a layer that is there."""
 
 import math
 

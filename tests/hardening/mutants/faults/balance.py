@@ -82,8 +82,8 @@ FAULTS = [
     Fault(
         "owed_is_paid_again",
         "mosld/layers/deferred_grads.py",
-        "    owed, adapter.deferred_grads = adapter.deferred_grads, None\n",
-        "    owed = adapter.deferred_grads\n",
+        "    deferred, adapter.deferred_grads = adapter.deferred_grads, None\n",
+        "    deferred = adapter.deferred_grads\n",
         "under reentrant checkpointing the loss counts again whenever the layer runs",
         (*BALANCE, *LOSSES),
     ),
@@ -98,8 +98,8 @@ FAULTS = [
     Fault(
         "unpaid_debts_are_silent",
         "mosld/layers/deferred_grads.py",
-        "        if trained := [layer for layer, _, expected in unpaid if expected]:",
-        "        if trained := [layer for layer, _, expected in unpaid if not expected]:",
+        "            if adapter.deferred_grads is not None and trained:",
+        "            if adapter.deferred_grads is not None and not trained:",
         "a balance loss that reached no router is not told of",
         BALANCE,
     ),
