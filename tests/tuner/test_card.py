@@ -86,7 +86,9 @@ def test_saving_again_renews_the_part_and_keeps_what_people_wrote(tmp_path):
     adapted(r=2).save_pretrained(str(tmp_path))
     path = tmp_path / "README.md"
     path.write_text(path.read_text() + "\n## Intended use\n\nTelling jokes.\n")
-    write_card(tmp_path, MoSLDConfig.from_pretrained(str(tmp_path)), {"jokes": {"accuracy": 0.625, "n": 8, "chance": 0.5}})
+    write_card(
+        tmp_path, MoSLDConfig.from_pretrained(str(tmp_path)), {"jokes": {"accuracy": 0.625, "n": 8, "chance": 0.5}}
+    )
     text = path.read_text()
     assert table(text, "task") == [["jokes", "8", "62.5", "50.0"]] and "Telling jokes." in text
     adapted(r=3).save_pretrained(str(tmp_path))
