@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def fix_gates(model: nn.Module, layers: Layers, gates: Gates, task: int | None =
             raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
         return {name: LayerGates(_uniform(adapter)) for name, (_, adapter) in layers.items()}
     if isinstance(gates, Mapping):
-        return _by_layer(layers, gates)
+        return _by_layer(layers, cast(Mapping[str, Any], gates))
     weights = _as_list(gates)
     if _are_numbers(weights) and weights:
         return _by_layer(layers, dict.fromkeys(layers, weights))

@@ -59,7 +59,7 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
 
 
 class MoSLDPeftLayer(nn.Module, MoSLDLayer):
-    """A module inside a PEFT model with its mixtures beside it; in_features and out_features are the mixtures' sizes."""
+    """A module inside a PEFT model with its mixtures, whose sizes are in_features and out_features, beside it."""
 
     adapter_class: type[MoSLDAdapter] = MoSLDAdapter
 

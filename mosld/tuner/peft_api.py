@@ -5,7 +5,7 @@ Seen in PEFT 0.20.0 to 0.21.2. Four kinds:
     FUNCTIONS    functions that PEFT's documentation leaves out
     tables and classes that it leaves out
         PEFT_TYPE_TO_TUNER_MAPPING   PeftType -> tuner: whether a method is registered already
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING   model_type -> the layers that LoRA and MoSLD adapt by default
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING   model_type -> the layers that LoRA adapts by default
         AuxiliaryTrainingWrapper     wraps a module of `modules_to_save`, where an adapter that could not be placed is
                                      removed again
     CALLED       methods of PEFT's classes that mosld calls

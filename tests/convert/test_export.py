@@ -376,7 +376,10 @@ def _with_first_expert(model):
         (3, "gates must be 'uniform', weights or calibration batches, got 3"),
         ([0.5, 0.5], f"gates of {Q0} must be num_experts=4 weights, got 2"),
         ([0.5, 0.5, math.nan, 0], f"gates of {Q0} must be finite"),
-        ({Q0: [1, 0, 0, 0], "lm_head": [1]}, r"unknown are \['lm_head'\], missing are \['model.layers.0.mlp.down_proj'"),
+        (
+            {Q0: [1, 0, 0, 0], "lm_head": [1]},
+            r"unknown are \['lm_head'\], missing are \['model.layers.0.mlp.down_proj'",
+        ),
         ({Q0: [1, 0, 0, 0]}, r"unknown are \[\], missing are"),
         ([], "at least one calibration batch, got none"),
         (dict(input_ids=IDS), r"calibration takes a list of them, \[batch\]"),

@@ -108,8 +108,8 @@ FAULTS = [
     Fault(
         "checkpoints_by_name",
         "mosld/training/checkpoints.py",
-        "key=lambda path: int(steps[path]), reverse=True)",
-        "key=lambda path: steps[path], reverse=True)",
+        "            numbered[int(step)] = path\n",
+        "            numbered[step] = path\n",
         "training goes on from step 9 instead of step 20",
         RESUME,
     ),
