@@ -174,8 +174,8 @@ def test_calibrated_gates_and_their_errors_are_those_of_a_loop_over_real_tokens(
         assert report[name].output_error == pytest.approx(float(error / out.norm()), rel=1e-4)
         assert report[name].update_error > 0.1  # there is something to lose here
     close(loaded_logits(tmp_path / "lora"), logits_with_gates(model, {name: r.gates for name, r in report.items()}))
-    told = json.loads((tmp_path / "lora" / "export.json").read_text())["layers"]
-    assert told[Q0]["gates"] == report[Q0].gates and told[Q0]["update_error"] == report[Q0].update_error
+    saved = json.loads((tmp_path / "lora" / "export.json").read_text())["layers"]
+    assert saved[Q0]["gates"] == report[Q0].gates and saved[Q0]["update_error"] == report[Q0].update_error
 
 
 def test_one_expert_loses_nothing(tmp_path):
