@@ -1,4 +1,4 @@
-"""The auxiliary losses under the path that users import them from; each lives in a file of its own in `mosld/training`."""
+"""The auxiliary losses under the path that users import them from; each has a file of its own in `mosld/training`."""
 
 from .training.balance import balance_loss
 from .training.contrastive import contrastive_loss

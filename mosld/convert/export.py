@@ -2,13 +2,14 @@
 
     with fixed gates c:   s B M(c) A;   for MoSLD  s sum_e c_e B_e A = s B' A,   B' = sum_e c_e B_e   [D_out, R]
 
-A is shared, so MoSLD's sum has rank R: an ordinary LoRA of the same r and alpha, exactly. Other mixtures have the smaller
-of A's rows and B's columns for a rank, with M multiplied into the other.
+A is shared, so MoSLD's sum has rank R: an ordinary LoRA of the same r and alpha, exactly. Other mixtures have the
+smaller of A's rows and B's columns for a rank, with M multiplied into the other.
 """
 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +20,16 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files.adapter_folder import CONFIG, PEFT_PREFIX, WEIGHTS
 from ..files.atomic import atomic_folder
 from ..layers.linear import MoSLDLinear
 from ..tuner.config import MoSLDConfig
-from ..tuner.layer import MoSLDPeftBlock, MoSLDPeftLayer, MoSLDPeftLinear
-from .fixed_gates import PREFIX, Gates, LayerGates, Layers, fix_gates
-from .lora_tensors import _alpha, _folded, _is_conv1d
+from ..tuner.layer import MoSLDPeftLinear
+from .adapted_layers import Layers, adapted_layers, check_one_lora, origin_of
+from .fixed_gates import Gates, LayerGates, fix_gates
+from .lora_tensors import alpha_of, is_conv1d, lora_factors
 
-CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "export.json"
+REPORT = "export.json"
 EXPERT = "expert_{}"  # the folder of one expert's LoRA
 OWN = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|{re.escape(REPORT)}|expert_\d+")
 
@@ -42,21 +45,27 @@ def export_lora(
 ) -> dict[str, LayerGates]:
     """Write the mixtures of `model`, with gates that no longer depend on the token, as a LoRA that plain PEFT loads.
 
-    model: a PeftModel or any model with MoSLD layers of one r and one alpha, placed by PEFT or by hand; left unchanged. Of
-        any mixture: where gates are the same for all tokens anyway (router "none" or "constant") the LoRA is exact.
-    output_dir: gets adapter_config.json, adapter_model.safetensors and export.json, all at once or not at all.
-    gates: "uniform" (1 / E each); E weights, for every layer; layer name -> E weights; or an iterable of calibration
-        batches (the model's arguments as a dict, input_ids and attention_mask say), which gives each layer the mean of
-        its gates over the real tokens. Weights are finite numbers and need not sum to one.
-    adapter_name: which of PEFT's adapters; needed when several are active.
-    per_expert: also one LoRA an expert, in output_dir/expert_0 and so on; layers without that expert are left out.
-    overwrite: replace an earlier export in output_dir. Anything else there is never replaced.
-    task: which task's LoRA, for methods that route by task; with that task's own gates, exactly.
+    The LoRA has the mixture's r, alpha and dtype; B is summed in float64 and rounded once. Where gates are the same for
+    all tokens anyway (router "none" or "constant") the LoRA is exact.
 
-    Returns layer name (in the base model) -> LayerGates: the gates and, from batches, what is lost by fixing them.
-    The LoRA has the mixture's r, alpha and dtype; B is summed in float64 and rounded once.
-    raises ValueError, before anything is written, for a value that breaks these rules, and for an adapter with
-    modules_to_save, which a LoRA for serving cannot hold.
+    Args:
+        model: A PeftModel or any model with MoSLD layers of one r and one alpha, placed by PEFT or by hand. Left
+            unchanged.
+        output_dir: Gets adapter_config.json, adapter_model.safetensors and export.json, all at once or not at all.
+        gates: "uniform" (1 / E each); E weights, for every layer; layer name -> E weights; or an iterable of
+            calibration batches (the model's arguments as a dict, input_ids and attention_mask say), which gives each
+            layer the mean of its gates over the real tokens. Weights are finite numbers and need not sum to one.
+        adapter_name: Which of PEFT's adapters; needed when several are active.
+        per_expert: Also one LoRA an expert, in output_dir/expert_0 and so on. Layers without that expert are left out.
+        overwrite: Replace an earlier export in output_dir. Anything else there is never replaced.
+        task: Which task's LoRA, for methods that route by task; with that task's own gates, exactly.
+
+    Returns:
+        Layer name (in the base model) -> LayerGates: the gates and, from batches, what is lost by fixing them.
+
+    Raises:
+        ValueError: Before anything is written, for a value that breaks these rules, and for an adapter with
+            modules_to_save, which a LoRA for serving cannot hold.
 
     >>> import torch
     >>> from peft import PeftModel
@@ -75,94 +84,44 @@ def export_lora(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = adapted_layers(base, adapter_name)
-    origin = _peft_config(model, layers)
+    origin = origin_of(model, layers)
     check_one_lora(layers, origin)
-    if per_expert and not all(a.mixture.kind.per_expert for _, a in layers.values()):
+    if per_expert and not all(adapter.mixture.kind.per_expert for _, adapter in layers.values()):
         raise ValueError("per_expert needs a gate for each expert, which this mixing has not")
     fixed = fix_gates(model, layers, gates, task)
     # Checked again before it takes its place: calibration may have taken long.
     with atomic_folder(folder, lambda: check_output(folder, overwrite)) as aside:
-        mean = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
-        _save(aside, base, layers, mean, origin, task)
-        for expert in range(max(len(gate) for gate in mean.values()) if per_expert else 0):
-            alone = {name: nn.functional.one_hot(torch.tensor(expert), len(gate)).double()
-                     for name, gate in mean.items() if expert < len(gate)}  # fmt: skip
-            _save(aside / EXPERT.format(expert), base, layers, alone, origin, task)
+        weights = {name: torch.tensor(layer.gates, dtype=torch.float64) for name, layer in fixed.items()}
+        _save(aside, base, layers, weights, origin, task)
+        if per_expert:
+            for expert in range(max(map(len, weights.values()))):
+                alone = _one_expert(weights, expert)
+                _save(aside / EXPERT.format(expert), base, layers, alone, origin, task)
         report = {"layers": {name: asdict(layer) for name, layer in fixed.items()}}
         (aside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return fixed
 
 
-def adapted_layers(base: nn.Module, adapter_name: str | None = None) -> Layers:
-    """Layer name in `base` -> the layer and its mixture, of one adapter.
-
-    raises ValueError when there is none, for an adapter with mixtures of feed-forward blocks, when adapter_name is unknown, or
-    is needed to choose among active adapters.
-    """
-    by_hand = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDLinear)}
-    by_peft = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftLinear)}
-    blocks = {name: module for name, module in base.named_modules() if isinstance(module, MoSLDPeftBlock)}
-    if "" in by_hand or (by_hand and (by_peft or blocks)):
-        raise ValueError("a LoRA needs layers inside a model, all adapted by hand or all through PEFT")
-    if by_hand:
-        if adapter_name is not None:
-            raise ValueError(f"layers adapted by hand have no adapter name, got {adapter_name!r}")
-        return {name: (layer, layer.adapter) for name, layer in by_hand.items()}
-    if not by_peft and not blocks:
-        raise ValueError(f"{type(base).__name__} has no MoSLD layer")
-    chosen = _chosen([*by_peft.values(), *blocks.values()], adapter_name)
-    if own := [name for name, block in blocks.items() if chosen in block.mixtures]:
-        raise ValueError(
-            f"no LoRA equals a mixture of feed-forward blocks, such as the one on {own[0]}: there is a nonlinearity "
-            "between its layers, so not even with fixed gates"
-        )
-    return {name: (layer, layer.mixtures[chosen]) for name, layer in by_peft.items() if chosen in layer.mixtures}
-
-
-def _chosen(layers: Iterable[MoSLDPeftLayer], adapter_name: str | None) -> str:
-    layers = list(layers)
-    known = sorted({name for layer in layers for name in layer.mixtures})
-    if adapter_name is None:
-        active = sorted({name for layer in layers for name in layer.active_adapters if name in layer.mixtures})
-        if len(active) != 1:
-            raise ValueError(f"adapter_name must be one of {known}, since the active adapters are {active}")
-        return active[0]
-    if adapter_name not in known:
-        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}")
-    return adapter_name
-
-
-def check_one_lora(layers: Layers, origin: MoSLDConfig | None) -> None:
-    """raises ValueError for mixtures that one LoRA cannot hold."""
-    sizes = sorted({(adapter.r, adapter.alpha) for _, adapter in layers.values()})
-    if len(sizes) > 1:
-        raise ValueError(f"the layers of one LoRA must have one r and one alpha, got (r, alpha) in {sizes}")
-    if origin is not None and origin.modules_to_save:
-        raise ValueError(
-            f"modules_to_save must be empty, got {sorted(origin.modules_to_save)}: a LoRA for serving holds no whole modules"
-        )
+def _one_expert(gates: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+    """Gates that are one for `expert` and zero for the others, of the layers that have it."""
+    alone = {}
+    for name, gate in gates.items():
+        if expert < len(gate):
+            alone[name] = nn.functional.one_hot(torch.tensor(expert), len(gate)).double()
+    return alone
 
 
 def check_output(folder: Path, overwrite: bool = False) -> None:
     """raises ValueError when `folder` cannot take an export."""
     if not folder.exists():
         return
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    found = os.listdir(folder) if folder.is_dir() else None
     if found == []:
         return
-    if found is None or REPORT not in found or not all(OWN.fullmatch(name) for name in found):
+    if found is None or REPORT not in found or not all(map(OWN.fullmatch, found)):
         raise ValueError(f"{folder} holds something else than an export: choose another output folder")
     if not overwrite:
         raise ValueError(f"{folder} holds an export: choose another output folder, or overwrite it")
-
-
-def _peft_config(model: nn.Module, layers: Layers) -> MoSLDConfig | None:
-    """The configuration that placed `layers`, where PEFT did."""
-    layer, adapter = next(iter(layers.values()))
-    if not isinstance(layer, MoSLDPeftLinear):
-        return None
-    name = next(name for name, mixture in layer.mixtures.items() if mixture is adapter)
-    return (getattr(model, "peft_config", None) or {}).get(name)
 
 
 def _save(
@@ -176,21 +135,24 @@ def _save(
     """The LoRA of the layers in `gates` as PEFT's two files."""
     folder.mkdir(exist_ok=True)
     scale = next(iter(layers.values()))[1].scale
-    tensors, ranks = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for name, gate in gates.items():
-        down, up = _folded(layers[name][1], gate, task)
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up
+        down, up = lora_factors(layers[name][1], gate, task)
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = down
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = up
         ranks[name] = len(down)
-    most = max(ranks.values(), key=list(ranks.values()).count)  # of most layers; the others are listed
+    # PEFT's files have one rank, here that of most layers, and list the layers of another one with their own alpha.
+    most = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(
         r=most,
-        lora_alpha=_alpha(scale, most),  # pyright: ignore[reportArgumentType]  PEFT divides it
+        lora_alpha=alpha_of(scale, most),  # pyright: ignore[reportArgumentType]  PEFT divides it
         rank_pattern=others,
-        alpha_pattern={name: _alpha(scale, rank) for name, rank in others.items()},
+        alpha_pattern={name: alpha_of(scale, rank) for name, rank in others.items()},
         lora_dropout=0.0,
         target_modules=target_modules(base, gates),
-        fan_in_fan_out=all(_is_conv1d(layers[name][0]) for name in gates),
+        fan_in_fan_out=all(is_conv1d(layers[name][0]) for name in gates),
         task_type=origin and origin.task_type,
         base_model_name_or_path=origin and origin.base_model_name_or_path,
         inference_mode=True,
@@ -204,11 +166,20 @@ def _save(
 def target_modules(base: nn.Module, names: Iterable[str]) -> list[str] | str:
     """What makes PEFT adapt the layers `names` and no other: their last parts, their paths, or an expression."""
     names = set(names)
-    layers = [name for name, module in base.named_modules() if isinstance(module, (MoSLDPeftLinear, MoSLDLinear))]
-    inside = tuple(f"{name}." for name in layers)  # not there without MoSLD
-    others = [name for name, _ in base.named_modules() if name not in names and not name.startswith(inside)]
+    others = _names_without_mosld(base) - names
     for listed in ({name.rpartition(".")[2] for name in names}, names):
         ends = tuple(f".{part}" for part in listed)
         if not any(name in listed or name.endswith(ends) for name in others):
             return sorted(listed)
-    return "|".join(re.escape(name) for name in sorted(names))  # a path that is the end of another
+    return "|".join(map(re.escape, sorted(names)))  # a path that is the end of another
+
+
+def _names_without_mosld(base: nn.Module) -> set[str]:
+    """The modules that the model has where MoSLD is not: without what lies inside an adapted layer."""
+    names, inside = set(), ()
+    for name, module in base.named_modules():  # a layer comes before what lies in it
+        if not name.startswith(inside):
+            names.add(name)
+        if isinstance(module, (MoSLDPeftLinear, MoSLDLinear)):
+            inside += (f"{name}.",)
+    return names

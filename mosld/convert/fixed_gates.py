@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,26 @@ from torch.nn import functional as F
 
 from mosld_kernels.precision import router_dtype
 
+from ..files.adapter_folder import PEFT_PREFIX
 from ..layers.adapter import MoSLDAdapter
 from ..mixture.gates import Routing, eval_gates, gates_without_logits
 from ..tuner.layer import MoSLDPeftLinear
+from .adapted_layers import Layers
 
 Gates = str | Sequence[float] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
-Layers = Mapping[str, tuple[nn.Module, MoSLDAdapter]]  # by name in the base model
-PREFIX = "base_model.model."  # of a layer's name in a PeftModel
 
 
 @dataclass(frozen=True)
 class LayerGates:
     """The fixed gates of one layer and, where they were taken from tokens, what is lost by fixing them.
 
-    gates: one an expert; of mixings without a gate for each expert all numbers of M that are gates, row by row.
-    gate_variance: variances of the routed gates over the tokens; their sum is the mean squared distance from `gates`.
-    update_error: |fixed - routed| / |routed| of the layer's update, Frobenius norms over the tokens.
-    output_error: the same difference over the norm of the layer's whole output.
-    tokens: how many were counted; 0 for gates that were given.
+    Args:
+        gates: One an expert. Of mixings without a gate for each expert all numbers of M that are gates, row by row.
+        gate_variance: Variances of the routed gates over the tokens. Their sum is the mean squared distance from
+            `gates`.
+        update_error: |fixed - routed| / |routed| of the layer's update, Frobenius norms over the tokens.
+        output_error: The same difference over the norm of the layer's whole output.
+        tokens: How many were counted; 0 for gates that the caller gave.
 
     >>> from torch import nn
     >>> from mosld import MoSLDLinear, export_lora
@@ -61,12 +63,11 @@ def fix_gates(model: nn.Module, layers: Layers, gates: Gates, task: int | None =
     if isinstance(gates, str):
         if gates != "uniform":
             raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
-        return {name: LayerGates(_uniform(a)) for name, (_, a) in layers.items()}
-    given: Any = gates
-    if isinstance(given, Mapping):
-        return _by_layer(layers, given)
-    weights = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(weights, Sequence) and weights and all(isinstance(weight, Real) for weight in weights):
+        return {name: LayerGates(_uniform(adapter)) for name, (_, adapter) in layers.items()}
+    if isinstance(gates, Mapping):
+        return _by_layer(layers, cast(Mapping[str, Any], gates))
+    weights = _as_list(gates)
+    if _are_numbers(weights) and weights:
         return _by_layer(layers, dict.fromkeys(layers, weights))
     if not isinstance(weights, Iterable):
         raise ValueError(f"gates must be 'uniform', weights or calibration batches, got {gates!r}")
@@ -74,7 +75,7 @@ def fix_gates(model: nn.Module, layers: Layers, gates: Gates, task: int | None =
 
 
 def gate_shape(adapter: MoSLDAdapter) -> torch.Size:
-    """Of one token's gates as the mixing wants them: (E,), and for mixings with a gate function of their own what it makes."""
+    """Of one token's gates as the mixing wants them: (E,), or what a gate function of the mixing's own makes."""
     m = adapter.mixture
     count = m.kind.gates(m)
     if m.kind.gate is None:
@@ -109,22 +110,21 @@ def _of_task(layers: Layers, gates: Gates, task: int | None) -> dict[str, LayerG
             )
         if not isinstance(task, int) or not 0 <= task < (m.num_tasks or 0):
             raise ValueError(
-                f"task must be in [0, num_tasks={m.num_tasks}) for a method that routes by task, got {task!r}: each task is "
-                "a LoRA of its own"
+                f"task must be in [0, num_tasks={m.num_tasks}) for a method that routes by task, got {task!r}: each "
+                "task is a LoRA of its own"
             )
         before, adapter.routing = adapter.routing, Routing(task_ids=torch.tensor([task]))
         try:
             weight = adapter.shared_a.weight
-            fixed[name] = LayerGates(
-                eval_gates(adapter, weight.new_zeros(1, weight.shape[1]).double())[0].cpu().tolist()
-            )
+            any_token = weight.new_zeros(1, weight.shape[1]).double()
+            fixed[name] = LayerGates(eval_gates(adapter, any_token)[0].cpu().tolist())
         finally:
             adapter.routing = before
     return fixed
 
 
 def _by_layer(layers: Layers, given: Mapping[str, Any]) -> dict[str, LayerGates]:
-    named = {name.removeprefix(PREFIX): weights for name, weights in given.items()}
+    named = {name.removeprefix(PEFT_PREFIX): weights for name, weights in given.items()}
     if "input_ids" in named:
         raise ValueError("gates is one batch: calibration takes a list of them, [batch]")
     unknown, missing = sorted(named.keys() - layers.keys()), sorted(layers.keys() - named.keys())
@@ -132,20 +132,29 @@ def _by_layer(layers: Layers, given: Mapping[str, Any]) -> dict[str, LayerGates]
         raise ValueError(
             f"gates must have every adapted layer and no other: unknown are {unknown}, missing are {missing}"
         )
-    return {name: LayerGates(_checked(name, named[name], a)) for name, (_, a) in layers.items()}
+    return {name: LayerGates(_checked(name, named[name], adapter)) for name, (_, adapter) in layers.items()}
+
+
+def _as_list(values: Any) -> Any:
+    """Tensors and arrays as lists, anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
 
 
 def _checked(name: str, weights: Any, adapter: MoSLDAdapter) -> list[float]:
     count = gate_shape(adapter).numel()
-    values = weights.tolist() if hasattr(weights, "tolist") else weights
-    if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+    values = _as_list(weights)
+    if not _are_numbers(values):
         raise ValueError(f"gates of {name} must be a sequence of numbers, got {weights!r}")
     if len(values) != count:
         wanted = f"num_experts={count}" if adapter.mixture.kind.per_expert else str(count)
         raise ValueError(f"gates of {name} must be {wanted} weights, got {len(values)}")
-    if not all(math.isfinite(value) for value in values):
+    if not all(map(math.isfinite, values)):
         raise ValueError(f"gates of {name} must be finite, got {list(values)}")
-    return [float(value) for value in values]
+    return list(map(float, values))
 
 
 @torch.no_grad()
@@ -157,37 +166,51 @@ def calibrate(model: nn.Module, layers: Layers, batches: Iterable[Mapping[str, A
     raises ValueError without a batch, for one that is no mapping, for a mask that fits no layer, for layers that saw no
         token, and when another adapter than the one to be exported takes part.
     """
-    for name, (module, adapter) in layers.items():
-        if isinstance(module, MoSLDPeftLinear) and module.running_adapters() != [adapter]:
-            raise ValueError(
-                "calibration runs the model with the exported adapter alone: activate it with set_adapter; in "
-                f"{name} the active ones are {[] if module.disable_adapters else list(module.active_adapters)}"
-            )
+    _check_running_alone(layers)
     moments = {name: _Moments(module, adapter) for name, (module, adapter) in layers.items()}
-    device = next(model.parameters()).device
-    number, was_training = 0, model.training
+    seen, was_training = False, model.training
     model.eval()
     try:
-        for number, batch in enumerate(batches, start=1):  # noqa: B007  counted after the loop
-            if not isinstance(batch, Mapping):
-                raise ValueError(
-                    f"a calibration batch must be a dict of the model's arguments, got {type(batch).__name__}"
-                )
-            mask = batch.get("attention_mask")
-            for layer in moments.values():
-                layer.mask, layer.masked = mask, False
-            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-            if mask is not None and not any(layer.masked for layer in moments.values()):
-                raise ValueError(f"attention_mask must have one entry per token; {list(mask.shape)} fits no layer")
+        for batch in batches:
+            _run(model, batch, list(moments.values()))
+            seen = True
     finally:
         for layer in moments.values():
             layer.handle.remove()
         model.train(was_training)
-    if not number:
+    if not seen:
         raise ValueError("gates must have at least one calibration batch, got none")
-    if unseen := [name for name, layer in moments.items() if not layer.tokens]:
+    unseen = [name for name, layer in moments.items() if not layer.tokens]
+    if unseen:
         raise ValueError(f"the calibration batches bring no token to {', '.join(unseen)}")
     return {name: layer.gates() for name, layer in moments.items()}
+
+
+def _check_running_alone(layers: Layers) -> None:
+    for name, (module, adapter) in layers.items():
+        if isinstance(module, MoSLDPeftLinear) and module.running_adapters() != [adapter]:
+            active = [] if module.disable_adapters else list(module.active_adapters)
+            raise ValueError(
+                "calibration runs the model with the exported adapter alone: activate it with set_adapter; in "
+                f"{name} the active ones are {active}"
+            )
+
+
+def _run(model: nn.Module, batch: Any, layers: "list[_Moments]") -> None:
+    """One forward of the model, which the layers count."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a calibration batch must be a dict of the model's arguments, got {type(batch).__name__}")
+    mask = batch.get("attention_mask")
+    for layer in layers:
+        layer.mask = mask
+        layer.masked = False
+    device = next(model.parameters()).device
+    arguments = {}
+    for key, value in batch.items():
+        arguments[key] = value.to(device) if isinstance(value, Tensor) else value
+    model(**arguments)
+    if mask is not None and not any(layer.masked for layer in layers):
+        raise ValueError(f"attention_mask must have one entry per token; {list(mask.shape)} fits no layer")
 
 
 class _Moments:
@@ -211,6 +234,7 @@ class _Moments:
         inner = len(gate_shape(adapter))
         gates = gates.expand(*x.shape[:-1], *gates.shape[-inner:]).flatten(-inner)
         gates = self._real(gates)  # [tokens, n]
+        # In the order in which `gates` takes them: sums of g, g^2, h h^T, z h^T, z z^T and y^2 over the tokens.
         new = (
             gates.sum(0),
             gates.square().sum(0),
@@ -220,7 +244,7 @@ class _Moments:
             self._real(out).square().sum(),
         )
         self.tokens += len(gates)
-        self.sums = tuple(a + b for a, b in zip(self.sums, new, strict=True)) if self.sums else new
+        self.sums = tuple(map(torch.add, self.sums, new)) if self.sums else new
 
     def _real(self, values: Tensor) -> Tensor:
         """values [..., n] -> [tokens, n], padding left out"""
@@ -237,7 +261,8 @@ class _Moments:
         lost = mixed - crossed - crossed.T + spread @ hidden @ spread.T
         expert_b = self.adapter.scale * self.adapter.expert_b.weight.detach().cpu().double()
         gram = expert_b.T @ expert_b
-        error, update = (float((gram * moment).sum().clamp(min=0).sqrt()) for moment in (lost, mixed))
+        error = _norm(gram, lost)
+        update = _norm(gram, mixed)
         return LayerGates(
             gates=mean.tolist(),
             gate_variance=(squares / self.tokens - mean.square()).clamp(min=0).tolist(),
@@ -253,6 +278,11 @@ def fixed_matrix(adapter: MoSLDAdapter, gates: Tensor, task: int | None = None) 
     if mixer is not None and adapter.mixture.kind.per_task:
         mixer = mixer[task]
     return adapter.mixture.matrix(gates.double().view(gate_shape(adapter)), mixer)
+
+
+def _norm(gram: Tensor, moment: Tensor) -> float:
+    """|B d| over all tokens, of B^T B and sum d d^T; rounding may leave a zero slightly negative."""
+    return float((gram * moment).sum().clamp(min=0).sqrt())
 
 
 def _ratio(error: float, norm: float) -> float:

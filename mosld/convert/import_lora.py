@@ -1,23 +1,27 @@
-"""From a trained LoRA to a mixture that computes the same: its B goes into every expert, and the gates of a token sum to one."""
+"""From a trained LoRA to a mixture that computes the same.
+
+sum_e g_e s B A = s B A, as the gates g of a token sum to one: B goes into every expert
+"""
 
 import math
 import os
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..files.adapter_folder import check_weights, read_json
+from ..files.adapter_folder import CONFIG, PEFT_PREFIX, WEIGHTS, check_weights, read_json
 from ..files.safe_regex import check_expressions
 from ..tuner.config import MoSLDConfig
-from .export import CONFIG, WEIGHTS, adapted_layers, target_modules
-from .fixed_gates import PREFIX
+from ..tuner.peft_api import in_out_features
+from .adapted_layers import adapted_layers
+from .export import target_modules
 
 # What may differ from a LoraConfig's default in a LoRA that a mixture can compute.
 UNDERSTOOD = {
@@ -38,16 +42,22 @@ FROM_THE_LORA = (
 
 
 def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: Any) -> PeftModel:
-    """A MoSLD model that computes what `base_model` with a trained LoRA computes: A copied, B in every expert, router new.
+    """A MoSLD model that computes what a trained LoRA computes: A copied, B in every expert, router new.
 
-    base_model: the model that the LoRA was trained on; adapted in place, as by get_peft_model.
-    lora_dir: a folder with PEFT's adapter_config.json and adapter_model.safetensors.
-    settings: fields of MoSLDConfig such as num_experts, top_k, dropout; what the LoRA decides cannot be given. Mixtures
-        that start as a LoRA are those whose gates sum to one between copies of A, of B or of both: mixing "expand",
-        "diagonal" or shared="up".
+    Args:
+        base_model: The model that the LoRA was trained on. Adapted in place, as by get_peft_model.
+        lora_dir: A folder with PEFT's adapter_config.json and adapter_model.safetensors.
+        settings: Fields of MoSLDConfig such as num_experts, top_k, dropout. What the LoRA decides cannot be given.
+            Mixtures that start as a LoRA are those whose gates sum to one between copies of A, of B or of both: mixing
+            "expand", "diagonal" or shared="up".
 
-    raises ValueError for a folder that holds no such LoRA, for one that is more than s B A (DoRA, biases, whole modules,
-    several ranks), for layers that the model lacks or that differ in size, and for settings that break MoSLDConfig's rules.
+    Returns:
+        The adapted model, a PeftModel.
+
+    Raises:
+        ValueError: For a folder that holds no such LoRA, for one that is more than s B A (DoRA, biases, whole modules,
+            several ranks), for layers that the model lacks or that differ in size, and for settings that break
+            MoSLDConfig's rules.
 
     >>> import torch
     >>> from copy import deepcopy
@@ -61,7 +71,8 @@ def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: 
     >>> torch.allclose(model(x), lora(x), atol=1e-6)
     True
     """
-    if given := sorted(set(settings) & set(FROM_THE_LORA)):
+    given = sorted(set(settings) & set(FROM_THE_LORA))
+    if given:
         raise ValueError(f"{', '.join(given)} comes from the LoRA and cannot be given")
     lora, weights = _read_lora(Path(lora_dir))
     _check_sizes(base_model, lora.r, weights)
@@ -72,13 +83,14 @@ def import_lora(base_model: nn.Module, lora_dir: str | os.PathLike, **settings: 
         task_type=lora.task_type,
         **settings,
     )
-    repeats = _repeats(config)
+    repeat_a, repeat_b = _repeats(config)
     model = get_peft_model(base_model, config)
     assert isinstance(model, PeftModel)
     for name, (_, adapter) in adapted_layers(model.get_base_model()).items():
         shared_a, lora_b = weights[name]
         with torch.no_grad():
-            copies_a, copies_b = (adapter.num_experts if repeated else 1 for repeated in repeats)
+            copies_a = adapter.num_experts if repeat_a else 1
+            copies_b = adapter.num_experts if repeat_b else 1
             adapter.shared_a.weight.copy_(shared_a.repeat(copies_a, 1))
             adapter.expert_b.weight.copy_(lora_b.repeat(1, copies_b))
     return model
@@ -94,8 +106,8 @@ def _repeats(config: MoSLDConfig) -> tuple[bool, bool]:
         )
     if not mixture.router_kind.sums_to_one(mixture):
         raise ValueError(
-            f"router={mixture.router!r} with num_experts={mixture.num_experts} has gates that need not sum to one, so that "
-            "the mixture would not start as the LoRA"
+            f"router={mixture.router!r} with num_experts={mixture.num_experts} has gates that need not sum to one, so "
+            "that the mixture would not start as the LoRA"
         )
     return repeats
 
@@ -109,39 +121,51 @@ def _read_lora(folder: Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} must hold a LoRA, got {config.peft_type}")
+    odd = _beyond_a_plain_lora(config)
+    if odd:
+        raise ValueError(f"a mixture can take over a plain LoRA alone, this one has {', '.join(odd)}")
+    return config, _read_factors(folder / WEIGHTS)
+
+
+def _beyond_a_plain_lora(config: LoraConfig) -> list[str]:
+    """The settings, as `name=value`, that make it more than s B A."""
     default = LoraConfig()
-    more = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
-    more = [name for name in more if name not in UNDERSTOOD]
+    odd = []
+    for own in fields(config):
+        value = getattr(config, own.name)
+        if value != getattr(default, own.name) and own.name not in UNDERSTOOD:
+            odd.append(f"{own.name}={value!r}")
     if config.init_lora_weights not in PLAIN_STARTS:
-        more.append("init_lora_weights")
-    if more:
-        odd = ", ".join(f"{name}={getattr(config, name)!r}" for name in more)
-        raise ValueError(f"a mixture can take over a plain LoRA alone, this one has {odd}")
-    tensors = load_file(folder / WEIGHTS)
-    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-    expected = {f"{PREFIX}{name}.lora_{factor}.weight" for name in names for factor in "AB"}
-    if tensors.keys() ^ expected or not names:
-        raise ValueError(
-            f"{folder / WEIGHTS} must hold lora_A and lora_B alone, got {sorted(tensors.keys() ^ expected)}"
-        )
-    return config, {
-        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in names
-    }
+        odd.append(f"init_lora_weights={config.init_lora_weights!r}")
+    return odd
+
+
+def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> A [R, D_in] and B [D_out, R]"""
+    tensors = load_file(path)
+    keys = {}  # layer -> the keys of A and B
+    for key in tensors:
+        layer = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+        keys[layer] = f"{PEFT_PREFIX}{layer}.lora_A.weight", f"{PEFT_PREFIX}{layer}.lora_B.weight"
+    odd = tensors.keys() ^ set(chain.from_iterable(keys.values()))
+    if odd or not keys:
+        raise ValueError(f"{path} must hold lora_A and lora_B alone, got {sorted(odd)}")
+    return {name: (tensors[key_a], tensors[key_b]) for name, (key_a, key_b) in keys.items()}
 
 
 def _check_sizes(base: nn.Module, r: int, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
     modules = dict(base.named_modules())
-    if unknown := sorted(weights.keys() - modules.keys()):
+    unknown = sorted(weights.keys() - modules.keys())
+    if unknown:
         raise ValueError(f"{type(base).__name__} lacks layers that the LoRA adapts: {', '.join(unknown)}")
     for name, (shared_a, lora_b) in weights.items():
         if not isinstance(modules[name], (nn.Linear, Conv1D)):
             raise ValueError(
                 f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(modules[name]).__name__}"
             )
-        in_features, out_features = _get_in_out_features(modules[name])
-        shapes = (list(shared_a.shape), list(lora_b.shape))
-        if shapes != ([r, in_features], [out_features, r]):
+        in_features, out_features = in_out_features(modules[name])
+        if shared_a.shape != (r, in_features) or lora_b.shape != (out_features, r):
             raise ValueError(
                 f"lora_A and lora_B of {name} must be [{r}, {in_features}] and [{out_features}, {r}], got "
-                f"{shapes[0]} and {shapes[1]}"
+                f"{list(shared_a.shape)} and {list(lora_b.shape)}"
             )

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..convert.export import adapted_layers, target_modules
+from ..convert.adapted_layers import adapted_layers
+from ..convert.export import target_modules
 from ..tuner.config import MoSLDConfig
+from ..tuner.peft_api import in_out_features
 from .dense import forward_with
 from .unlabelled import Forward
 from .vectors import Factors, MergeError, TaskVector
@@ -175,7 +176,7 @@ def check_fit(base: nn.Module, vectors: Sequence[TaskVector]) -> None:
             layer = modules.get(name)
             if not isinstance(layer, (nn.Linear, Conv1D)):
                 raise MergeError(f"{vector.folder} adapts {name}, which is no linear layer of {type(base).__name__}")
-            d_in, d_out = _get_in_out_features(layer)
+            d_in, d_out = in_out_features(layer)
             if own.shape != (d_out, d_in):
                 raise MergeError(
                     f"{vector.folder} has {own.shape[1]} -> {own.shape[0]} features in {name}, "

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..convert.fixed_gates import PREFIX
-from ..files.adapter_folder import CONFIG, WEIGHTS, check_weights, read_config, read_json
+from ..files.adapter_folder import CONFIG, PEFT_PREFIX, WEIGHTS, check_weights, read_config, read_json
 from ..files.model_folder import INDEX, files_of
 from ..files.safe_regex import check_expressions
 from ..mixture.gates import saved_fixed_gates
 from ..tuner.config import MoSLDConfig
+from ..tuner.peft_api import get_pattern_key
 from ..tuner.weights import AdapterWeights
 from .vectors import Factors, MergeError, TaskVector, open_safetensors
 
@@ -98,7 +97,7 @@ def _read_lora(folder: Path) -> TaskVector:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
     factors: dict[str, Factors] = {}
     for key, down in tensors.items():
-        layer, is_down, _ = key.removeprefix(PREFIX).partition(".lora_A.")
+        layer, is_down, _ = key.removeprefix(PEFT_PREFIX).partition(".lora_A.")
         if not is_down:
             continue
         up = tensors.get(key.replace(".lora_A.", ".lora_B."))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import (
@@ -11,31 +11,35 @@ from transformers import (
 )
 
 
-def training_arguments(arguments: Sequence[str], output_dir: Path) -> TrainingArguments:
-    """Command-line words -> TrainingArguments; raises ValueError for a word that the Trainer does not know."""
-    if {word.partition("=")[0] for word in arguments} & {"--fsdp", "--deepspeed"}:
+def training_arguments(arguments: Sequence[str], output_dir: Path, program: str = "mosld train") -> TrainingArguments:
+    """Command-line words -> TrainingArguments.
+
+    program: who takes the words, for messages.
+    raises ValueError for a word that the Trainer does not know, and for those that ask for shards or for evaluations.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"not an argument of {program} or of transformers' TrainingArguments: {message}")
+
+    names = {word.partition("=")[0] for word in arguments}
+    if names & {"--fsdp", "--deepspeed"}:
         raise ValueError(
-            "mosld train keeps the whole model in every process: --fsdp and --deepspeed cannot be given; docs/tutorials/several_processes.md "
-            "tells how to shard in a script of your own"
+            f"{program} keeps the whole model in every process: --fsdp and --deepspeed cannot be given; "
+            "docs/tutorials/several_processes.md tells how to shard in a script of your own"
         )
     parser = HfArgumentParser(cast(Any, TrainingArguments), allow_abbrev=False)
-    parser.error = _raise_value_error
-    # Unless told so, accelerate takes processes without an accelerator for strangers, each of which trains by itself.
-    device = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
-    words = ["--report_to", "none", "--save_total_limit", "1", "--ddp_find_unused_parameters", "false", *device]
+    parser.error = refuse
+    words = ["--report_to", "none", "--save_total_limit", "1", "--ddp_find_unused_parameters", "false"]
+    if not torch.accelerator.is_available():
+        # Without it, accelerate takes processes without an accelerator for strangers, each of which trains by itself.
+        words += ["--use_cpu", "true"]
     words += [*arguments, "--output_dir", str(output_dir)]
     parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        _raise_value_error(
-            f"{' '.join(unknown)} (mosld train --help lists the first, the transformers documentation the second)"
-        )
+        refuse(f"{' '.join(unknown)} ({program} --help lists the first, the transformers documentation the second)")
     if parsed.eval_strategy != "no" or parsed.load_best_model_at_end:
         raise ValueError(
-            "mosld train scores the test files when the training has ended: --eval_strategy and --load_best_model_at_end "
-            "cannot be given"
+            f"{program} scores the test files when the training has ended: --eval_strategy and "
+            "--load_best_model_at_end cannot be given"
         )
     return parsed
-
-
-def _raise_value_error(message: str):
-    raise ValueError(f"not an argument of mosld train or of transformers' TrainingArguments: {message}")

@@ -19,16 +19,25 @@ from ..layers.stats import last_routing
 
 
 def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, recomputed: bool | None = None) -> Tensor:
-    """The load-balance loss of the last forward, a scalar that carries gradients for the routers and their inputs.
+    """The load-balance loss of the last forward, E sum_e f_e P_e per layer, summed over layers.
 
-    attention_mask: [batch, sequence], nonzero at real tokens; without it padding counts like any token.
-    recomputed: whether backward will run the layers again (activation checkpointing); None asks the model's modules, as
-        transformers marks them. Say True where layers are checkpointed by hand with use_reentrant=True. A layer that
-        runs twice inside one such checkpoint gets a wrong gradient: checkpoint its calls apart.
     Layers with K = E are left out: there every expert is always chosen and the loss is constant.
-    raises ValueError and RuntimeError as `last_routing`, and RuntimeError when the last forward kept no gradient for
-    a router that is being trained and nothing will be recomputed (torch.no_grad). Where a recomputation was expected
-    and did not come, backward raises it.
+
+    Args:
+        model: The adapted model, or one layer.
+        attention_mask: [batch, sequence], nonzero at real tokens. Without it padding counts like any token.
+        recomputed: Whether backward will run the layers again (activation checkpointing). None asks the model's
+            modules, as transformers marks them. Say True where layers are checkpointed by hand with
+            use_reentrant=True. A layer that runs twice inside one such checkpoint gets a wrong gradient: checkpoint
+            its calls apart.
+
+    Returns:
+        A scalar that carries gradients for the routers and their inputs.
+
+    Raises:
+        ValueError: As `mosld.layers.stats.last_routing`.
+        RuntimeError: As `last_routing`; when the last forward kept no gradient for a router that is being trained and
+            nothing will be recomputed (torch.no_grad); and in backward where an expected recomputation did not come.
 
     >>> import torch
     >>> from torch import nn
@@ -39,7 +48,8 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     >>> balance_loss(layer).item()
     1.0
     """
-    kept, losses = KeptTensors(model, recomputed), []
+    kept = KeptTensors(model, recomputed)
+    losses = []
     for name, adapter, _, mask in last_routing(model, attention_mask):
         if adapter.top_k < adapter.num_experts:
             logits = kept.of(name, adapter, "router_logits", adapter.router.weight)
@@ -50,7 +60,8 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
 def _of_layer(adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None) -> Tensor:
     """logits [..., E], mask [...] -> E sum_e f_e P_e over the tokens where the mask is not zero
 
-    Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be NaN.
+    Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
+    NaN.
     """
     logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
     real = None if mask is None else (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]

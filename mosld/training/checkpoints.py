@@ -25,9 +25,12 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
     warns of one whose weights were altered, and passes it over like one that was cut off.
     """
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    numbered = [path for path, step in steps.items() if step.isdecimal() and _ends(path / STATE)]
-    for path in sorted(numbered, key=lambda path: int(steps[path]), reverse=True):
+    numbered = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and _ends(path / STATE):
+            numbered[int(step)] = path
+    for _, path in sorted(numbered.items(), reverse=True):
         try:
             check_adapters(path)
         except AdapterFileError as error:
@@ -38,17 +41,28 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def check_adapters(checkpoint: Path) -> None:
-    """raises AdapterFileError where an adapter in `checkpoint` was altered since, is a pickle now, which the Trainer would
-    open, or lies beside weights that the Trainer would take in its place; the Trainer itself does not look."""
-    for folder in (checkpoint, *(path.parent for name in PICKLES for path in checkpoint.glob(f"*/{name}"))):
+    """raises AdapterFileError where an adapter in `checkpoint` cannot be trusted; the Trainer itself does not look.
+
+    Such are one that was altered since it was saved, one that is a pickle now, which the Trainer would open, and one
+    beside weights that the Trainer would load in its place.
+    """
+    folders = [checkpoint]
+    for name in PICKLES:
+        folders += [path.parent for path in checkpoint.glob(f"*/{name}")]
+    for folder in folders:
         check_weights(folder, only_pickles=True)
+    # The first adapter lies in the checkpoint itself, every other one in a folder of its own.
     adapters = [path for path in (checkpoint / WEIGHTS, *checkpoint.glob(f"*/{WEIGHTS}")) if path.is_file()]
-    for weights in adapters:  # several have a folder each
+    for weights in adapters:
         check_digest(weights)
-    if adapters and (others := [name for name in PREFERRED if (checkpoint / name).is_file()]):
-        raise AdapterFileError(
-            f"{checkpoint / others[0]} would be loaded in the place of {adapters[0].name}, and no checkpoint of an adapter has it"
-        )
+    if not adapters:
+        return
+    for name in PREFERRED:
+        if (checkpoint / name).is_file():
+            raise AdapterFileError(
+                f"{checkpoint / name} would be loaded in the place of {adapters[0].name}, and no checkpoint of an "
+                "adapter has it"
+            )
 
 
 def _ends(state: Path) -> bool:

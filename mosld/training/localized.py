@@ -22,18 +22,25 @@ def localized_balance_loss(
 ) -> Tensor:
     """LoRAMoE's localised balance loss of the last forward: even within a group of experts, uneven between the groups.
 
-    Z[b, e] = I[b, e] sum_t g[b, t, e], with I = 1 + delta where expert e is of row b's kind and 1 - delta elsewhere; the
-    loss of a layer is var(Z) / mean(Z)^2 over all rows and experts, with the unbiased variance, as in the method's code.
+    Z[b, e] = I[b, e] sum_t g[b, t, e], with I = 1 + delta where expert e is of row b's kind and 1 - delta elsewhere.
+    The loss of a layer is var(Z) / mean(Z)^2 over all rows and experts, with the unbiased variance, as in the method's
+    code. Layers with one expert are left out. Rows are compared as they are: a row with more tokens has larger Z.
 
-    kinds: integers [batch], the kind of task of each row (in the paper 0 and 1: world knowledge, and the others).
-    attention_mask: [batch, sequence], nonzero at real tokens; without it padding counts, as it does in the method's code.
-    delta: in [0, 1); the code's blc_alpha.
-    groups: one kind an expert; None makes the first half of each layer's experts 0 and the second half 1. (In the code
-        the first half is that of task type 1. Names of kinds mean nothing.)
-    recomputed: as in `balance_loss`.
+    Args:
+        model: The adapted model, or one layer.
+        kinds: Integers [batch], the kind of task of each row (in the paper 0 and 1: world knowledge, and the others).
+        attention_mask: [batch, sequence], nonzero at real tokens. Without it padding counts, as in the method's code.
+        delta: In [0, 1); the code's blc_alpha.
+        groups: One kind an expert. None makes the first half of each layer's experts 0 and the second half 1. (In the
+            code the first half is that of task type 1. Names of kinds mean nothing.)
+        recomputed: As in `balance_loss`.
 
-    Layers with one expert are left out. Rows are compared as they are: a row with more tokens has larger Z.
-    raises ValueError for a wrong number of kinds or groups and for delta out of range, and otherwise as `balance_loss`.
+    Returns:
+        A scalar that carries gradients for the routers and their inputs, summed over layers.
+
+    Raises:
+        ValueError: For a wrong number of kinds or groups and for delta out of range, and as `balance_loss`.
+        RuntimeError: As `balance_loss`.
 
     >>> import torch
     >>> from torch import nn
@@ -49,7 +56,8 @@ def localized_balance_loss(
     kinds = torch.as_tensor(kinds)
     if kinds.dim() != 1 or kinds.is_floating_point():
         raise ValueError(f"kinds must be integers [batch], got {kinds.dtype} {list(kinds.shape)}")
-    kept, losses = KeptTensors(model, recomputed), []
+    kept = KeptTensors(model, recomputed)
+    losses = []
     for name, adapter, logits, mask in last_routing(model, attention_mask):
         if adapter.num_experts == 1:
             continue

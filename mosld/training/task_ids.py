@@ -1,4 +1,4 @@
-"""A `task_ids` column in a Trainer's data: what each batch has of it goes to `mosld.set_routing` before the model runs."""
+"""A `task_ids` column in a Trainer's data goes to `mosld.set_routing`, batch by batch, before the model runs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +7,15 @@ from transformers import Trainer
 from ..layers.routing import set_routing
 
 COLUMN = "task_ids"
-_Base = Trainer if TYPE_CHECKING else object  # what the mixin expects beside it
+# What the mixin expects beside it: a type checker must know the methods that it extends, but any Trainer will do.
+_Base = Trainer if TYPE_CHECKING else object
 
 
 class TaskColumnMixin(_Base):
-    """Routes by the `task_ids` of every batch, in training, evaluation and prediction, and keeps the column from being dropped.
+    """Routes by the `task_ids` of every batch, in training, evaluation and prediction, and keeps the column.
 
-    A column of integers, one a row; transformers' collators make a tensor of it. Without the column the ids stay what
-    `mosld.set_routing` was told last, which serves data of one task.
+    A column of integers, one a row; transformers' collators make a tensor of it. Without the column the ids stay those
+    of the last call of `mosld.set_routing`, which serves data of one task.
 
     raises ValueError in evaluation and prediction for a batch without the column after batches with it, whose ids
     would be taken for its own.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..files.adapter_folder import PEFT_PREFIX
 from ..layers.host import running_adapters
 from ..layers.routing import forget_routing
 from ..layers.stats import RouterStats, RouterUse, no_choice
@@ -23,38 +24,39 @@ AuxiliaryLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     """Adds `balance_coef * balance_loss(model)` to the training loss of any Trainer subclass; put it first.
 
-    balance_coef: the weight; None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were adapted by
-        hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
-
-    A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
-
-    The evaluation loss stays the task's own. Padding, as told by `attention_mask` in the batch, is left out. The
+    The evaluation loss stays the task's own. Padding, which `attention_mask` in the batch marks, is left out. The
     gradient is that of the mean over micro-batches and processes, whatever the number of either, and over forwards
     where a micro-batch takes several; those without gradients do not count.
 
-    auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss: function(model,
-        batch) returns a scalar of the forward that the model just had, as those in `mosld.losses` do. Say
-        {"contrast": (0.1, lambda model, batch: contrastive_loss(model, batch["attention_mask"]))}. Their means over the
-        forwards, before the weight, are in the training logs under their names.
-    auxiliary_columns: columns of the data that these functions read and the model does not take, such as the kind of each
-        row's task: numbers or tensors that the data collator puts together. The model never sees them.
-
-    router_logs: what every training log (each that has a `loss`) tells of the routers, over all tokens that this
-        process trained on since the one before. Adds nothing to other logs, and nothing where no mixture ran.
-        "summary":
-            router/entropy        mean over layers of the entropy of the router's distribution, in nats; log(E) at most
-            router/max_load       the largest share of the chosen places that any expert of any layer got; 1 / E is even
-            router/dead_experts   experts that no token chose, added up over layers
-            balance_loss          mean over the forwards of the loss before its weight; only where balance_coef is not 0
-        "layers": these, and the first three of every layer under router/<layer>/.
-        "off": nothing.
+    A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
 
     Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
     `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
 
-    raises ValueError for another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
-    method that has no load to balance. `train` raises AdapterFileError, a ValueError, for a checkpoint whose weights were
-    altered, and ValueError where True finds none.
+    router_logs adds to every training log (each that has a `loss`) figures of the routers, over all tokens that this
+    process trained on since the log before. Other logs get none, nor does any where no mixture ran.
+
+        router/entropy        mean over layers of the entropy of the router's distribution, in nats; log(E) at most
+        router/max_load       the largest share of the chosen places that any expert of any layer got; 1 / E is even
+        router/dead_experts   experts that no token chose, added up over layers
+        balance_loss          mean over the forwards of the loss before its weight; only where balance_coef is not 0
+
+    Args:
+        balance_coef: The weight. None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were
+            adapted by hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+        router_logs: "summary" for the figures above; "layers" for these, and the first three of every layer under
+            router/<layer>/; "off" for none.
+        auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss.
+            function(model, batch) returns a scalar of the forward that the model just had, as those in `mosld.losses`
+            do. Say {"contrast": (0.1, lambda model, batch: contrastive_loss(model, batch["attention_mask"]))}. Their
+            means over the forwards, before the weight, are in the training logs under their names.
+        auxiliary_columns: Columns of the data that these functions read and the model does not take, such as the kind
+            of each row's task: numbers or tensors that the data collator puts together. The model never sees them.
+
+    Raises:
+        ValueError: For another value of router_logs, under nn.DataParallel, and for a balance_coef given here to a
+            method that has no load to balance. `train` raises it where resume_from_checkpoint=True finds no checkpoint.
+        AdapterFileError: In `train`, a ValueError too, for a checkpoint whose weights were altered.
 
     >>> from mosld import MoSLDTrainerMixin
     >>> from transformers import Seq2SeqTrainer
@@ -65,13 +67,20 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     ValueError: router_logs must be one of summary, layers, off, got 'all'
     """
 
-    def __init__(self, *args, balance_coef: float | None = None, router_logs: str = "summary",
-                 auxiliary_losses: Mapping[str, tuple[float, AuxiliaryLoss]] | None = None,
-                 auxiliary_columns: Collection[str] = (), **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        *args,
+        balance_coef: float | None = None,
+        router_logs: str = "summary",
+        auxiliary_losses: Mapping[str, tuple[float, AuxiliaryLoss]] | None = None,
+        auxiliary_columns: Collection[str] = (),
+        **kwargs,
+    ):
         if router_logs not in ROUTER_LOGS:
             raise ValueError(f"router_logs must be one of {', '.join(ROUTER_LOGS)}, got {router_logs!r}")
         self.auxiliary_losses = dict(auxiliary_losses or {})
-        if taken := self.auxiliary_losses.keys() & {"balance_loss", "loss"}:
+        taken = self.auxiliary_losses.keys() & {"balance_loss", "loss"}
+        if taken:
             raise ValueError(f"auxiliary_losses must have names of their own, got {', '.join(sorted(taken))}")
         self.auxiliary_columns = frozenset(auxiliary_columns)
         super().__init__(*args, **kwargs)
@@ -85,9 +94,14 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         self._routing = _Routing()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As the Trainer's, and only from a checkpoint whose adapters are as they were saved; True takes the newest whole one.
+        """As the Trainer's, but it resumes only from a checkpoint whose adapters are as they were saved.
 
-        raises AdapterFileError for altered weights, and ValueError where True finds no checkpoint.
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest whole one in output_dir.
+
+        Raises:
+            AdapterFileError: For altered weights.
+            ValueError: Where True finds no checkpoint.
 
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -133,17 +147,19 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
 
     def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
         """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
-        attention_mask, losses = inputs.get("attention_mask"), {}
+        attention_mask = inputs.get("attention_mask")
+        losses: dict[str, tuple[float, Tensor]] = {}
         if self.balance_coef:
             losses["balance_loss"] = self.balance_coef, balance_loss(model, attention_mask)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
                 losses[name] = weight, function(model, inputs)
         if self.router_logs != "off":
-            self._routing.add(model, attention_mask, {name: own for name, (_, own) in losses.items()})
+            self._routing.add(model, attention_mask, losses)
         return losses
 
     def _for_the_model(self, inputs: Any) -> Any:
+        """The batch without the columns that only the auxiliary losses read."""
         if not self.auxiliary_columns:
             return inputs
         return {name: value for name, value in inputs.items() if name not in self.auxiliary_columns}
@@ -181,10 +197,11 @@ class _Routing:
         self.clear()
 
     def clear(self) -> None:
-        self.use, self.forwards = RouterUse(), 0
-        self.losses: dict[str, Tensor] = {}
+        self.use = RouterUse()
+        self.forwards = 0
+        self.losses: dict[str, Tensor] = {}  # sums over the forwards, before the weights
 
-    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, Tensor]) -> None:
+    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, tuple[float, Tensor]]) -> None:
         """Count the last forward; where there is nothing to count, training goes on without."""
         if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
             return
@@ -193,31 +210,48 @@ class _Routing:
         except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
             return
         self.forwards += 1
-        for name, loss in losses.items():
-            self.losses[name] = self.losses[name] + loss.detach() if name in self.losses else loss.detach()
+        for name, (_, loss) in losses.items():
+            total = self.losses.get(name)
+            self.losses[name] = loss.detach() if total is None else total + loss.detach()
 
     def take(self, per_layer: bool) -> dict[str, float]:
         """The log entries, and begin anew."""
-        layers, losses, forwards = self.use.stats().get("", {}), self.losses, self.forwards
-        self.clear()
+        layers = self.use.stats().get("", {})
         logs = _entries("router", list(layers.values())) if layers else {}
-        logs |= {name: loss.item() / forwards for name, loss in losses.items()}
+        for name, loss in self.losses.items():
+            logs[name] = loss.item() / self.forwards
         if per_layer:
             for name, stats in layers.items():
-                logs |= _entries(f"router/{name.removeprefix('base_model.model.')}", [stats])
+                logs |= _entries(f"router/{name.removeprefix(PEFT_PREFIX)}", [stats])
+        self.clear()
         return logs
 
 
 def _entries(prefix: str, layers: list[RouterStats]) -> dict[str, float]:
+    entropy, max_load, dead = 0.0, 0.0, 0
+    for stats in layers:
+        entropy += stats.entropy
+        max_load = max(max_load, stats.load.max().item())
+        dead += len(stats.dead)
     return {
-        f"{prefix}/entropy": sum(stats.entropy for stats in layers) / len(layers),
-        f"{prefix}/max_load": max(stats.load.max().item() for stats in layers),
-        f"{prefix}/dead_experts": sum(len(stats.dead) for stats in layers),
+        f"{prefix}/entropy": entropy / len(layers),
+        f"{prefix}/max_load": max_load,
+        f"{prefix}/dead_experts": dead,
     }
 
 
 class MoSLDTrainer(MoSLDTrainerMixin, Trainer):
     """transformers' Trainer for models adapted with MoSLD; see MoSLDTrainerMixin for what it adds.
+
+    Args:
+        args: As the Trainer's, by place and by name.
+        balance_coef: Weight of the balance loss; None takes the active adapter's.
+        router_logs: "summary", "layers" or "off".
+        auxiliary_losses: Further losses, name -> (weight, function).
+        auxiliary_columns: Columns of the data that only these functions read.
+
+    Raises:
+        ValueError: As MoSLDTrainerMixin.
 
     >>> from peft import get_peft_model
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments

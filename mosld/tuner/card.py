@@ -1,10 +1,10 @@
 """The model card of a saved adapter: what it is, its sizes by layer, its scores where known, how to load it.
 
-PEFT writes `README.md` with every saved model, a template to be filled in. `write_card` puts its own part there, between
-two comments, and replaces that part alone when the adapter is saved again; everything else in the file stays.
-It is called by `MoSLDConfig.save_pretrained`, hence by everything that saves through PEFT (`save_pretrained`, `Trainer`,
-`push_to_hub`), and once more by `mosld train` with the scores. Models adapted through transformers' own `add_adapter`
-get no card, for transformers saves the weights after the configuration: call
+PEFT writes `README.md` with every saved model, a template to be filled in. `write_card` puts its own part there,
+between two comments, and replaces that part alone when the adapter is saved again; everything else in the file stays.
+It is called by `MoSLDConfig.save_pretrained`, hence by everything that saves through PEFT (`save_pretrained`,
+`Trainer`, `push_to_hub`), and once more by `mosld train` with the scores. Models adapted through transformers' own
+`add_adapter` get no card, for transformers saves the weights after the configuration: call
 `write_card(folder, MoSLDConfig.from_pretrained(folder))` for one.
 """
 
@@ -38,8 +38,8 @@ def write_card(
     """Write or renew the card of the adapter saved in `folder`; returns its path, None where no weights are saved.
 
     config: the MoSLDConfig that lies in `folder`, as `MoSLDConfig.from_pretrained` reads it.
-    tasks: task name -> its scores as in `results.json` (accuracy in [0, 1], n items, chance), told in the card; None
-        tells of no task, also where the card before did: the weights may be others now.
+    tasks: task name -> its scores as in `results.json` (accuracy in [0, 1], n items, chance). None makes a card without
+        scores, also where there were some before: the weights may be others now.
     raises AdapterFileError for files that are damaged, of another method, or do not fit each other.
     """
     folder = Path(folder)
@@ -84,9 +84,35 @@ def _heading(config: Any) -> str:
 
 
 def _describe(config: Any, weights: AdapterWeights, tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = [
+        "An adapter of the method of [MoSLD](https://arxiv.org/abs/2412.08946): experts that share their "
+        "down-projection A, of which a router picks some for every token.",
+        _table(("", ""), _facts(config, weights)),
+        "## Layers",
+        _table(("layer", "layers", "in -> out", "experts", "parameters"), _layer_rows(weights.layers)),
+    ]
+    if tasks:
+        parts += [
+            "## Tasks",
+            "Accuracy on held-out items, in percent.",
+            _table(("task", "items", "accuracy", "chance"), _task_rows(tasks)),
+        ]
+    parts += ["## Loading", f"```python\n{_loading(config)}\n```"]
+    return "\n\n".join(parts)
+
+
+def _task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, score in tasks.items():
+        rows.append((name, str(score.get("n", "")), _percent(score.get("accuracy")), _percent(score.get("chance"))))
+    return rows
+
+
+def _facts(config: Any, weights: AdapterWeights) -> list[tuple[str, str]]:
+    """Name and value of what concerns the whole adapter."""
     base = config.base_model_name_or_path
-    layers = weights.layers.values()
-    experts = sorted({layer.num_experts for layer in layers})
+    experts = sorted({layer.num_experts for layer in weights.layers.values()})
+    parameters = sum(layer.parameters for layer in weights.layers.values())
     facts = [
         ("base model", f"`{base}`" if base else "not recorded"),
         ("method", "MoSLD (`peft_type` MOSLD), a mixture of LoRA experts that share A"),
@@ -94,47 +120,28 @@ def _describe(config: Any, weights: AdapterWeights, tasks: Mapping[str, Mapping[
         ("experts per layer", " to ".join(map(str, dict.fromkeys((experts[0], experts[-1]))))),
         ("experts chosen per token", str(config.top_k)),
         ("dropout on A in training", f"{config.dropout:g}"),
-        ("parameters", f"{sum(layer.parameters for layer in layers):,} in {len(layers)} layers"),
+        ("parameters", f"{parameters:,} in {len(weights.layers)} layers"),
     ]
     if config.task_type:
         facts.insert(1, ("task type", str(getattr(config.task_type, "value", config.task_type))))
     if weights.others:
-        facts.append(
-            ("saved beside the adapter", ", ".join(f"`{name}` {shape}" for name, shape in weights.others.items()))
-        )
-    parts = [
-        "An adapter of the method of [MoSLD](https://arxiv.org/abs/2412.08946): experts that share their "
-        "down-projection A, of which a router picks some for every token.",
-        _table(("", ""), facts),
-        "## Layers\n\n"
-        + _table(("layer", "layers", "in -> out", "experts", "parameters"), _layer_rows(weights.layers)),
-    ]
-    if tasks:
-        rows = [
-            (name, str(score.get("n", "")), _percent(score.get("accuracy")), _percent(score.get("chance")))
-            for name, score in tasks.items()
-        ]
-        parts.append(
-            "## Tasks\n\nAccuracy on held-out items, in percent.\n\n"
-            + _table(("task", "items", "accuracy", "chance"), rows)
-        )
-    parts.append(f"## Loading\n\n```python\n{_loading(config)}\n```")
-    return "\n\n".join(parts)
+        others = ", ".join(f"`{name}` {shape}" for name, shape in weights.others.items())
+        facts.append(("saved beside the adapter", others))
+    return facts
 
 
 def _layer_rows(layers: Mapping[str, SavedLayer]) -> list[tuple[str, ...]]:
     """One row for all layers that differ in their numbers alone, with the numbers that the row covers."""
-    rows: dict[tuple[str, SavedLayer], list[str]] = {}
+    alike: dict[tuple[str, SavedLayer], list[str]] = {}
     for name, layer in layers.items():
         numbers = re.findall(r"\.(\d+)(?=\.)", name)
-        rows.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), layer), []).append(".".join(numbers))
-    return [
-        (
-            f"`{name}`", _ranges(numbers), f"{layer.in_features} -> {layer.out_features}", str(layer.num_experts),
-            f"{len(numbers) * layer.parameters:,}",
-        )
-        for (name, layer), numbers in rows.items()
-    ]  # fmt: skip
+        alike.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), layer), []).append(".".join(numbers))
+    rows = []
+    for (name, layer), numbers in alike.items():
+        sizes = f"{layer.in_features} -> {layer.out_features}"
+        parameters = f"{len(numbers) * layer.parameters:,}"
+        rows.append((f"`{name}`", _ranges(numbers), sizes, str(layer.num_experts), parameters))
+    return rows
 
 
 def _ranges(numbers: list[str]) -> str:
@@ -166,5 +173,6 @@ def _loading(config: Any) -> str:
         return f'{first}\nfrom peft import {name}\n\nmodel = {name}.from_pretrained("path/to/this/adapter")'
     return (
         f"{first}\nfrom peft import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")  # base_model: the model it was trained on'
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")  '
+        "# base_model: the model it was trained on"
     )

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from peft.config import PeftConfig
-from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
+from peft import PeftConfig, PeftType
 
 from ..files.adapter_folder import CONFIG, DIGEST, WEIGHTS, AdapterFileError, check_weights, write_digest
 from ..files.atomic import folder_beside
@@ -19,43 +17,63 @@ from ..files.errors import escape_control_chars
 from ..files.safe_regex import check_expression
 from ..mixture.spec import FIELDS, Mixture, number
 from .card import write_card
+from .peft_api import (
+    LAYERS_PATTERN,
+    MODULES_TO_SAVE_PATTERN,
+    NUM_EXPERTS_PATTERN,
+    SAVED_BY_PEFT_MODEL,
+    get_pattern_key,
+)
 from .weights import AdapterWeights
-
-MODULES = r"(^|.*\.){}($|\..*)"  # what PEFT makes of an entry of modules_to_save
-LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what PEFT makes of layers_pattern
 
 
 @dataclass
 class MoSLDConfig(PeftConfig):
     """Configuration of a MoSLD adapter (arXiv 2412.08946); the defaults are the paper's where it gives one.
 
-    r: rank of the shared down-projection A and of every expert's B.
-    alpha: the update is scaled by alpha / r.
-    num_experts: experts per adapted layer, E. num_experts_pattern: per-layer exceptions, from a layer name or regular
-        expression to a number, matched as PEFT matches `rank_pattern`.
-    top_k: experts chosen per token, in [1, E] of every layer, for gate="top_k".
-    dropout: probability in [0, 1] of dropping an element of the shared factor in training: of A, of B with shared="up".
-    balance_coef: weight of the load-balance loss that `MoSLDTrainer` adds.
-    shared: which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
+    The sibling methods are `mosld.presets`; what they set are the fields from `mixing` to `router_std`.
 
-    The sibling methods are `mosld.presets`; what they set are these fields:
-    mixing: the mixing matrix between A and B, of `mosld.mixture.MIXINGS`; None is the one that `shared` says. "block" makes
-        mixtures of the feed-forward blocks that target_modules names (`mosld.layers.feed_forward`), and plain LoRAs of linear layers.
-        mixing_options: sizes and switches of that mixing.
-    router: who routes, of `mosld.mixture.ROUTERS`. num_tasks, task_dim: of router="task".
-    gate: from logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest that
-        reach the probability top_p, renormalised). temperature: logits are divided by it.
-    up_dropout, input_dropout, hidden_dropout: dropout on elements of B, on the layer's input before A, and on A's output.
-    down_std, router_std: standard deviation of a normal start of A and of the router; None is Kaiming-uniform.
+    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.tuner.card`) and the weights'
+    checksum. Loaded from a local folder, fields that this version does not know are named in a warning and left out,
+    and the weights beside it are checked before anything is built (`mosld.tuner.weights.AdapterWeights`).
 
-    target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in PEFT's LoraConfig;
-        without target_modules, the layers that PEFT's LoRA picks for the architecture (q and v, as in the paper).
+    Args:
+        r: Rank of the shared down-projection A and of every expert's B.
+        alpha: The update is scaled by alpha / r.
+        num_experts: Experts per adapted layer, E.
+        top_k: Experts chosen per token, in [1, E] of every layer, for gate="top_k".
+        dropout: Probability in [0, 1] of dropping an element of the shared factor in training: of A, of B with
+            shared="up".
+        input_dropout: The same for the layer's input before A.
+        balance_coef: Weight of the load-balance loss that `MoSLDTrainer` adds.
+        shared: Which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
+        num_experts_pattern: Exceptions to num_experts, from a layer name or regular expression to a number, matched
+            as PEFT matches `rank_pattern`.
+        mixing: The mixing matrix between A and B, of `mosld.mixture.MIXINGS`. None is the one that `shared`
+            implies. "block" makes mixtures of the feed-forward blocks that target_modules names
+            (`mosld.layers.feed_forward`), and plain LoRAs of linear layers.
+        mixing_options: Sizes and switches of that mixing.
+        router: Who routes, of `mosld.mixture.ROUTERS`.
+        gate: From logits to gates: "top_k" (softmax over the K largest), "softmax" (over all), "top_p" (the fewest
+            that reach the probability top_p, renormalised).
+        top_p: The probability of gate="top_p".
+        temperature: Logits are divided by it.
+        num_tasks: Number of tasks, of router="task".
+        task_dim: Size of a task's embedding, of router="task".
+        up_dropout: Probability in [0, 1] of dropping an element of B in training.
+        hidden_dropout: The same for A's output.
+        down_std: Standard deviation of a normal start of A. None is Kaiming-uniform.
+        router_std: The same for the router.
+        target_modules: As in PEFT's LoraConfig. Without it, the layers that PEFT's LoRA picks for the architecture
+            (q and v, as in the paper).
+        exclude_modules: As in PEFT's LoraConfig.
+        modules_to_save: As in PEFT's LoraConfig.
+        layers_to_transform: As in PEFT's LoraConfig.
+        layers_pattern: As in PEFT's LoraConfig.
 
-    Saved with its weights, as PEFT does, it writes the folder's model card too (`mosld.tuner.card`) and the weights' checksum.
-    Loaded from a local folder, fields that this version does not know are named in a warning and left out, and the
-    weights beside it are checked before anything is built: see AdapterWeights in `mosld.files.adapter_folder`.
-
-    raises ValueError for a value that cannot be used, with the rule and the value, and for two that contradict each other.
+    Raises:
+        ValueError: For a value that cannot be used, with the rule and the value, and for two that contradict each
+            other.
 
     >>> from peft import get_peft_model
     >>> from torch import nn
@@ -97,58 +115,73 @@ class MoSLDConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register` in tuner.py
+        self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register`
         self._check_names()
-        for name in ("target_modules", "exclude_modules"):  # PEFT works on sets and saves lists
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
-        if (
-            isinstance(self.target_modules, str)
-            and self.target_modules != "all-linear"
-            and self.layers_to_transform is not None
-        ):
+        self._list_to_set("target_modules")
+        self._list_to_set("exclude_modules")
+        self._check_layers_to_transform()
+        self._check_shared()
+        self._check_experts()
+        if not 0 <= number(self.balance_coef) < math.inf:
+            raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef!r}")
+
+    def _check_names(self) -> None:
+        """raises ValueError for what is no name, no regular expression or no number of a layer."""
+        around = {"modules_to_save": MODULES_TO_SAVE_PATTERN, "layers_pattern": LAYERS_PATTERN}
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            expression = around.get(name, "{}")
+            if isinstance(value, str) and name != "modules_to_save":  # which PEFT would take letter by letter
+                check_expression(name, value, expression)
+            elif value is not None and not _is_list(value, str):
+                raise ValueError(f"{name} must be None or names, got {value!r}")
+            elif name in ("layers_pattern", "modules_to_save"):
+                for pattern in value or []:
+                    check_expression(name, pattern, expression)
+        layers = self.layers_to_transform
+        if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
+            raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
+
+    def _list_to_set(self, name: str) -> None:
+        """PEFT computes with sets and saves lists."""
+        value = getattr(self, name)
+        if isinstance(value, list):
+            setattr(self, name, set(value))
+
+    def _check_layers_to_transform(self) -> None:
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_expression and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform chooses among listed target_modules; with the regular expression "
                 f"{self.target_modules!r}, name the layers in it"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which is None")
+
+    def _check_shared(self) -> None:
         if self.shared not in ("down", "up"):
             raise ValueError(f"shared must be 'down' or 'up', got {self.shared!r}")
-        if (self.shared == "up") != (self.mixing == "reduce") and self.mixing is not None:
+        if self.mixing is not None and (self.shared == "up") != (self.mixing == "reduce"):
             raise ValueError(
-                f"shared={self.shared!r} contradicts mixing={self.mixing!r}: 'reduce' is what a shared up-projection does"
+                f"shared={self.shared!r} contradicts mixing={self.mixing!r}: "
+                "'reduce' is what a shared up-projection does"
             )
         if self.shared == "up" and self.up_dropout != 0:
             raise ValueError(
                 f"up_dropout={self.up_dropout} contradicts shared='up', where `dropout` falls on elements of B"
             )
+
+    def _check_experts(self) -> None:
+        """raises ValueError where the mixture of some layer cannot be built."""
         if not isinstance(self.num_experts_pattern, dict):
             raise ValueError(f"num_experts_pattern must be a dictionary, got {self.num_experts_pattern!r}")
         self._mixture(self.num_experts)
         for pattern, experts in self.num_experts_pattern.items():
-            check_expression("num_experts_pattern", pattern, r"(.*\.)?({})$")
+            check_expression("num_experts_pattern", pattern, NUM_EXPERTS_PATTERN)
             try:
                 self._mixture(experts)
             except ValueError as error:
                 raise ValueError(f"num_experts_pattern={{{pattern!r}: {experts!r}}} cannot be used: {error}") from error
-        if not 0 <= number(self.balance_coef) < math.inf:
-            raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef!r}")
-
-    def _check_names(self) -> None:
-        """raises ValueError for what is no name, no regular expression or no number of a layer."""
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, str) and name != "modules_to_save":  # which PEFT would take letter by letter
-                check_expression(name, value, LAYERS if name == "layers_pattern" else "{}")
-            elif value is not None and not _is_list(value, str):
-                raise ValueError(f"{name} must be None or names, got {value!r}")
-            elif name in ("layers_pattern", "modules_to_save"):
-                for pattern in value or []:
-                    check_expression(name, pattern, LAYERS if name == "layers_pattern" else MODULES)
-        layers = self.layers_to_transform
-        if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
-            raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
 
     def _keep_order(self, path: Path) -> None:
         """PEFT sorts what it saves, and of two patterns that match a layer the first counts."""
@@ -164,7 +197,8 @@ class MoSLDConfig(PeftConfig):
         >>> config.experts_of("model.layers.0.mlp.down_proj"), config.experts_of("model.layers.0.mlp.up_proj")
         (4, 8)
         """
-        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), self.num_experts)
+        pattern = get_pattern_key(list(self.num_experts_pattern), layer)
+        return self.num_experts_pattern.get(pattern, self.num_experts)
 
     def mixture_of(self, layer: str) -> Mixture:
         """The mixture of the layer of this name.
@@ -193,7 +227,7 @@ class MoSLDConfig(PeftConfig):
         >>> MoSLDConfig.unknown_fields(["r", "rank", "top_k"])
         ['rank']
         """
-        return sorted(set(names) - {own.name for own in fields(cls)})
+        return sorted(set(names).difference(own.name for own in fields(cls)))
 
     @classmethod
     def check_kwargs(cls, **kwargs):
@@ -201,32 +235,31 @@ class MoSLDConfig(PeftConfig):
 
         >>> import warnings
         >>> from mosld import MoSLDConfig
-        >>> with warnings.catch_warnings(record=True) as told:
+        >>> with warnings.catch_warnings(record=True) as messages:
         ...     warnings.simplefilter("always")
-        ...     MoSLDConfig.check_kwargs(r=4, rank=8), len(told)
+        ...     MoSLDConfig.check_kwargs(r=4, rank=8), len(messages)
         ({'r': 4}, 1)
         """
-        unknown = cls.unknown_fields(kwargs)
         if kwargs.get("peft_type", "MOSLD") != "MOSLD":  # PEFT makes the configuration that this name asks for
             return super().check_kwargs(**kwargs)
+        unknown = cls.unknown_fields(kwargs)
         if unknown:
+            names = escape_control_chars(", ".join(unknown))
             warnings.warn(
-                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {escape_control_chars(', '.join(unknown))}. A "
+                f"{CONFIG} has fields that this version of mosld does not know and leaves out: {names}. A "
                 "newer version may have saved it",
                 stacklevel=2,
             )
-        return super().check_kwargs(**{name: value for name, value in kwargs.items() if name not in unknown})
+        for name in unknown:
+            del kwargs[name]
+        return super().check_kwargs(**kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-        ) as error:  # the last two are PEFT's, of what is no adapter's configuration
+        except (ValueError, TypeError, KeyError) as error:  # PEFT raises the last two for what is no configuration
             if not path.is_file():
                 raise
             raise AdapterFileError(f"{path} cannot be used: {error}") from error
@@ -240,13 +273,14 @@ class MoSLDConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         folder = Path(save_directory)
-        saved_by_peft = "auto_mapping_dict" in kwargs  # which saves the weights first; transformers saves them later
+        saved_by_peft = SAVED_BY_PEFT_MODEL in kwargs
         folder.mkdir(parents=True, exist_ok=True)
         with folder_beside(folder / CONFIG) as aside:
             super().save_pretrained(str(aside), **kwargs)
             self._keep_order(aside / CONFIG)
             (aside / CONFIG).replace(folder / CONFIG)
-            # Until here the old checksum refuses PEFT's new weights, which would be a mixture with the old configuration.
+            # Until here the old checksum refuses PEFT's new weights: with the old configuration they would be a
+            # mixture that nobody has trained.
             (folder / DIGEST).unlink(missing_ok=True)
         if not saved_by_peft:
             return
@@ -261,6 +295,7 @@ class MoSLDConfig(PeftConfig):
 
 
 def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(
-        isinstance(one, kind) and not isinstance(one, bool) for one in value
-    )
+    """Whether `value` is a list, tuple or set of `kind` alone; a bool is no number."""
+    if not isinstance(value, (list, tuple, set)):
+        return False
+    return all(isinstance(one, kind) and not isinstance(one, bool) for one in value)

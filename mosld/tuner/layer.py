@@ -1,8 +1,9 @@
 """A layer of the base model inside a PEFT model, with its mixtures beside it."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mosld_kernels.precision import autocasts
@@ -12,20 +13,27 @@ from ..layers.feed_forward import BlockAdapter
 from ..layers.host import MixtureHost
 from ..layers.linear import disable_encoder_fastpath
 from ..mixture.spec import BLOCK_PARTS, PARTS, Mixture
+from .peft_api import in_out_features
 
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
 NO_ADAPTER_PER_ROW = "MoSLD has no batches with an adapter per row: adapter_names must not be given"
+
+
+def containers(parts: Sequence[str]) -> tuple[str, ...]:
+    """The attributes of a layer that hold its adapters' `parts`."""
+    return tuple(f"{PREFIX}{part}" for part in parts)
 
 
 class MoSLDLayer(BaseTunerLayer, MixtureHost):
     """What PEFT asks of an adapted layer, for every adapter name.
 
     PEFT's files name a weight `<container>.weight`, so A, B, router and what else a method trains are registered in a
-    container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two names.
+    container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two
+    names.
     """
 
     parts = PARTS
-    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in PARTS)
+    adapter_layer_names = containers(PARTS)
     other_param_names = ("mixtures",)
     mixtures: dict[str, MoSLDAdapter]
 
@@ -42,7 +50,8 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
             "a MoSLD mixture cannot be merged into its base layer: its gates depend on the token. Fix them: "
-            "mosld.export_lora(model, folder) writes a plain LoRA, which PEFT loads and merges; unload() gives the base back"
+            "mosld.export_lora(model, folder) writes a plain LoRA, which PEFT loads and merges; unload() gives the "
+            "base back"
         )
 
     def unmerge(self) -> None:
@@ -50,7 +59,7 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
 
 
 class MoSLDPeftLayer(nn.Module, MoSLDLayer):
-    """A module inside a PEFT model with the mixtures beside it; in_features and out_features are the mixtures' sizes."""
+    """A module inside a PEFT model with its mixtures, whose sizes are in_features and out_features, beside it."""
 
     adapter_class: type[MoSLDAdapter] = MoSLDAdapter
 
@@ -71,7 +80,8 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
             container = cast(nn.ModuleDict, getattr(self, f"{PREFIX}{part}"))
             if adapter_name in container:  # of an adapter that is begun anew
                 del container[adapter_name]
-            if (weight := getattr(mixture, part)) is not None:
+            weight = getattr(mixture, part)
+            if weight is not None:  # None: this mixture has no such part
                 container[adapter_name] = weight
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -89,11 +99,18 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
         return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
 
 
+def layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoSLDPeftLayer]]:
+    """The layers of `model` that have the adapter, each with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, MoSLDPeftLayer) and adapter_name in module.mixtures:
+            yield name, module
+
+
 class MoSLDPeftLinear(MoSLDPeftLayer):
     """A linear layer inside a PEFT model with the mixtures beside it. "Linear" in the name is how PEFT knows it."""
 
     def __init__(self, base_layer: nn.Module):
-        in_features, out_features = _get_in_out_features(base_layer)
+        in_features, out_features = in_out_features(base_layer)
         if in_features is None or out_features is None:
             raise ValueError(f"the sizes of a {type(base_layer).__name__} are not known")
         super().__init__(base_layer, in_features, out_features)
@@ -131,11 +148,12 @@ class MoSLDPeftBlock(MoSLDPeftLayer):
     """A SwiGLU feed-forward block inside a PEFT model with mixtures of whole blocks beside it, of which one runs."""
 
     parts = BLOCK_PARTS
-    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in BLOCK_PARTS)
+    adapter_layer_names = containers(BLOCK_PARTS)
     adapter_class = BlockAdapter
 
     def __init__(self, base_layer: Any):
-        super().__init__(base_layer, *_get_in_out_features(base_layer.gate_proj))  # pyright: ignore
+        in_features, out_features = in_out_features(base_layer.gate_proj)
+        super().__init__(base_layer, cast(int, in_features), cast(int, out_features))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         """PEFT's asks for the base layer's own weight, which a block has not."""

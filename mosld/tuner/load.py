@@ -6,24 +6,22 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..mixture.spec import BLOCK_PARTS, PARTS
-from .layer import PREFIX, MoSLDPeftLayer
+from .layer import PREFIX, MoSLDPeftLayer, layers_of
+
+# What FSDP, activation checkpointing and torch.compile put into modules' names, but not always into keys.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
-def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """raises ValueError, with the first layer and both shapes, where `saved` does not fit the layers of `model`."""
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, MoSLDPeftLayer)}
-    saved = {_unwrapped(key): value for key, value in saved.items()}
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoSLDPeftLayer):
+            layers[unwrapped(name)] = module
+    saved = {unwrapped(key): value for key, value in saved.items()}
     for name, layer in layers.items():
         for adapter_name in layer.mixtures:
-            down, up = (saved.get(f"{name}.{part}.{adapter_name}.weight") for part in layer.adapter_layer_names[:2])
-            if down is None or up is None:
-                continue
-            sizes = down.shape[-1], up.shape[0]
-            if sizes != (layer.in_features, layer.out_features):
-                raise ValueError(
-                    f"the adapter does not fit the base model: it was trained for {sizes[0]} -> {sizes[1]} features in "
-                    f"{name}, which has {layer.in_features} -> {layer.out_features} here"
-                )
+            _check_sizes(name, layer, adapter_name, saved)
     for key in saved:
         for part in (PARTS[0], BLOCK_PARTS[0]):
             name, adapter_tensor, _ = key.partition(f".{PREFIX}{part}.")
@@ -33,28 +31,40 @@ def _check_fit(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _check_whole(model: nn.Module, adapter_name: str, saved: Mapping[str, Tensor]) -> None:
+def _check_sizes(name: str, layer: MoSLDPeftLayer, adapter_name: str, saved: Mapping[str, Tensor]) -> None:
+    into, out_of = layer.adapter_layer_names[:2]
+    down = saved.get(f"{name}.{into}.{adapter_name}.weight")
+    up = saved.get(f"{name}.{out_of}.{adapter_name}.weight")
+    if down is None or up is None:
+        return
+    sizes = down.shape[-1], up.shape[0]
+    if sizes != (layer.in_features, layer.out_features):
+        raise ValueError(
+            f"the adapter does not fit the base model: it was trained for {sizes[0]} -> {sizes[1]} features in "
+            f"{name}, which has {layer.in_features} -> {layer.out_features} here"
+        )
+
+
+def check_whole(model: nn.Module, adapter_name: str, saved: Mapping[str, Tensor]) -> None:
     """raises ValueError, with the first layer, where `saved` has nothing for a layer of the adapter."""
-    saved_layers = {_unwrapped(key).partition(f".{PREFIX}")[0] for key in saved if f".{PREFIX}" in key}
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, MoSLDPeftLayer)
-            and adapter_name in module.mixtures
-            and _unwrapped(name) not in saved_layers
-        ):
+    saved_layers = {unwrapped(key).partition(f".{PREFIX}")[0] for key in saved if f".{PREFIX}" in key}
+    for name, _ in layers_of(model, adapter_name):
+        if unwrapped(name) not in saved_layers:
             raise ValueError(
-                f"the adapter does not fit the base model: its configuration adapts {_unwrapped(name)}, and it was saved "
-                "without weights for it"
+                f"the adapter does not fit the base model: its configuration adapts {unwrapped(name)}, and it was "
+                "saved without weights for it"
             )
 
 
-def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
+def is_untrained(model: nn.Module, adapter_name: str) -> bool:
     """Whether the adapter is as it began, every B zero."""
-    layers = [m for m in model.modules() if isinstance(m, MoSLDPeftLayer) and adapter_name in m.mixtures]
-    weights = [named for layer in layers for named in layer.mixtures[adapter_name].named_parameters()]
-    return not any(weight.any() for name, weight in weights if name.endswith("_b.weight") and not weight.is_meta)
+    for _, layer in layers_of(model, adapter_name):
+        for name, weight in layer.mixtures[adapter_name].named_parameters():
+            if name.endswith("_b.weight") and not weight.is_meta and weight.any():
+                return False
+    return True
 
 
-def _unwrapped(name: str) -> str:
-    """Without what FSDP, activation checkpointing and torch.compile put into modules' names, but not always into keys."""
-    return re.sub(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+def unwrapped(name: str) -> str:
+    """The name of a module without what wraps it."""
+    return WRAPPERS.sub("", name)

@@ -1,4 +1,4 @@
-"""MoSLD as a method of Hugging Face PEFT: the layer that wraps a linear layer, the model that places it, registration.
+"""The tuner that places MoSLD in a model, and takes it out again where placing or loading failed.
 
 PEFT does the rest: matching names, freezing, saving, loading, several adapters, `modules_to_save`.
 """
@@ -11,23 +11,34 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files.adapter_folder import AdapterFileError, check_name
 from ..layers.feed_forward import check_block, is_block
 from ..layers.routing import forget_routing
-from .layer import NO_ADAPTER_PER_ROW, PREFIX, MoSLDLayer, MoSLDPeftBlock, MoSLDPeftLayer, MoSLDPeftLinear
-from .load import _check_fit, _check_whole, _is_untrained
+from .layer import (
+    NO_ADAPTER_PER_ROW,
+    PREFIX,
+    MoSLDLayer,
+    MoSLDPeftBlock,
+    MoSLDPeftLayer,
+    MoSLDPeftLinear,
+    layers_of,
+)
+from .load import check_fit, check_whole, is_untrained
+from .peft_api import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    adapters_of_wrapper,
+)
 
 
 class MoSLDModel(BaseTuner):
     """Places a MoSLDPeftLinear around every linear layer (nn.Linear, Conv1D) that the MoSLDConfig names, and with
     mixing="block" a MoSLDPeftBlock around every feed-forward block.
+
+    Why each method of PEFT's is replaced stands in `peft_api.OVERRIDDEN`.
     """
 
     prefix = PREFIX
@@ -54,15 +65,16 @@ class MoSLDModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
             undo_injection(self, adapter_name)
-            if len(hints) < (1 if isinstance(targets, str) else len(targets or [])) or not hints:
+            asked = 1 if isinstance(targets, str) else len(targets or [])
+            if not hints or len(hints) < asked:  # some name matched, so the hints are not what went wrong
                 raise
             raise type(error)(f"{error} {'; '.join(hints)}") from error
-        if cast(Any, self.peft_config[adapter_name]).mixing == "block" and not any(
-            isinstance(module, MoSLDPeftBlock) and adapter_name in module.mixtures for module in model.modules()
-        ):
+        wants_block = cast(Any, self.peft_config[adapter_name]).mixing == "block"
+        if wants_block and not any(isinstance(layer, MoSLDPeftBlock) for _, layer in layers_of(model, adapter_name)):
             undo_injection(self, adapter_name)
             raise ValueError(
-                f"mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', got {targets}"
+                "mixing='block' found no feed-forward block: target_modules must name one, such as 'mlp', "
+                f"got {targets}"
             )
         if hints and not isinstance(targets, str):
             warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
@@ -77,14 +89,9 @@ class MoSLDModel(BaseTuner):
         else:
             self._check_supported(target, parent, current_key)
             layer = MoSLDPeftLinear(target)
-        layer.update_layer(
-            adapter_name,
-            inference_mode=peft_config.inference_mode,
-            **vars(layer.mixture_here(peft_config.mixture_of(current_key))),
-        )
+        mixture = layer.mixture_here(peft_config.mixture_of(current_key))
+        layer.update_layer(adapter_name, inference_mode=peft_config.inference_mode, **vars(mixture))
         if is_new:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -95,31 +102,36 @@ class MoSLDModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Which PEFT calls with what a file holds; an adapter that does not fit is not left there without its weights."""
+        """PEFT calls it with what a file holds; an adapter that does not fit is not left there without its weights."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, MoSLDModel):
-            saved = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
-            path = getattr(config, "saved", None)
-            try:
-                _check_fit(tuner.model, saved)
-                _check_whole(tuner.model, adapter_name, saved)
-            except ValueError as error:
-                if path is None:
-                    raise
-                if _is_untrained(tuner.model, adapter_name):  # it was placed a moment ago, for these weights
-                    undo_injection(tuner, adapter_name)
-                raise AdapterFileError(f"{path} cannot be used: {error}") from error
+        if not isinstance(tuner, MoSLDModel):
+            return remapped
+        saved = _without_prefix(remapped, "base_model.model.")
+        path = getattr(config, "saved", None)
+        try:
+            check_fit(tuner.model, saved)
+            check_whole(tuner.model, adapter_name, saved)
+        except ValueError as error:
+            if path is None:
+                raise
+            if is_untrained(tuner.model, adapter_name):  # it was placed a moment ago, for these weights
+                undo_injection(tuner, adapter_name)
+            raise AdapterFileError(f"{path} cannot be used: {error}") from error
         return remapped
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        _check_fit(self.model, {name.removeprefix(f"{prefix}model."): value for name, value in state_dict.items()})
+        check_fit(self.model, _without_prefix(state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_block(self, peft_config, target: nn.Module, name: str) -> None:
         check_block(target, name)
-        inside = [f"{name}.{own}" for own, _ in target.named_modules() if own]
-        if both := [own for own in inside if self._check_target_module_exists(peft_config, own) is True]:
+        both = []
+        for own, _ in target.named_modules(prefix=name):
+            # PEFT returns an object that is neither True nor False for a module that is excluded.
+            if own != name and self._check_target_module_exists(peft_config, own) is True:
+                both.append(own)
+        if both:
             raise ValueError(f"{name} cannot be adapted together with {', '.join(both)} inside it: name one of them")
 
     @staticmethod
@@ -129,6 +141,10 @@ class MoSLDModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
+
+
+def _without_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def undo_injection(tuner: BaseTuner, adapter_name: str) -> None:
@@ -143,27 +159,34 @@ def undo_injection(tuner: BaseTuner, adapter_name: str) -> None:
                 module.delete_adapter(adapter_name)
             else:
                 setattr(tuner.model.get_submodule(parent), child, module.base_layer)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            if len(module._adapters) > 1:
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in adapters_of_wrapper(module):
+            if len(adapters_of_wrapper(module)) > 1:
                 module.delete_adapter(adapter_name, new_active_adapters=tuner.active_adapters)
             else:
                 setattr(tuner.model.get_submodule(parent), child, module.original_module)
 
 
 def unmatched_targets(model: nn.Module, targets: Collection[str] | str | None) -> list[str]:
-    """One sentence for each of `targets` (names as in MoSLDConfig, or one regular expression) that no module matches."""
-    modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLayer))]
+    """One sentence for each of `targets` (names as in MoSLDConfig, or an expression) that no module matches."""
+    names, linears = [], []
+    for name, module in model.named_modules():
+        names.append(name)
+        if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLayer)):
+            linears.append(name)
     if isinstance(targets, str):
-        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules):
+        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names):
             return []
         return [f"the regular expression {targets!r} matches none of the modules, such as {', '.join(linears[:3])}"]
     sentences = []
     for target in sorted(targets or []):
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            parts = target.count(".") + 1
-            names = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linears)
-            nearest = difflib.get_close_matches(target, names, n=3)
-            known = f"the nearest are {', '.join(nearest)}" if nearest else f"there are {', '.join([*names][:12])}"
-            sentences.append(f"no module is called {target!r}, {known}")
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            sentences.append(f"no module is called {target!r}, {_nearest(target, linears)}")
     return sentences
+
+
+def _nearest(target: str, linears: list[str]) -> str:
+    """Which endings of the layers' names, of as many parts as `target` has, come near to it; or which there are."""
+    parts = target.count(".") + 1
+    endings = [*dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linears)]
+    nearest = difflib.get_close_matches(target, endings, n=3)
+    return f"the nearest are {', '.join(nearest)}" if nearest else f"there are {', '.join(endings[:12])}"

@@ -174,8 +174,8 @@ def test_calibrated_gates_and_their_errors_are_those_of_a_loop_over_real_tokens(
         assert report[name].output_error == pytest.approx(float(error / out.norm()), rel=1e-4)
         assert report[name].update_error > 0.1  # there is something to lose here
     close(loaded_logits(tmp_path / "lora"), logits_with_gates(model, {name: r.gates for name, r in report.items()}))
-    told = json.loads((tmp_path / "lora" / "export.json").read_text())["layers"]
-    assert told[Q0]["gates"] == report[Q0].gates and told[Q0]["update_error"] == report[Q0].update_error
+    saved = json.loads((tmp_path / "lora" / "export.json").read_text())["layers"]
+    assert saved[Q0]["gates"] == report[Q0].gates and saved[Q0]["update_error"] == report[Q0].update_error
 
 
 def test_one_expert_loses_nothing(tmp_path):
@@ -376,7 +376,10 @@ def _with_first_expert(model):
         (3, "gates must be 'uniform', weights or calibration batches, got 3"),
         ([0.5, 0.5], f"gates of {Q0} must be num_experts=4 weights, got 2"),
         ([0.5, 0.5, math.nan, 0], f"gates of {Q0} must be finite"),
-        ({Q0: [1, 0, 0, 0], "lm_head": [1]}, r"unknown are \['lm_head'\], missing are \['model.layers.0.mlp.down_proj'"),
+        (
+            {Q0: [1, 0, 0, 0], "lm_head": [1]},
+            r"unknown are \['lm_head'\], missing are \['model.layers.0.mlp.down_proj'",
+        ),
         ({Q0: [1, 0, 0, 0]}, r"unknown are \[\], missing are"),
         ([], "at least one calibration batch, got none"),
         (dict(input_ids=IDS), r"calibration takes a list of them, \[batch\]"),

@@ -13,7 +13,8 @@ IDS = token_ids()
 PREFIX = "base_model.model."
 # Presets by what decides their gates: tokens or sequences, the task, or nobody.
 BY_INPUT = [
-    "mosld", "mosl", "mosld_up", "hydralora", "mola", "loramoe", "moelora", "malora", "mode", "mor1e", "mixlora_conditional",
+    "mosld", "mosl", "mosld_up", "hydralora", "mola", "loramoe", "moelora", "malora", "mode", "mor1e",
+    "mixlora_conditional",
 ]  # fmt: skip
 BY_TASK = ["moelora_medical", "mtl_lora"]
 OPTIONS = {

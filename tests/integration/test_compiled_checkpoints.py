@@ -1,8 +1,10 @@
-"""The balance loss where torch.compile and activation checkpointing come together: the gradients are those without either,
-or torch refuses; the loss is never lost. `COMBINATIONS` is what the page of what works with what shows.
+"""The balance loss where torch.compile and activation checkpointing come together.
 
-A layer remembers its logits, and inside a checkpoint torch.compile takes what remembers only under a setting of its own,
-`SETTING`: what the forward remembers then stays, and backward, which runs it again, does not remember it anew.
+The gradients are those without either, or torch refuses; the loss is never lost. `COMBINATIONS` is what the page of
+what works with what shows.
+
+A layer remembers its logits, and inside a checkpoint torch.compile takes what remembers only under a setting of its
+own, `SETTING`: what the forward remembers then stays, and backward, which runs it again, does not remember it anew.
 """
 
 import contextlib
@@ -96,7 +98,8 @@ def llama(checkpoints=None):
         if checkpoints == "reentrant":
             model.enable_input_require_grads()
         else:
-            base.disable_input_require_grads()  # only reentrant checkpoints need them, and torch.compile takes no such hook
+            # Only reentrant checkpoints need them, and torch.compile takes no such hook.
+            base.disable_input_require_grads()
     return model.train()
 
 

@@ -38,7 +38,7 @@ def adapted():
 
 @pytest.fixture
 def run(tmp_path):
-    """Evaluates a model, or the arguments of one, on the quiz: metrics, and every choice's log-likelihood, one item a row."""
+    """Evaluates a model, or the arguments of one, on the quiz: metrics, and the log-likelihood of every choice."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

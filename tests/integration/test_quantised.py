@@ -1,4 +1,4 @@
-"""A base that is not a plain weight: the layer is called and the update added, values and gradients as by the formula."""
+"""A base that is not a plain weight: the layer is called and the update added, all as by the formula."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer takes a MoSLDConfig; with MoSLDTrainerMixin before it the balance loss is in its loss, and nothing else."""
+"""TRL's SFTTrainer takes a MoSLDConfig; MoSLDTrainerMixin adds the balance loss to its loss, and nothing else."""
 
 import importlib.metadata
 import importlib.util
@@ -55,7 +55,9 @@ def ten_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     trainer = sft_trainer(
         folder, [{"text": "to be or not to be"}, {"text": "to be"}] * 4, balanced=False,
-        arguments=dict(max_steps=10, per_device_train_batch_size=4, learning_rate=2e-2, save_strategy="steps", save_steps=10),
+        arguments=dict(
+            max_steps=10, per_device_train_batch_size=4, learning_rate=2e-2, save_strategy="steps", save_steps=10
+        ),
         peft_config=MoSLDConfig(r=4, num_experts=4, target_modules=["q_proj", "v_proj", "down_proj"]),
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

@@ -205,13 +205,13 @@ def test_a_recomputation_that_does_not_come_is_told():
 
 def test_a_single_vector_is_one_token():
     model, x = layers((4, 2)), torch.randn(6, dtype=torch.float64)
-    told = []
+    seen = []
     for one in (x, x.unsqueeze(0)):
         model(one)
         loss = balance_loss(model)
         (grad,) = torch.autograd.grad(loss, model[0].router.weight)
-        told.append((loss, grad, router_stats(model)["0"]))
-    (loss, grad, stats), (expected, expected_grad, expected_stats) = told
+        seen.append((loss, grad, router_stats(model)["0"]))
+    (loss, grad, stats), (expected, expected_grad, expected_stats) = seen
     torch.testing.assert_close((loss, grad), (expected, expected_grad))
     assert (
         stats.tokens == 1

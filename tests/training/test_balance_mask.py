@@ -1,4 +1,4 @@
-"""The balance loss with an attention mask: padding counts for nothing, and nothing depends on how much of it there is."""
+"""The balance loss with an attention mask: padding counts for nothing, however much of it there is."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""float16 autocast with torch's gradient scaler: the balance loss is scaled and unscaled with the task's, neither lost nor
-counted by the scale, whatever is accumulated or recomputed; a step that the scaler skips leaves nothing behind.
+"""float16 autocast with torch's gradient scaler: the balance loss is scaled and unscaled with the task's.
 
-The gradient scaler is torch's own, on the CPU. Errors are taken from the same gradients in float64 without autocast, and may
-be 1.5 times those of float16 without scaler and checkpoints (tests/helpers/accuracy.py).
+It is neither lost nor counted by the scale, whatever is accumulated or recomputed; a step that the scaler skips leaves
+nothing behind. The gradient scaler is torch's own, on the CPU. Errors are taken from the same gradients in float64
+without autocast, and may be 1.5 times those of float16 without scaler and checkpoints (tests/helpers/accuracy.py).
 """
 
 import contextlib
@@ -160,7 +160,7 @@ def skipped_steps(accumulation, checkpointing, device):
 
 
 def by_trainer(tmp_path, monkeypatch, accumulation, checkpointing, scale):
-    """The adapter's change in one step of SGD at lr 1 with the sign turned: the gradients that MoSLDTrainer trained with.
+    """The adapter's change in one step of SGD at lr 1 with the sign turned: the gradients of MoSLDTrainer.
 
     accelerate has float16 for GPUs alone, so what it would set up there is set up here.
     """

@@ -1,4 +1,4 @@
-"""A training that is killed goes on from its last whole checkpoint to the same losses and the same adapter, bit for bit."""
+"""A training that is killed goes on from its last whole checkpoint to the same losses and adapter, bit for bit."""
 
 import json
 import re

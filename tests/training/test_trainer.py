@@ -194,8 +194,9 @@ def test_auxiliary_losses_are_added_with_their_weights_in_every_setting(
         name = "activation_checkpointing" if new else "gradient_checkpointing"
         more = {name: True, f"{name}_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
     plain, ours = (
-        trained(tmp_path, accumulation=accumulation, arguments=more, rows=columns(), parts=("router", "shared_a", "expert_b"),
-                auxiliary_losses=losses, auxiliary_columns=["kind"], balance_coef=0.0)
+        trained(tmp_path, accumulation=accumulation, arguments=more, rows=columns(),
+                parts=("router", "shared_a", "expert_b"), auxiliary_losses=losses, auxiliary_columns=["kind"],
+                balance_coef=0.0)
         for losses in ({}, AUXILIARY)
     )  # fmt: skip
     expected = auxiliary_by_hand(accumulation)

@@ -1,4 +1,4 @@
-"""What PEFT checks of its own methods, for MoSLD on many architectures: LLaMA, Qwen, Mistral, GPT-2, BERT, T5, ViT, Mixtral."""
+"""What PEFT checks of its own methods, for MoSLD on LLaMA, Qwen, Mistral, GPT-2, BERT, T5, ViT and Mixtral."""
 
 import copy
 import io

@@ -86,7 +86,9 @@ def test_saving_again_renews_the_part_and_keeps_what_people_wrote(tmp_path):
     adapted(r=2).save_pretrained(str(tmp_path))
     path = tmp_path / "README.md"
     path.write_text(path.read_text() + "\n## Intended use\n\nTelling jokes.\n")
-    write_card(tmp_path, {"jokes": {"accuracy": 0.625, "n": 8, "chance": 0.5}})
+    write_card(
+        tmp_path, MoSLDConfig.from_pretrained(str(tmp_path)), {"jokes": {"accuracy": 0.625, "n": 8, "chance": 0.5}}
+    )
     text = path.read_text()
     assert table(text, "task") == [["jokes", "8", "62.5", "50.0"]] and "Telling jokes." in text
     adapted(r=3).save_pretrained(str(tmp_path))
@@ -123,11 +125,11 @@ def test_the_trainers_checkpoints_have_one(tmp_path):
 
 def test_a_configuration_alone_gets_none_and_a_foreign_one_is_refused(tmp_path):
     MoSLDConfig().save_pretrained(tmp_path)
-    assert write_card(tmp_path) is None and not (tmp_path / "README.md").exists()
+    assert write_card(tmp_path, MoSLDConfig()) is None and not (tmp_path / "README.md").exists()
     lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(str(tmp_path / "lora"))
     with pytest.raises(ValueError, match="is of no MoSLD adapter: its peft_type is 'LORA'"):
-        write_card(tmp_path / "lora")
+        write_card(tmp_path / "lora", MoSLDConfig())
 
 
 def test_transformers_own_saving_writes_none_and_the_function_does(tmp_path):
@@ -136,7 +138,7 @@ def test_transformers_own_saving_writes_none_and_the_function_does(tmp_path):
     for _ in range(2):  # the second time, the configuration is saved beside the first time's weights
         model.save_pretrained(tmp_path)
         assert not (tmp_path / "README.md").exists()
-    write_card(tmp_path)
+    write_card(tmp_path, MoSLDConfig.from_pretrained(str(tmp_path)))
     assert table((tmp_path / "README.md").read_text(), "layer")[0][1] == "0 to 1"
 
 

@@ -1,5 +1,6 @@
-"""Run by torchrun: one step under FSDP2, a unit for each transformer block, and the adapter saved from the shards; then a
-few of MoSLDTrainer's steps under accelerate's FSDP plugin.
+"""Run by torchrun: one step under FSDP2, a unit for each transformer block, and the adapter saved from the shards.
+
+Then a few of MoSLDTrainer's steps under accelerate's FSDP plugin.
 
 python -m torch.distributed.run --nproc_per_node=2 -m tests.integration.processes.fsdp FOLDER
 """
@@ -45,7 +46,7 @@ def write(model: peft.PeftModel, folder: Path) -> None:
 
 
 def by_trainer(folder: Path) -> None:
-    """MoSLDTrainer with the plugin in force: accelerate is told that these processes have a GPU each, which is the CPU."""
+    """MoSLDTrainer with the plugin in force: to accelerate these processes have a GPU each, which is the CPU."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
     state = trained(folder / "trainer", 1, use_cpu=False, fsdp=True, fsdp_config={"version": 2})

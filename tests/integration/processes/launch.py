@@ -16,8 +16,10 @@ ALONE = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 def torchrun(
     *words: str, processes: int = 2, timeout_s: float = 240, fails: bool = False, **environment: str
 ) -> subprocess.CompletedProcess:
-    """So many processes of `-m *words`, one thread each; raises AssertionError with what they printed when one fails, or
-    when none does where one should (`fails`)."""
+    """So many processes of `-m *words`, one thread each.
+
+    raises AssertionError with what they printed when one fails, or when none does where one should (`fails`).
+    """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "-m", *words]  # a port of its own for every run
     own = {name: value for name, value in os.environ.items() if name not in ALONE}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tests.integration.processes.launch import ROOT, torchrun
 
-# Python imports sitecustomize before anything else; this one notes what the second process writes into the run's folder.
+# Python imports sitecustomize before anything else. This one notes what the second process writes into the run's
+# folder.
 LISTENER = """
 import os, sys
 

@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed's ZeRO take the step that one takes on the whole batch; runs where DeepSpeed is installed."""
+"""Two processes under DeepSpeed's ZeRO take the step that one takes on the whole batch, if DeepSpeed is there."""
 
 import importlib.util
 import os

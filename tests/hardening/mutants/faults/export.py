@@ -10,7 +10,7 @@ FAULTS = [
     Fault(
         "alpha_is_the_scale",
         "mosld/convert/export.py",
-        "        lora_alpha=_alpha(scale, most),  #",
+        "        lora_alpha=alpha_of(scale, most),  #",
         "        lora_alpha=scale,  #",
         "PEFT divides by r once more, and the exported LoRA is r times too weak",
         EXPORT,
@@ -18,7 +18,7 @@ FAULTS = [
     Fault(
         "other_ranks_have_no_alpha",
         "mosld/convert/export.py",
-        "        alpha_pattern={name: _alpha(scale, rank) for name, rank in others.items()},\n",
+        "        alpha_pattern={name: alpha_of(scale, rank) for name, rank in others.items()},\n",
         "",
         "layers of another rank than most are scaled wrongly",
         METHODS,
@@ -42,7 +42,7 @@ FAULTS = [
     Fault(
         "conv1d_not_told",
         "mosld/convert/export.py",
-        "        fan_in_fan_out=all(_is_conv1d(layers[name][0]) for name in gates),\n",
+        "        fan_in_fan_out=all(is_conv1d(layers[name][0]) for name in gates),\n",
         "",
         "PEFT cannot tell how GPT-2's weights lie when it merges",
         EXPORT,
@@ -65,7 +65,7 @@ FAULTS = [
     ),
     Fault(
         "modules_to_save_left_out",
-        "mosld/convert/export.py",
+        "mosld/convert/adapted_layers.py",
         "    if origin is not None and origin.modules_to_save:",
         "    if origin is None and layers is None:",
         "a trained classification head is silently left out of the export",

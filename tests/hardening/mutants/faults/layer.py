@@ -148,9 +148,8 @@ FAULTS = [
     Fault(
         "pattern_ignored",
         "mosld/tuner/config.py",
-        "        return self.num_experts_pattern.get(get_pattern_key(list(self.num_experts_pattern), layer), "
-        "self.num_experts)",
-        "        return self.num_experts_pattern.get(layer, self.num_experts)",
+        "        pattern = get_pattern_key(list(self.num_experts_pattern), layer)\n",
+        "        pattern = layer\n",
         "num_experts_pattern has no effect",
         TUNER,
     ),

@@ -26,8 +26,8 @@ FAULTS = [
     Fault(
         "checksum_not_asked_for",
         "mosld/tuner/weights.py",
-        "        check_digest(path)\n\n    def tensors",
-        "\n    def tensors",
+        "        check_digest(path)\n\n    def _read_header",
+        "\n    def _read_header",
         "an adapter whose numbers were altered is loaded",
         FILE,
     ),
@@ -42,9 +42,9 @@ FAULTS = [
     Fault(
         "missing_tensor_accepted",
         "mosld/tuner/weights.py",
-        "    if lacking := [part for part in expected if part not in shapes]:",
+        '    lacking = [f"mosld_{part}" for part in expected if part not in shapes]\n',
         "    expected = {part: shape for part, shape in expected.items() if part in shapes}\n"
-        "    if lacking := [part for part in expected if part not in shapes]:",
+        '    lacking = [f"mosld_{part}" for part in expected if part not in shapes]\n',
         "an adapter without a layer's router loads, with a random one",
         FILE,
     ),
@@ -92,8 +92,8 @@ FAULTS = [
     Fault(
         "base_of_other_sizes_accepted",
         "mosld/tuner/load.py",
-        "            if sizes != (layer.in_features, layer.out_features):",
-        "            if sizes[0] != layer.in_features:",
+        "    if sizes != (layer.in_features, layer.out_features):",
+        "    if sizes[0] != layer.in_features:",
         "an adapter for other sizes breaks somewhere inside torch",
         FILE,
     ),
@@ -108,8 +108,8 @@ FAULTS = [
     Fault(
         "checkpoints_by_name",
         "mosld/training/checkpoints.py",
-        "key=lambda path: int(steps[path]), reverse=True)",
-        "key=lambda path: steps[path], reverse=True)",
+        "            numbered[int(step)] = path\n",
+        "            numbered[step] = path\n",
         "training goes on from step 9 instead of step 20",
         RESUME,
     ),
