@@ -12,7 +12,7 @@ from mosld_kernels import keep_mask
 from tests.helpers.import_graph import circles, import_graph, read_sources
 
 ROOT = Path(__file__).parent.parent
-# What each package may import, beside itself and the standard library. The kernels need torch alone: see the test below.
+# What each package may import, beside itself and the standard library. The kernels need torch alone: see below.
 ALLOWED = {
     "mosld_kernels": {"torch", "triton", "numpy"},
     "mosld": {

@@ -65,15 +65,22 @@ GUARANTEES = {
             "The balance loss is neither lost nor counted twice: accumulation, activation checkpoints, "
             "autocast, a gradient scaler, torch.compile, skipped layers, several processes",
             ("training/test_trainer.py", "training/test_balance.py", "training/test_loss_scaling.py",
-             "integration/test_compiled_checkpoints.py", "layers/test_skipped_layers.py", "integration/processes/test_ddp.py"),
+             "integration/test_compiled_checkpoints.py", "layers/test_skipped_layers.py",
+             "integration/processes/test_ddp.py"),
         ),
         Guarantee(
             "A training that is killed goes on to the same losses and the same adapter, bit for bit; a "
             "checkpoint that is cut off or altered is passed over and named",
             ("training/test_resume.py", "hardening/faults/test_kills.py"),
         ),
-        Guarantee("A lost process ends the run, and the same command finishes it", ("hardening/faults/test_lost_rank.py",)),
-        Guarantee("A cell of `mosld compare` that lacks memory costs that cell alone", ("hardening/faults/test_memory.py",)),
+        Guarantee(
+            "A lost process ends the run, and the same command finishes it",
+            ("hardening/faults/test_lost_rank.py",),
+        ),
+        Guarantee(
+            "A cell of `mosld compare` that lacks memory costs that cell alone",
+            ("hardening/faults/test_memory.py",),
+        ),
         Guarantee(
             "PEFT's operations in any order leave every adapter, and the model, as an account of them says",
             ("hardening/properties/test_peft_sequences.py",),
@@ -94,7 +101,10 @@ GUARANTEES = {
             "A full disk and a folder that cannot be written are reported, and what is finished stays",
             ("hardening/faults/test_disk.py", "hardening/faults/test_read_only.py"),
         ),
-        Guarantee("A configuration is what its JSON says, there and back", ("hardening/properties/test_config_round_trip.py",)),
+        Guarantee(
+            "A configuration is what its JSON says, there and back",
+            ("hardening/properties/test_config_round_trip.py",),
+        ),
         Guarantee(
             "An export computes what the mixture with those gates computes",
             ("convert/test_export.py", "convert/test_export_methods.py"),
@@ -107,7 +117,10 @@ GUARANTEES = {
             "[security](security.md#not-guaranteed))",
             ("hardening/security",),
         ),
-        Guarantee("Names in task files, adapters and checkpoints lead to nothing outside their folder", ("hardening/security",)),
+        Guarantee(
+            "Names in task files, adapters and checkpoints lead to nothing outside their folder",
+            ("hardening/security",),
+        ),
         Guarantee(
             "Task files are read within limits; every bad line is a fault with its number, up to 100,000 a file",
             ("hardening/security", "tasks/test_examples.py"),

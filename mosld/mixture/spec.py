@@ -1,7 +1,7 @@
 """What the mixture of one layer is: how many of what, which mixing matrix, who routes, where dropout falls.
 
-Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table in
-docs/reference/methods.md). `Mixture` holds the choices, checked; `register_mixing` and
+Every mixture of LoRA experts that we know is one operator, h = M(x) z between a down- and an up-projection (the table
+in docs/reference/methods.md). `Mixture` holds the choices, checked; `register_mixing` and
 `register_router` add what is not here.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m mosld` starts from a checkout that is not installed, and knows its version there as an installed one does."""
+"""`python -m mosld` starts from a checkout that is not installed, and knows its version as an installed one does."""
 
 import contextlib
 import importlib.metadata

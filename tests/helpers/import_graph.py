@@ -1,4 +1,4 @@
-"""Which module imports which, read from the sources: imports inside functions and under TYPE_CHECKING count like any other."""
+"""Which module imports which, by the sources: imports inside functions and under TYPE_CHECKING count like others."""
 
 import ast
 from collections.abc import Iterator, Mapping

@@ -10,8 +10,8 @@ import torch
 from mosld import MoSLDConfig, MoSLDLinear, balance_loss, export_lora, register_router, router_stats, set_routing
 from mosld.mixture.routers import ROUTERS
 from mosld.presets import preset
+from tests.docs.snippets import ROOT, blocks
 from tests.helpers.models import perturb, tiny_llama, token_ids
-from tests.snippets import ROOT, blocks
 
 IDS = token_ids()
 
