@@ -67,10 +67,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# What the tests can do without: those of lm-evaluation-harness and TRL skip where it does not install.
+# What the tests can do without: those of lm-evaluation-harness, TRL and the other frameworks skip where it does not install.
 $(EXTRAS): $(READY)
-	@echo "installing lm-evaluation-harness and TRL into .venv: another minute"
-	@for extra in eval trl; do \
+	@echo "installing lm-evaluation-harness, TRL and other frameworks into .venv: another minute"
+	@for extra in eval trl interop; do \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extra]" \
 			|| echo "the extra $$extra does not install here: its tests will be skipped"; \
 	done
