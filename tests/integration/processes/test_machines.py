@@ -1,5 +1,5 @@
-"""Two machines, as network namespaces with a cable between them: DDP and FSDP2 over torchrun give one machine's adapter,
-and a machine that is lost in the middle is an error on the other one, from which both resume.
+"""Two machines, as network namespaces with a cable between them: DDP and FSDP2 over torchrun give one machine's
+adapter, and a machine that is lost in the middle is an error on the other one, from which both resume.
 """
 
 import os
