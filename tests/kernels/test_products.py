@@ -132,7 +132,9 @@ def test_sizes_and_processor_decide_not_values(monkeypatch):
 
     assert faster(4096, 64, 1024) and faster(4096, 16, 1024) and faster(512, 192, 512)
     assert not faster(64, 64, 64)  # too little to do
-    assert not faster(512, 193, 512) and not faster(512, 512, 512) and not faster(4096, 1024, 64)  # sums too long for its accuracy
+    assert (
+        not faster(512, 193, 512) and not faster(512, 512, 512) and not faster(4096, 1024, 64)
+    )  # sums too long for its accuracy
     with monkeypatch.context() as switched_off:
         switched_off.setattr(torch.backends.mkldnn, "enabled", False)
         assert not faster(4096, 64, 1024)
