@@ -20,6 +20,7 @@ from mosld_kernels.staged import Dropout, staged_linear
 from ..mixture.gates import Routing, apply_gate, gates_without_logits, router_logits, task_ids
 from ..mixture.spec import FIELDS, PARTS, Mixture
 from .deferred_grads import attach
+from .dropout import mask_dropouts
 
 
 class AdapterWeight(nn.Module):
@@ -91,7 +92,7 @@ class MoSLDAdapter(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None, **hyperparameters):
         super().__init__()
         self.mixture = m = Mixture(**hyperparameters)
-        self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
+        self.r, self.alpha, self.scale, self.num_experts = m.r, m.alpha, m.scale, m.num_experts
         self.top_k = m.experts_per_token
         self._can_fuse = m.uses_fused_operator
         self._can_keep_hidden = m.tokens_choose and m.mixing in ("expand", "diagonal")
@@ -106,6 +107,7 @@ class MoSLDAdapter(nn.Module):
             self.register_module(
                 part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
             )
+        self.dropouts = mask_dropouts(m)
         self.reset_state()
         self.deferred_grads: dict[str, Tensor] | None = None
         self.routing: Routing | None = None
@@ -180,24 +182,43 @@ class MoSLDAdapter(nn.Module):
             return expert_b.t() @ expert_b
 
     def _expect_whole(self) -> None:
-        weights: Any = [part.weight for part in self._modules.values() if part is not None]
-        if any(isinstance(weight, DTensor) for weight in weights):
+        weights: dict[str, Any] = {}
+        for part in self.parts:
+            own: Any = self._modules[part]
+            if own is not None:
+                weights[part] = own.weight
+        if any(isinstance(weight, DTensor) for weight in weights.values()):
             raise RuntimeError(
-                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while "
-                "the layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts "
-                "them together, and not to the weights by themselves"
+                f"{', '.join(weights)} must be whole while the layer runs, and one of them is a shard: apply "
+                "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
             )
+
+    def _rate(self, name: str) -> float:
+        """The rate of one dropout in this forward: 0 where its module is not in training mode."""
+        # Not by attribute: nn.Module's lookup costs more than all the rest of this.
+        own: Any = self._modules["dropouts"]._modules.get(name)  # pyright: ignore[reportOptionalMemberAccess]
+        return own.p if own is not None and own.training else 0.0
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element of A in training, as it is now.
+
+        >>> from mosld import MoSLDAdapter
+        >>> MoSLDAdapter(6, 5, dropout=0.1).dropout
+        0.1
+        """
+        own: Any = self.dropouts["dropout"] if "dropout" in self.dropouts else None
+        return 0.0 if own is None else own.p
 
     def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
         """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
-        return torch.randint(2**62, (1,), device=x.device) if self.training and any(rates) else None
+        return torch.randint(2**62, (1,), device=x.device) if any(rates) else None
 
     def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        m, seed = self.mixture, self._seed(x, self.dropout)
+        dropout_p = self._rate("dropout")
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
-        dropout_p = 0.0 if seed is None else m.dropout
-        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
-        settings |= {"backend": self.backend, "mixing": m.mixing}
+        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p)
+        settings |= {"seed": self._seed(x, dropout_p), "backend": self.backend, "mixing": self.mixture.mixing}
         if weight is None:
             return mosld_delta(x, *tensors, **settings)
         return mosld_linear(x, weight, bias, *tensors, **settings)
@@ -210,8 +231,8 @@ class MoSLDAdapter(nn.Module):
                 f"keep_hidden={self.keep_hidden} and this dropout runs in torch products alone; backend='auto' can"
             )
         m, routed, hidden = self.mixture, [], []
-        seed = self._seed(x, m.dropout, m.up_dropout)
-        rates = (m.dropout, m.up_dropout, m.input_dropout, m.hidden_dropout) if self.training else (0.0,) * 4
+        rates = (self._rate("dropout"), self._rate("up_dropout"))
+        seed = self._seed(x, *rates)
 
         def mix(z: Tensor, logits: Tensor | None) -> Tensor:
             hidden.append(z)
@@ -230,7 +251,7 @@ class MoSLDAdapter(nn.Module):
         out, _ = staged_linear(
             x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
             router_weight=self.router.weight if m.router_kind.linear else None,
-            dropout=Dropout(*rates),
+            dropout=Dropout(*rates, self._rate("input_dropout"), self._rate("hidden_dropout")),
         )  # fmt: skip
         return out, routed[0] if routed and m.tokens_choose else None, hidden[0]
 

@@ -62,7 +62,7 @@ class BlockAdapter(MoSLDAdapter):
         if self.backend == "triton":
             raise RuntimeError("backend='triton' cannot run: mixing='block' runs in torch products; backend='auto' can")
         m = self.mixture
-        rates = (m.dropout, m.input_dropout) if self.training else (0.0, 0.0)
+        rates = (self._rate("dropout"), self._rate("input_dropout"))
         seed = self._seed(x, rates[0])
         gate, up = base.gate_proj(x), base.up_proj(x)  # inside the user's autocast, as in the frozen block
         dtype, leading = gate.dtype, x.shape[:-1]
