@@ -143,6 +143,7 @@ class MoSLDAdapter(nn.Module):
         m = self.mixture
         init_weight(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
+        self._mark_started()
         if self.router is not None and m.router_kind.start is not None:
             m.router_kind.start(self.router.weight, m)
         elif self.router is not None:
@@ -151,6 +152,33 @@ class MoSLDAdapter(nn.Module):
             nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
         if self.mixer is not None:
             m.kind.start(self.mixer.weight)
+
+    def _mark_started(self) -> None:
+        """Note whether the values of the weights are still to come: on the meta device there are none."""
+        self.__dict__["_unset"] = self._modules[self.parts[0]].weight.is_meta  # pyright: ignore
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """How transformers marks a module that needs no initial values any more."""
+        return self.__dict__.get("_started", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """A model that is loaded from a checkpoint is built on the meta device. What the checkpoint has not is then
+        made of memory as it is found, and transformers, which knows no mixture, marks it as done: here it is started.
+        """
+        self.__dict__["_started"] = value
+        if not (value and self.__dict__.get("_unset")):
+            return
+        loaded: list[tuple[Tensor, Tensor]] = []
+        for part in self.parts:
+            own: Any = self._modules[part]
+            # Loaded parameters carry the same mark, one by one.
+            if own is not None and getattr(own.weight, "_is_hf_initialized", False):
+                loaded.append((own.weight.data, own.weight.detach().clone()))
+        self.reset_parameters()
+        for weight, values in loaded:
+            weight.copy_(values)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without.

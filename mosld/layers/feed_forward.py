@@ -55,6 +55,7 @@ class BlockAdapter(MoSLDAdapter):
         for part in (self.gate_b, self.up_b, self.down_b):
             nn.init.zeros_(part.weight)
         init_weight(self.router.weight, self.mixture.router_std)
+        self._mark_started()
 
     def forward(self, x: Tensor, base: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [..., hidden_size], the frozen block -> the block's output [..., hidden_size]"""
