@@ -9,7 +9,8 @@ from torch import nn
 
 from ..mixture.spec import Mixture
 
-RATES = ("dropout", "up_dropout", "input_dropout", "hidden_dropout")
+RATES = ("dropout", "up_dropout", "input_dropout", "hidden_dropout")  # in the order of the operator's Dropout
+MASK_RATES = RATES[:2]  # of weights: their masks are functions of a seed
 
 
 class MaskDropout(nn.Dropout):

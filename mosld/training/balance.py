@@ -8,6 +8,8 @@ normalisation and the weight open; this is the form of MoLA and the Switch Trans
 How the gradient arrives under activation checkpointing is `mosld.layers.deferred_grads`'s.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from mosld_kernels.gating import top_k_mask
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
-from ..layers.stats import last_routing
+from ..layers.stats import Ran, last_routing
 
 
 def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, recomputed: bool | None = None) -> Tensor:
@@ -25,7 +27,9 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
 
     Args:
         model: The adapted model, or one layer.
-        attention_mask: [batch, sequence], nonzero at real tokens. Without it padding counts like any token.
+        attention_mask: [batch, sequence], nonzero at real tokens. None takes the mask that the forward was called
+            with, an encoder's and a decoder's each for its own layers; where it was called with none, padding counts
+            like any token.
         recomputed: Whether backward will run the layers again (activation checkpointing). None asks the model's
             modules, as transformers marks them. Say True where layers are checkpointed by hand with
             use_reentrant=True. A layer that runs twice inside one such checkpoint gets a wrong gradient: checkpoint
@@ -50,26 +54,47 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     """
     kept = KeptTensors(model, recomputed)
     losses = []
-    for name, adapter, _, mask in last_routing(model, attention_mask):
+    for ran in together(last_routing(model, attention_mask)):
+        adapter, weight = ran[0].adapter, ran[0].adapter.router.weight
         if adapter.top_k < adapter.num_experts:
-            logits = kept.of(name, adapter, "router_logits", adapter.router.weight)
-            losses.append(_of_layer(adapter, logits, mask))
+            calls = []
+            for own in ran:
+                calls.append((kept.of(own.name, own.kept, "router_logits", weight), own.mask))
+            losses.append(_of_layer(adapter, calls))
     return added(losses, model)
 
 
-def _of_layer(adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None) -> Tensor:
-    """logits [..., E], mask [...] -> E sum_e f_e P_e over the tokens where the mask is not zero
+def together(ran: Iterable[Ran]) -> list[list[Ran]]:
+    """The calls of each adapter, as one list each: a layer's tokens are those of all its calls in the forward."""
+    calls: dict[MoSLDAdapter, list[Ran]] = {}
+    for own in ran:
+        calls.setdefault(own.adapter, []).append(own)
+    return list(calls.values())
+
+
+def _of_layer(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """logits [..., E], mask [...] of each call -> E sum_e f_e P_e over all tokens where the mask is not zero
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
     NaN.
     """
-    logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
-    real = None if mask is None else (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
-    if real is not None:
+    places, probabilities, tokens = [], [], []
+    for logits, mask in calls:
+        logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
+        if mask is None:
+            tokens.append(torch.full((), float(len(logits)), dtype=logits.dtype, device=logits.device))
+            places.append(top_k_mask(logits, adapter.top_k).sum(0))
+            probabilities.append(logits.softmax(-1).sum(0))
+            continue
+        real = (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
         logits = torch.where(real, logits, 0.0)
-    chosen, probability = top_k_mask(logits, adapter.top_k), logits.softmax(-1)
-    if real is not None:
-        chosen, probability = chosen & real, probability * real
-    tokens = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
-    load = chosen.sum(0).to(logits.dtype) / (tokens * adapter.top_k)
-    return adapter.num_experts * (load * probability.sum(0) / tokens).sum()
+        tokens.append(real.sum().to(logits.dtype))
+        places.append((top_k_mask(logits, adapter.top_k) & real).sum(0))
+        probabilities.append((logits.softmax(-1) * real).sum(0))
+    count = _sum(tokens).clamp(min=1)
+    load = _sum(places).to(count.dtype) / (count * adapter.top_k)
+    return adapter.num_experts * (load * _sum(probabilities) / count).sum()
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)

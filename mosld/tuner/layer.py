@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from mosld_kernels.precision import autocasts
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.feed_forward import BlockAdapter
+from ..layers.forwards import this_thread
 from ..layers.host import MixtureHost
 from ..layers.linear import disable_encoder_fastpath
 from ..mixture.spec import BLOCK_PARTS, PARTS, Mixture
@@ -47,6 +49,13 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
         if self.disable_adapters:
             return []
         return [self.mixtures[name] for name in self.active_adapters if name in self.mixtures]
+
+    def adapters_of_this_call(self) -> list[MoSLDAdapter]:
+        """The running adapters; in a recomputation those that ran in the forward, whatever is active by then."""
+        adapters = self.running_adapters()
+        if torch.compiler.is_compiling() or this_thread.region is None:
+            return adapters
+        return list(this_thread.region.same(self, tuple(adapters)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -118,7 +127,7 @@ class MoSLDPeftLinear(MoSLDPeftLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
-        adapters = self.running_adapters()
+        adapters = self.adapters_of_this_call()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(NO_ADAPTER_PER_ROW)
         if adapters and not args and not kwargs and _is_plain_linear(self.base_layer, x):
@@ -162,7 +171,7 @@ class MoSLDPeftBlock(MoSLDPeftLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., hidden size] -> y [..., hidden size]"""
-        adapters = self.running_adapters()
+        adapters = self.adapters_of_this_call()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(NO_ADAPTER_PER_ROW)
         if not adapters:
