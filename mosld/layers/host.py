@@ -68,15 +68,16 @@ def announce(model: nn.Module) -> None:
     adapters = [adapter for _, adapter in all_adapters(model)]
     for name, adapter in all_adapters(model):
         adapter.layer = name
-    _unhook(model)
+    stacks = _stacks(model)
+    for module in (model, *stacks):
+        _unhook(module)
     if not adapters:
         vars(model).pop(_ANNOUNCED, None)
         return
     setattr(model, _ANNOUNCED, Announced(adapters))
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
-    for stack in _stacks(model):
-        _unhook(stack)
+    for stack in stacks:
         stack.register_forward_pre_hook(_enter_stack, with_kwargs=True)
         stack.register_forward_hook(_leave_stack, always_call=True)
 

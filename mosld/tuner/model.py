@@ -88,6 +88,11 @@ class MoSLDModel(BaseTuner):
         if left:
             warnings.warn(left, stacklevel=2)
 
+    def unload(self) -> nn.Module:
+        base = super().unload()
+        announce(base)
+        return base
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         is_new = not isinstance(target, MoSLDPeftLayer)
         if not is_new:
