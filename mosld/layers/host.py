@@ -1,5 +1,8 @@
 """`MixtureHost`: the one interface by which others find the mixtures in a model."""
 
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -95,13 +98,14 @@ class Announced:
 
     def __init__(self, adapters: list[MoSLDAdapter]):
         self.adapters = adapters
+        self.checked = False  # whether a training forward has shown which of them run
         self.outside: list[Forward | None] = []
 
     def __deepcopy__(self, memo: dict) -> "Announced":
         return Announced([memo.get(id(adapter), adapter) for adapter in self.adapters])
 
     def __getstate__(self) -> dict:
-        return {"adapters": self.adapters, "outside": []}
+        return {"adapters": self.adapters, "checked": self.checked, "outside": []}
 
 
 def _unhook(module: nn.Module) -> None:
@@ -139,8 +143,34 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if torch.compiler.is_compiling() or in_backward():
         return
-    outside = cast(Announced, vars(model)[_ANNOUNCED]).outside
-    this_thread.forward = outside.pop() if outside else None
+    announced = cast(Announced, vars(model)[_ANNOUNCED])
+    forward = this_thread.forward
+    this_thread.forward = announced.outside.pop() if announced.outside else None
+    # An output of None: the forward ended in an error, which says more.
+    if not announced.checked and model.training and torch.is_grad_enabled() and output is not None:
+        announced.checked = True
+        _tell_idle(model, forward)
+
+
+def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
+    """Name the layers that are adapted and were not run: what is never called counts as trainable and never moves."""
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        return  # compiled layers do not note their forwards
+    idle: Counter[str] = Counter()
+    total = 0
+    for name, adapter in running_adapters(model):
+        if any(parameter.requires_grad for parameter in adapter.parameters()):
+            total += 1
+            if adapter.last_forward is not forward:
+                idle[re.sub(r"\d+", "*", name)] += 1
+    if not idle:
+        return
+    texts = [name if count == 1 else f"{name} ({count} layers)" for name, count in idle.items()]
+    warnings.warn(
+        f"{sum(idle.values())} of {total} adapted layers did not run in the first training forward: {', '.join(texts)}. "
+        "What never runs is saved and never trained: leave it out with exclude_modules, unless other inputs reach it",
+        stacklevel=3,
+    )
 
 
 def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -103,6 +103,8 @@ class MoSLDModel(BaseTuner):
         else:
             self._check_supported(target, parent, current_key)
             layer = MoSLDPeftLinear(target)
+        if is_new:
+            layer.training = target.training  # a model in eval mode stays in it
         mixture = layer.mixture_here(peft_config.mixture_of(current_key))
         layer.update_layer(adapter_name, inference_mode=peft_config.inference_mode, **vars(mixture))
         if is_new:

@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .layer import PREFIX
+
 # Methods that touch a layer's weight without computing with it.
 _PREPARING = ("__init__", "_init_weights", "reset_parameters", "init_weights", "extra_repr")
 
@@ -129,7 +131,9 @@ def out_of_reach(model: nn.Module, adapted: Collection[str]) -> str | None:
     blocks = tuple({name.rpartition(".")[0] + "." for name in experts})
     if not any(name.startswith(blocks) for name in adapted):
         return None
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += 0 if PREFIX in name else parameter.numel()  # of the base alone
     first = next(iter(experts))
     return (
         f"{sum(experts.values()) / total:.0%} of the model's weights are fused experts ({first} and "
