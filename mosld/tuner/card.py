@@ -10,6 +10,7 @@ It is called by `MoSLDConfig.save_pretrained`, hence by everything that saves th
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..files.adapter_folder import WEIGHTS, read_config
 from ..files.atomic import write_text_atomic
+from ..files.errors import escape_control_chars
 from .weights import AdapterWeights, SavedLayer
 
+README = "README.md"
 BEGIN, END = "<!-- mosld: renewed whenever the adapter is saved -->", "<!-- mosld: end -->"
 # What peft.auto offers for a configuration's task_type.
 AUTO_CLASSES = {
@@ -47,7 +50,7 @@ def write_card(
         return None
     read_config(folder)
     weights = AdapterWeights(folder / WEIGHTS, config.mixture_of)
-    path = folder / "README.md"
+    path = folder / README
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(), template_str=EMPTY)
     _complete(card, config)
     own = f"{BEGIN}\n{_describe(config, weights, tasks or {})}\n{END}"
@@ -58,6 +61,22 @@ def write_card(
         card.text = _heading(config) + own + "\n" + _without_template(card.text)
     write_text_atomic(path, str(card))
     return path
+
+
+def readable_card(path: Path) -> None:
+    """Put a model card aside that cannot be read: PEFT, which renews it before it saves the weights, would stop there.
+
+    warns of it, with the name that the file has then.
+    """
+    if not path.is_file():
+        return
+    try:
+        ModelCard.load(path)
+    except Exception as error:  # of YAML, of text that is no text, of metadata that is no mapping
+        aside = path.with_name("README.unreadable.md")
+        path.replace(aside)
+        first = str(error).strip().partition("\n")[0]
+        warnings.warn(f"{path} is no model card that can be read ({first}): it is {aside.name} now", stacklevel=5)
 
 
 EMPTY = "---\n{{ card_data }}\n---\n"
@@ -79,7 +98,7 @@ def _without_template(text: str) -> str:
 
 
 def _heading(config: Any) -> str:
-    name = Path(config.base_model_name_or_path or "").name
+    name = _plain(Path(config.base_model_name_or_path or "").name)
     return f"\n# MoSLD adapter{f' of {name}' if name else ''}\n\n"
 
 
@@ -114,7 +133,7 @@ def _facts(config: Any, weights: AdapterWeights) -> list[tuple[str, str]]:
     experts = sorted({layer.num_experts for layer in weights.layers.values()})
     parameters = sum(layer.parameters for layer in weights.layers.values())
     facts = [
-        ("base model", f"`{base}`" if base else "not recorded"),
+        ("base model", f"`{_plain(base)}`" if base else "not recorded"),
         ("method", "MoSLD (`peft_type` MOSLD), a mixture of LoRA experts that share A"),
         ("rank, alpha", f"{config.r}, {config.alpha:g}"),
         ("experts per layer", " to ".join(map(str, dict.fromkeys((experts[0], experts[-1]))))),
@@ -159,6 +178,11 @@ def _ranges(numbers: list[str]) -> str:
 def _table(heads: tuple[str, ...], rows: list) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(name: str) -> str:
+    """A name of somebody else's as it can stand in a heading, a table and between backticks: nothing of it is markup."""
+    return re.sub(r"[`|<>\[\]\\]", "_", escape_control_chars(name))
 
 
 def _percent(value: float | None) -> str:

@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import PeftConfig, PeftType
 from ..files.adapter_folder import CONFIG, DIGEST, WEIGHTS, AdapterFileError, check_weights, write_digest
 from ..files.atomic import folder_beside
 from ..files.errors import escape_control_chars
+from ..files.json_object import read_json_object
 from ..files.safe_regex import check_expression
 from ..mixture.spec import FIELDS, Mixture, number
 from .card import write_card
@@ -68,6 +70,7 @@ class MoSLDConfig(PeftConfig):
             (q and v, as in the paper).
         exclude_modules: As in PEFT's LoraConfig.
         modules_to_save: As in PEFT's LoraConfig.
+        trainable_token_indices: As in PEFT's LoraConfig: rows of the embedding that are trained beside the adapter.
         layers_to_transform: As in PEFT's LoraConfig.
         layers_pattern: As in PEFT's LoraConfig.
 
@@ -108,6 +111,7 @@ class MoSLDConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
@@ -116,6 +120,7 @@ class MoSLDConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["MOSLD"]  # added to the enumeration by `register`
+        self._take_sequences()
         self._check_names()
         self._list_to_set("target_modules")
         self._list_to_set("exclude_modules")
@@ -141,6 +146,17 @@ class MoSLDConfig(PeftConfig):
         layers = self.layers_to_transform
         if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
             raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
+
+    def _take_sequences(self) -> None:
+        """Lists of other libraries, such as OmegaConf's, are lists; their dictionaries are dictionaries."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes, list, set)):
+                setattr(self, name, list(value))
+        for name in ("num_experts_pattern", "mixing_options"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping) and type(value) is not dict:
+                setattr(self, name, dict(value))
 
     def _list_to_set(self, name: str) -> None:
         """PEFT computes with sets and saves lists."""
@@ -220,6 +236,16 @@ class MoSLDConfig(PeftConfig):
         return Mixture(**values)
 
     @classmethod
+    def computing_fields(cls) -> tuple[str, ...]:
+        """The fields that say what the layers compute, of which some matter in training alone.
+
+        >>> from mosld import MoSLDConfig
+        >>> set(MoSLDConfig.computing_fields()) & {"r", "shared", "target_modules", "balance_coef"} == {"r", "shared"}
+        True
+        """
+        return (*FIELDS, "shared", "num_experts_pattern")
+
+    @classmethod
     def unknown_fields(cls, names: Iterable[str]) -> list[str]:
         """Those of `names` that are no field of this version.
 
@@ -257,6 +283,9 @@ class MoSLDConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG)
+        if path.is_file() and "peft_type" not in read_json_object(path, AdapterFileError):
+            # PEFT's contract for what is no configuration of an adapter; without it the defaults would be taken.
+            raise TypeError(f"{path} is no configuration of an adapter: it has no peft_type")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (ValueError, TypeError, KeyError) as error:  # PEFT raises the last two for what is no configuration
@@ -267,7 +296,7 @@ class MoSLDConfig(PeftConfig):
         if isinstance(config, MoSLDConfig) and path.is_file():
             check_weights(path.parent, only_pickles=True)
         if isinstance(config, MoSLDConfig) and weights.is_file():
-            AdapterWeights(weights, config.mixture_of)
+            _check_announced(AdapterWeights(weights, config.mixture_of), config)
             config.saved = weights
         return config
 
@@ -292,6 +321,31 @@ class MoSLDConfig(PeftConfig):
             warnings.warn(f"the saved adapter cannot be loaded again: {error}", stacklevel=2)
         if (folder / WEIGHTS).is_file():
             write_digest(folder)
+
+
+def _check_announced(weights: AdapterWeights, config: MoSLDConfig) -> None:
+    """raises AdapterFileError for tensors that are no adapter's and that the configuration does not announce.
+
+    PEFT would write them into the base model, where disabling the adapter does not undo it. What it saves by itself are
+    embeddings and heads of a vocabulary that was resized.
+    """
+    announced = [re.compile(MODULES_TO_SAVE_PATTERN.format(name)) for name in config.modules_to_save or ()]
+    for name in weights.others:
+        module = name.rpartition(".")[0]
+        if config.trainable_token_indices is not None and "token_adapter" in name:
+            continue
+        if not any(pattern.match(module) for pattern in announced) and not _VOCABULARY.search(module):
+            raise AdapterFileError(
+                f"{weights.path} holds {escape_control_chars(name)}, which is no adapter's and none of "
+                f"modules_to_save={config.modules_to_save}: it would be written into the base model"
+            )
+
+
+# How transformers' models call what has a row for each token.
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|embed_out|shared|lm_head|embeddings|decoder|"
+    r"output_projection|embedding)$"
+)
 
 
 def _is_list(value: Any, kind: type) -> bool:

@@ -154,10 +154,8 @@ class MoSLDModel(BaseTuner):
     def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
         why = unsupported(target, parent, name)
         if why is not None:
-            raise ValueError(
-                f"{why}. exclude_modules takes names to leave out, and target_modules='all-linear' leaves out what "
-                "cannot be adapted"
-            )
+            hint = "leave it out with exclude_modules; target_modules='all-linear' does so by itself"
+            raise ValueError(why if "MoSLD adapts" in why else f"{why}: {hint}")
 
 
 def _without_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -90,7 +90,12 @@ OVERRIDDEN: Methods = {
         "_remap_adapter_state_dict_for_load": ("cls", "model", "config", "adapter_name", "state_dict"),
     },
     # PeftModel enters its tuner's method of this name around every forward and generation, if there is one.
-    PeftModel: {"_enable_peft_forward_hooks": ("self",)},
+    PeftModel: {
+        "_enable_peft_forward_hooks": ("self",),
+        # Wrapped in `guards`, which check before PEFT begins.
+        "load_adapter": ("self", "model_id", "adapter_name"),
+        "save_pretrained": ("self", "save_directory", "safe_serialization", "selected_adapters"),
+    },
     BaseTunerLayer: {
         # PEFT's takes the base layer's own weight, which a feed-forward block has not.
         "_move_adapter_to_device_of_base_layer": ("self", "adapter_name", "device"),

@@ -136,6 +136,10 @@ def test_the_methods_of_mosld_replace_the_listed_ones():
 
     ours = {"BaseTuner": (MoSLDModel,), "PeftModel": (MoSLDModel,), "PeftConfigMixin": (MoSLDConfig,)}
     for owner, methods in peft_api.OVERRIDDEN.items():
+        if owner is peft.PeftModel:
+            wrapped = {name for name in methods if hasattr(getattr(owner, name), "_mosld_guards")}
+            assert wrapped == {"load_adapter", "save_pretrained"}
+            methods = methods.keys() - wrapped
         classes = ours.get(owner.__name__, (MoSLDLayer, MoSLDPeftBlock))
         for name in methods:
             assert any(name in vars(cls) for cls in classes), f"{owner.__name__}.{name} is not overridden"
