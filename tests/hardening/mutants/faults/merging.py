@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "signs_elected_by_number",
         "mosld/merging/elementwise.py",
-        "        elected = trimmed.sum(0).sign()",
-        "        elected = trimmed.sign().sum(0).sign()",
+        "    elected = trimmed.sum(0).sign()\n",
+        "    elected = trimmed.sign().sum(0).sign()\n",
         "TIES counts votes instead of weighing them",
         VECTORS,
     ),
