@@ -53,7 +53,11 @@ def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
 
 def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
     """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device."""
-    given: Tensor = adapter.routing_input(name)
+    return broadcast_rows(adapter.routing_input(name), name, beside)
+
+
+def broadcast_rows(given: Tensor, name: str, beside: Tensor) -> Tensor:
+    """`given`, as `broadcast_per_row`; name: what an error calls it"""
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
         raise ValueError(f"{name} must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}")

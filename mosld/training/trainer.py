@@ -44,6 +44,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     Args:
         balance_coef: The weight. None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were
             adapted by hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+            Whose tokens the loss takes together is the MoSLDConfig's `balance_pool`.
         router_logs: "summary" for the figures above; "layers" for these, and the first three of every layer under
             router/<layer>/; "off" for none.
         auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss.
@@ -90,6 +91,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
         self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
+        self.balance_pool = _balance_pool(cast(nn.Module, self.model)) if self.balance_coef else "layer"
         self.router_logs = router_logs
         self._routing = _Routing()
 
@@ -150,7 +152,8 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         attention_mask = inputs.get("attention_mask")
         losses: dict[str, tuple[float, Tensor]] = {}
         if self.balance_coef:
-            losses["balance_loss"] = self.balance_coef, balance_loss(model, attention_mask)
+            loss = balance_loss(model, attention_mask, pool=self.balance_pool)
+            losses["balance_loss"] = self.balance_coef, loss
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
                 losses[name] = weight, function(model, inputs)
@@ -279,12 +282,29 @@ def _balance_coef(model: nn.Module, given: float | None) -> float:
 
 
 def _configured_balance_coef(model: nn.Module) -> float:
-    configs = getattr(model, "peft_config", None)
-    if not configs:
+    if not getattr(model, "peft_config", None):
         return BY_HAND_COEF
-    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
-    names = list(cast(Any, active() if callable(active) else active or configs))
-    coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
+    coefs = {getattr(config, "balance_coef", 0.0) for config in _active_configs(model)}
     if len(coefs) > 1:
         raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")
     return coefs.pop() if coefs else 0.0  # no adapter is active
+
+
+def _balance_pool(model: nn.Module) -> str:
+    """That of the active adapters; "layer" where none says."""
+    pools = {config.balance_pool for config in _active_configs(model) if hasattr(config, "balance_pool")}
+    if len(pools) > 1:
+        raise ValueError(
+            f"the active adapters have different balance_pool {sorted(pools)}: pass balance_coef=0 and their "
+            "balance_loss(model, pool=...) in auxiliary_losses"
+        )
+    return pools.pop() if pools else "layer"
+
+
+def _active_configs(model: nn.Module) -> list[Any]:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return []
+    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
+    names = list(cast(Any, active() if callable(active) else active or configs))
+    return [configs[name] for name in names if name in configs]

@@ -1,4 +1,4 @@
-"""A merge with the authors' code's own rules, against loops in float64: TIES' count, AdaMerging's clamp, Concrete's step.
+"""A merge with the rules of the authors' code, against loops in float64: of TIES, AdaMerging and Concrete.
 
 Where code and paper differ both can be had, and each test shows that they do differ.
 """

@@ -10,15 +10,15 @@ FAULTS = [
     Fault(
         "load_counts_every_place",
         "mosld/training/balance.py",
-        "    load = chosen.sum(0).to(logits.dtype) / (tokens * adapter.top_k)",
-        "    load = chosen.sum(0).to(logits.dtype) / tokens",
+        "/ (pool.tokens * pool.top_k)",
+        "/ pool.tokens",
         "the loss is K times as large as documented",
         BALANCE,
     ),
     Fault(
         "number_of_experts_forgotten",
         "mosld/training/balance.py",
-        "    return adapter.num_experts * (load",
+        "    return pool.num_experts * (load",
         "    return (load",
         "an even load gives 1 / E instead of 1, and the weight means something else for every E",
         BALANCE,
