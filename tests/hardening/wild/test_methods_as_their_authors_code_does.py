@@ -311,3 +311,10 @@ def test_mor1es_prior_is_a_matrix_whose_wrong_layout_raises(slow):
             layer(x)
     with pytest.raises(ValueError, match="slow_index in mixing_options must be one of r_up, r, got 'up'"):
         presets.mor1e(mixing_options={"slow_index": "up"})
+
+
+@pytest.mark.parametrize("name", ["mode", "mor1e"])
+@pytest.mark.parametrize("r", [1, 4, 6])
+def test_methods_without_an_alpha_are_not_scaled_at_any_rank(name, r):
+    assert presets.preset(name, r=r).mixture_of("q_proj").scale == 1.0
+    assert presets.preset(name, r=r, alpha=3 * r).mixture_of("q_proj").scale == 3.0
