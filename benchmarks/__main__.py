@@ -14,6 +14,7 @@ from .gpu import run as gpu
 from .long import curves, soak
 from .model import processes, roofline
 from .report import bench, page
+from .sweep import run as sweep
 from .tune import command as tune_command
 
 
@@ -38,6 +39,7 @@ VERBS = (
     Verb("gpu", gpu, "every check and measurement that needs an NVIDIA GPU, in eight minutes"),
     Verb("tune", tune_command, "candidate tile sizes on the GPU at hand, and rows for the table of tiles"),
     Verb("soak", soak, "thousands of training steps, kills and adapter switches: no leak, no drift"),
+    Verb("sweep", sweep, "every configuration type of transformers, shrunk: adapted, trained, saved and loaded"),
     Verb("curves", curves, "training curves in every dtype beside float64's, and how far seeds differ"),
 )
 

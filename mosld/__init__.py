@@ -15,7 +15,7 @@ from .convert.import_lora import import_lora  # noqa: E402
 from .files.version import __version__ as __version__  # noqa: E402
 from .layers.adapter import MoSLDAdapter  # noqa: E402
 from .layers.linear import MoSLDLinear  # noqa: E402
-from .layers.routing import forget_routing, set_routing  # noqa: E402
+from .layers.routing import forget_routing, routing, set_routing  # noqa: E402
 from .layers.stats import RouterStats, router_stats  # noqa: E402
 from .mixture.registry import register_mixing  # noqa: E402
 from .mixture.routers import register_router  # noqa: E402
@@ -43,5 +43,6 @@ __all__ = [
     "register_mixing",
     "register_router",
     "router_stats",
+    "routing",
     "set_routing",
 ]

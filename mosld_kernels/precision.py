@@ -7,6 +7,9 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 AUTOCAST_FLOATS = FLOATS[1:]  # what autocast casts; it leaves float64 alone
+# Asked once: Dynamo of torch 2.11 cannot trace the question, and a device type does not gain autocast later.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "ipu", "maia", "privateuseone")
+AUTOCAST_DEVICES = frozenset(device for device in _DEVICES if torch.amp.is_autocast_available(device))
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +26,7 @@ def router_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device; devices without it, such as meta, have none."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -39,6 +42,6 @@ def castable_dtypes(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager:
     """Routing and the gradients of the adapter keep their dtypes inside the user's autocast, too."""
-    if not torch.amp.is_autocast_available(device):  # the meta device, for one
+    if device not in AUTOCAST_DEVICES:  # the meta device, for one
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)

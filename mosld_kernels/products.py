@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
-# It adds up one product after the other, MKL in blocks: up to this length its rounding error is at most 1.42 times
-# MKL's, at 512 it is 1.7 times, and more than 1.5 is not allowed. Cutting longer sums costs what it saves.
-LONGEST_SUM = 384
+# It adds up one product after the other, MKL in blocks of at most this length: up to here both round alike. Beyond,
+# where rounding errors do not cancel (all terms of one sign), oneDNN is up to twice as far from the truth as MKL, and
+# more than 1.5 times is not allowed. Cutting longer sums as MKL does costs what oneDNN saves.
+LONGEST_SUM = 192
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

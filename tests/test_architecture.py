@@ -35,7 +35,7 @@ FLOORS = {
     ),
     "benchmarks": (
         ("__main__", "conftest"),
-        ("report", "tune", "long"),
+        ("report", "tune", "long", "sweep"),
         ("cpu", "gpu"),
         ("compile", "model"),
         ("peers",),

@@ -154,7 +154,7 @@ AUTHORS = (
         "mola",
         "balance loss: a term for each adapted layer, added up",
         "a term for each transformer block, of all its layers' tokens together; padding counts",
-        '`balance_pool="block"`; `balance_loss(model, pool="block")` without a mask counts padding',
+        '`balance_pool="block"`; `balance_loss` with a mask of ones counts padding',
     ),
     (
         "mixlora_conditional",

@@ -7,7 +7,7 @@ methods are other Mixtures of the same adapter: MoSLD's structure runs in the fu
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from mosld_kernels.staged import Dropout, staged_linear
 from ..mixture.gates import Routing, apply_gate, gates_without_logits, router_logits, task_ids
 from ..mixture.spec import FIELDS, PARTS, Mixture
 from .deferred_grads import attach
+from .dropout import MASK_RATES, RATES, mask_dropouts
+from .forwards import Forward, in_backward, remember_checkpoints, this_thread
 
 
 class AdapterWeight(nn.Module):
@@ -34,6 +36,35 @@ class AdapterWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
+
+
+class Slot:
+    """Where a loss leaves gradients for what one call inside a checkpointed region kept, until it is run again."""
+
+    __slots__ = ("deferred_grads",)
+
+    def __init__(self):
+        self.deferred_grads: dict[str, Tensor] | None = None
+
+
+class Call(NamedTuple):
+    """How one call of a layer computes: dropout's rates that are not 0 at the start, the scale, and masks' seed."""
+
+    rates: dict[str, float]
+    scale: float
+    seed: Tensor | None
+    slot: Slot | None
+
+
+class EarlierCall:
+    """What a layer kept of a call before its last one, under the names that the adapter has for the last."""
+
+    __slots__ = ("router_logits", "hidden", "gram", "mask", "slot", "deferred_grads")
+
+    def __init__(self, adapter: "MoSLDAdapter"):
+        self.router_logits, self.hidden, self.gram = adapter.router_logits, adapter.hidden, adapter.gram
+        self.mask, self.slot = adapter.mask, adapter.slot
+        self.deferred_grads: dict[str, Tensor] | None = None
 
 
 class MoSLDAdapter(nn.Module):
@@ -51,8 +82,10 @@ class MoSLDAdapter(nn.Module):
     shared_a.weight: [r, in_features]; expert_b.weight: [out_features, num_experts * r], where
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures
     have other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
-    router_logits: [..., num_experts] of the last forward, for `balance_loss` and `router_stats`; None before the first,
-    since `forget_routing`, and where tokens do not choose among experts. hidden, gram: z [..., rows of A] of the last
+    router_logits: [..., num_experts] of the last call, for `balance_loss` and `router_stats`; None before the first,
+    since `forget_routing`, and where tokens do not choose among experts. mask: which of its tokens are real, None where
+    that is not known. earlier: the same of earlier calls in one forward of the model, for layers that it calls several
+    times; see `mosld.layers.forwards`. hidden, gram: z [..., rows of A] of the last
     forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. deferred_grads: gradients for
     these, by name, of a forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing`
     gave. None of them is part of the state: copies and pickles of the module start without them.
@@ -81,6 +114,7 @@ class MoSLDAdapter(nn.Module):
     keep_hidden = False
 
     parts = PARTS
+    mask: Tensor | None
 
     shared_a: AdapterWeight
     expert_b: AdapterWeight
@@ -91,7 +125,7 @@ class MoSLDAdapter(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, device=None, dtype=None, **hyperparameters):
         super().__init__()
         self.mixture = m = Mixture(**hyperparameters)
-        self.r, self.alpha, self.scale, self.num_experts, self.dropout = m.r, m.alpha, m.scale, m.num_experts, m.dropout
+        self.r, self.alpha, self.scale, self.num_experts = m.r, m.alpha, m.scale, m.num_experts
         self.top_k = m.experts_per_token
         self._can_fuse = m.uses_fused_operator
         self._can_keep_hidden = m.tokens_choose and m.mixing in ("expand", "diagonal")
@@ -106,9 +140,14 @@ class MoSLDAdapter(nn.Module):
             self.register_module(
                 part, AdapterWeight(*shapes[part], device=device, dtype=dtype) if part in shapes else None
             )
+        self.dropouts = mask_dropouts(m)
+        self._rates = tuple(self.dropouts)
         self.reset_state()
         self.deferred_grads: dict[str, Tensor] | None = None
         self.routing: Routing | None = None
+        self.layer = ""  # its layer's name, once somebody walked the model
+        self.last_forward: Forward | None = None  # of the model, in which it ran last
+        remember_checkpoints()
         self.reset_parameters()
 
     def reset_state(self) -> None:
@@ -127,6 +166,9 @@ class MoSLDAdapter(nn.Module):
         self.router_logits: Tensor | None = None
         self.hidden: Tensor | None = None
         self.gram: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.slot: Slot | None = None
+        self.earlier: tuple[EarlierCall, ...] = ()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -141,6 +183,7 @@ class MoSLDAdapter(nn.Module):
         m = self.mixture
         init_weight(self.shared_a.weight, m.down_std)
         nn.init.zeros_(self.expert_b.weight)
+        self._mark_started()
         if self.router is not None and m.router_kind.start is not None:
             m.router_kind.start(self.router.weight, m)
         elif self.router is not None:
@@ -149,6 +192,33 @@ class MoSLDAdapter(nn.Module):
             nn.init.normal_(self.tasks.weight)  # as nn.Embedding starts
         if self.mixer is not None:
             m.kind.start(self.mixer.weight)
+
+    def _mark_started(self) -> None:
+        """Note whether the values of the weights are still to come: on the meta device there are none."""
+        self.__dict__["_unset"] = self._modules[self.parts[0]].weight.is_meta  # pyright: ignore
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """How transformers marks a module that needs no initial values any more."""
+        return self.__dict__.get("_started", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """A model that is loaded from a checkpoint is built on the meta device. What the checkpoint has not is then
+        made of memory as it is found, and transformers, which knows no mixture, marks it as done: here it is started.
+        """
+        self.__dict__["_started"] = value
+        if not (value and self.__dict__.get("_unset")):
+            return
+        loaded: list[tuple[Tensor, Tensor]] = []
+        for part in self.parts:
+            own: Any = self._modules[part]
+            # Loaded parameters carry the same mark, one by one.
+            if own is not None and getattr(own.weight, "_is_hf_initialized", False):
+                loaded.append((own.weight.data, own.weight.detach().clone()))
+        self.reset_parameters()
+        for weight, values in loaded:
+            weight.copy_(values)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without.
@@ -161,17 +231,51 @@ class MoSLDAdapter(nn.Module):
         """
         self._expect_whole()
         keeps_hidden = self.keep_hidden and self._can_keep_hidden
-        staged = keeps_hidden or not self._can_fuse
-        out, logits, z = self._staged(x, weight, bias) if staged else (*self._fused(x, weight, bias), None)
+        call = self._call(x, MASK_RATES)
+        if keeps_hidden or not self._can_fuse:
+            out, logits, z = self._staged(x, weight, bias, call)
+        else:
+            out, logits = self._fused(x, weight, bias, call)
+            z = None
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
-        if self.keep_logits:
-            self.router_logits = logits
-        if self.keep_hidden:
-            self.hidden, self.gram = hidden, gram
-        return self._with_deferred_grads(out, router_logits=logits, hidden=hidden, gram=gram)
+        return self._kept(x, out, call, router_logits=logits, hidden=hidden, gram=gram)
 
-    def _with_deferred_grads(self, out: Tensor, **kept: Tensor | None) -> Tensor:
+    def _call(self, x: Tensor, drawn: tuple[str, ...]) -> "Call":
+        """Dropout, scale and routing of this call: as they are now, or in a recomputation as they were.
+
+        drawn: the rates whose masks are made of a seed.
+        """
+        rates = {name: self._rate(name) for name in self._rates}
+        # From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves.
+        seeded = any(rates.get(name) for name in drawn)
+        seed = torch.randint(2**62, (1,), device=x.device) if seeded else None
+        if torch.compiler.is_compiling() or this_thread.region is None:
+            return Call(rates, self.scale, seed, None)
+        return this_thread.region.same(self, Call(rates, self.scale, seed, Slot()))
+
+    def _kept(self, x: Tensor, out: Tensor, call: "Call", **kept: Tensor | None) -> Tensor:
+        """Keep what losses and statistics ask for; -> the layer's output, with the gradients that these deferred."""
+        if torch.compiler.is_compiling():
+            self._keep(kept)
+            return out if self.deferred_grads is None else attach(self, out, kept)
+        if call.slot is not None and in_backward():  # a recomputation: what was kept of the forward stays
+            return out if call.slot.deferred_grads is None else attach(call.slot, out, kept)
+        forward = this_thread.forward
+        if forward is not None and forward is self.last_forward and self.router_logits is not None:
+            self.earlier = (*self.earlier, EarlierCall(self))
+        elif self.earlier:
+            self.earlier = ()
+        self.last_forward = forward
+        self._keep(kept)
+        self.__dict__["mask"] = None if forward is None else forward.mask_of(x)
+        self.__dict__["slot"] = call.slot
         return out if self.deferred_grads is None else attach(self, out, kept)
+
+    def _keep(self, kept: dict[str, Tensor | None]) -> None:
+        if self.keep_logits:
+            self.router_logits = kept["router_logits"]
+        if self.keep_hidden:
+            self.hidden, self.gram = kept.get("hidden"), kept.get("gram")
 
     def _gram(self, z: Tensor) -> Tensor:
         """B^T B in z's dtype; made here because B is whole while the layer runs, and perhaps not later (FSDP, ZeRO)."""
@@ -180,29 +284,46 @@ class MoSLDAdapter(nn.Module):
             return expert_b.t() @ expert_b
 
     def _expect_whole(self) -> None:
-        weights: Any = [part.weight for part in self._modules.values() if part is not None]
-        if any(isinstance(weight, DTensor) for weight in weights):
+        weights: dict[str, Any] = {}
+        for part in self.parts:
+            own: Any = self._modules[part]
+            if own is not None:
+                weights[part] = own.weight
+        if any(isinstance(weight, DTensor) for weight in weights.values()):
             raise RuntimeError(
-                f"{', '.join(name for name, part in self._modules.items() if part is not None)} must be whole while "
-                "the layer runs, and one of them is a shard: apply fully_shard to the transformer block, which puts "
-                "them together, and not to the weights by themselves"
+                f"{', '.join(weights)} must be whole while the layer runs, and one of them is a shard: apply "
+                "fully_shard to the transformer block, which puts them together, and not to the weights by themselves"
             )
 
-    def _seed(self, x: Tensor, *rates: float) -> Tensor | None:
-        """From torch's generator, so manual_seed, checkpointing and resuming repeat the masks by themselves."""
-        return torch.randint(2**62, (1,), device=x.device) if self.training and any(rates) else None
+    def _rate(self, name: str) -> float:
+        """The rate of one dropout in this forward: 0 where its module is not in training mode."""
+        # Not by attribute: nn.Module's lookup costs more than all the rest of this.
+        own: Any = self._modules["dropouts"]._modules.get(name)  # pyright: ignore[reportOptionalMemberAccess]
+        return own.p if own is not None and own.training else 0.0
 
-    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        m, seed = self.mixture, self._seed(x, self.dropout)
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element of A in training, as it is now.
+
+        >>> from mosld import MoSLDAdapter
+        >>> MoSLDAdapter(6, 5, dropout=0.1).dropout
+        0.1
+        """
+        own: Any = self.dropouts._modules.get("dropout")
+        return 0.0 if own is None else own.p
+
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: "Call") -> tuple[Tensor, Tensor]:
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
-        dropout_p = 0.0 if seed is None else m.dropout
-        settings: dict[str, Any] = dict(top_k=self.top_k, scale=self.scale, dropout_p=dropout_p, seed=seed)
-        settings |= {"backend": self.backend, "mixing": m.mixing}
+        dropout_p = call.rates.get("dropout", 0.0)
+        settings: dict[str, Any] = dict(top_k=self.top_k, scale=call.scale, dropout_p=dropout_p, seed=call.seed)
+        settings |= {"backend": self.backend, "mixing": self.mixture.mixing}
         if weight is None:
             return mosld_delta(x, *tensors, **settings)
         return mosld_linear(x, weight, bias, *tensors, **settings)
 
-    def _staged(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _staged(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: "Call"
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """-> the output, the logits by which tokens choose experts or None, and z [..., rows of A]"""
         if self.backend == "triton":
             raise RuntimeError(
@@ -210,8 +331,7 @@ class MoSLDAdapter(nn.Module):
                 f"keep_hidden={self.keep_hidden} and this dropout runs in torch products alone; backend='auto' can"
             )
         m, routed, hidden = self.mixture, [], []
-        seed = self._seed(x, m.dropout, m.up_dropout)
-        rates = (m.dropout, m.up_dropout, m.input_dropout, m.hidden_dropout) if self.training else (0.0,) * 4
+        rates = [call.rates.get(name, 0.0) for name in RATES]
 
         def mix(z: Tensor, logits: Tensor | None) -> Tensor:
             hidden.append(z)
@@ -228,7 +348,7 @@ class MoSLDAdapter(nn.Module):
             return m.kind.mix(z, gates, mixer)
 
         out, _ = staged_linear(
-            x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=self.scale, seed=seed,
+            x, weight, bias, self.shared_a.weight, self.expert_b.weight, mix, scale=call.scale, seed=call.seed,
             router_weight=self.router.weight if m.router_kind.linear else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
@@ -244,7 +364,23 @@ class MoSLDAdapter(nn.Module):
         >>> layer.adapter.routing_input("gates"), layer.adapter.routing_input("prior")
         (tensor([0.2500, 0.7500]), None)
         """
-        return None if self.routing is None else getattr(self.routing, name)
+        routing = self.routing
+        if not torch.compiler.is_compiling():
+            scope, region = this_thread.scope, this_thread.region
+            if scope is not None:
+                routing = scope.get(self, routing)
+            if region is not None:
+                routing = region.same((self, "routing"), routing)
+        return None if routing is None else getattr(routing, name)
+
+    def is_training(self) -> bool:
+        """Whether the layer is in training mode: as its weights' modules say, which whoever walks a model sets."""
+        own: Any = self._modules[self.parts[0]]
+        return own.training
+
+    def running_forward(self) -> Forward | None:
+        """The forward of the model that runs in this thread, which knows how many rows it was called with."""
+        return None if torch.compiler.is_compiling() else this_thread.forward
 
     def extra_repr(self) -> str:
         m = self.mixture
@@ -257,10 +393,13 @@ class MoSLDAdapter(nn.Module):
 
     def __getstate__(self) -> dict:
         # They belong to the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, **dict.fromkeys(("router_logits", "hidden", "gram", "deferred_grads", "routing"))}
+        return {**self.__dict__, **dict.fromkeys(_OF_THE_LAST_FORWARD), "earlier": ()}
 
 
 _DEFAULT = Mixture()
+_OF_THE_LAST_FORWARD = (
+    "router_logits", "hidden", "gram", "mask", "slot", "deferred_grads", "routing", "last_forward",
+)  # fmt: skip
 
 
 def init_weight(weight: Tensor, std: float | None) -> None:

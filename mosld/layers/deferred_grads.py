@@ -8,7 +8,7 @@ through what was made last first: the loss before the layers.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,11 @@ class KeptTensors:
         # Each stand-in's layer, its adapter, and whether the way to it is trained.
         self._stand_ins: list[tuple[str, DeferredGrads, bool]] = []
 
-    def of(self, layer: str, adapter: DeferredGrads, what: str, through: Tensor) -> Tensor:
+    def of(self, layer: str, adapter: Any, what: str, through: Tensor) -> Tensor:
         """`adapter`'s kept tensor called `what`, or a stand-in that carries its gradient to the recomputation.
+
+        adapter: the adapter, or one of its earlier calls. A call inside a checkpointed region that remembers has a
+            `slot` of its own for its gradients; otherwise they wait at the adapter for whatever is run next.
 
         through: a weight on the tensor's way; while it is trained a gradient must arrive.
         raises RuntimeError where it cannot: the forward kept none and nothing will be recomputed. Where a recomputation
@@ -45,11 +48,11 @@ class KeptTensors:
         tensor: Tensor = getattr(adapter, what)
         if tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
-        if self._recomputed:
-            self._stand_ins.append((layer, adapter, through.requires_grad))
-            return cast(
-                Tensor, _StandIn.apply(tensor.detach().requires_grad_(), adapter, what, self._expect_recomputed)
-            )
+        slot: DeferredGrads | None = adapter.slot
+        if self._recomputed or slot is not None:
+            waits = adapter if slot is None else slot
+            self._stand_ins.append((layer, waits, through.requires_grad))
+            return cast(Tensor, _StandIn.apply(tensor.detach().requires_grad_(), waits, what, self._expect_recomputed))
         if through.requires_grad:
             part = "router" if what == "router_logits" else "experts"
             raise RuntimeError(

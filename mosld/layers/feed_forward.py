@@ -56,6 +56,7 @@ class BlockAdapter(MoSLDAdapter):
         for part in (self.gate_b, self.up_b, self.down_b):
             nn.init.zeros_(part.weight)
         init_weight(self.router.weight, self.mixture.router_std)
+        self._mark_started()
 
     def forward(self, x: Tensor, base: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [..., hidden_size], the frozen block -> the block's output [..., hidden_size]"""
@@ -63,8 +64,8 @@ class BlockAdapter(MoSLDAdapter):
         if self.backend == "triton":
             raise RuntimeError("backend='triton' cannot run: mixing='block' runs in torch products; backend='auto' can")
         m = self.mixture
-        rates = (m.dropout, m.input_dropout) if self.training else (0.0, 0.0)
-        seed = self._seed(x, rates[0])
+        call = self._call(x, ("dropout",))
+        rates, seed = (call.rates.get("dropout", 0.0), call.rates.get("input_dropout", 0.0)), call.seed
         gate, up = base.gate_proj(x), base.up_proj(x)  # inside the user's autocast, as in the frozen block
         dtype, leading = gate.dtype, x.shape[:-1]
         with _own_precision(x):
@@ -83,15 +84,13 @@ class BlockAdapter(MoSLDAdapter):
                 self.gate_b.weight.to(dtype), self.up_b.weight.to(dtype),
                 block.drop_down_a(self.down_a.weight, rates[0], seed).to(dtype), weights.to(dtype), chosen,
             )  # fmt: skip
-            settings = block.Settings(base.act_fn, m.r, m.scale, m.option("renormalise"), rates[1])  # pyright: ignore
+            settings = block.Settings(base.act_fn, m.r, call.scale, m.option("renormalise"), rates[1])  # pyright: ignore
             hidden, mixed = block.block_mixture(inputs, settings)
         out = base.down_proj(hidden.view(*leading, hidden.shape[-1]))
         with _own_precision(x):
             out = block.up(out.reshape(-1, out.shape[-1]), mixed, self.down_b.weight).view(out.shape)
         logits = logits.view(*leading, logits.shape[-1])
-        if self.keep_logits:
-            self.router_logits = logits if m.tokens_choose else None
-        return self._with_deferred_grads(out, router_logits=logits)
+        return self._kept(x, out, call, router_logits=logits if m.tokens_choose else None)
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [T, E] -> the gates of each token's slots and whose they are, each [T, K]"""

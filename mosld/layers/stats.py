@@ -3,23 +3,37 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mosld_kernels.gating import largest
 
-from .adapter import MoSLDAdapter
+from .adapter import EarlierCall, MoSLDAdapter
 from .host import running_adapters
 
 
-def last_routing(
-    model: nn.Module, attention_mask: Tensor | None = None
-) -> Iterator[tuple[str, MoSLDAdapter, Tensor, Tensor | None]]:
-    """Name, adapter, router logits [..., E] and mask [...] of every mixture that ran in the last forward.
+class Ran(NamedTuple):
+    """One call of one layer in the last forward.
 
-    attention_mask: [batch, sequence], nonzero at real tokens; None keeps every token. A layer that saw something else
-        than [batch, sequence] tokens (a pooler, a decoder beside an encoder) gets no mask and keeps all of its tokens.
+    kept: who keeps its tensors (`router_logits`, `hidden`, `gram`), the adapter or an earlier call.
+    logits: [..., E]. mask: [...], nonzero at real tokens, or None where all count.
+    """
+
+    name: str
+    adapter: MoSLDAdapter
+    kept: MoSLDAdapter | EarlierCall
+    logits: Tensor
+    mask: Tensor | None
+
+
+def last_routing(model: nn.Module, attention_mask: Tensor | None = None) -> Iterator[Ran]:
+    """Every call of every mixture that ran in the last forward.
+
+    attention_mask: [batch, sequence], nonzero at real tokens. A layer that saw something else than [batch, sequence]
+        tokens (a pooler, a decoder beside an encoder) gets no mask and keeps all of its tokens. None takes the masks
+        that the forward itself was called with, each stack its own, and every token where it was called without.
     raises ValueError when the model has no mixture, none in which tokens choose among experts, or the mask fits none,
     RuntimeError before the first forward.
     """
@@ -28,22 +42,32 @@ def last_routing(
         raise ValueError(f"{type(model).__name__} has no active MoSLD layer")
     if not any(adapter.mixture.tokens_choose for _, adapter in adapters):
         raise ValueError(f"there is {no_choice(adapters[0][1])}")
-    ran: list[tuple[str, MoSLDAdapter, Tensor]] = []
+    ran: list[Ran] = []
     for name, adapter in adapters:
-        if adapter.router_logits is not None:
-            ran.append((name, adapter, adapter.router_logits))
+        for kept in (*adapter.earlier, adapter):
+            if kept.router_logits is not None:
+                ran.append(Ran(name, adapter, kept, kept.router_logits, kept.mask))
     if not ran:
         raise RuntimeError(
             "no MoSLD layer has run yet: call the model before asking for its routing, with MoSLDAdapter.keep_logits on"
         )
-    if attention_mask is not None and all(logits.shape[:-1] != attention_mask.shape for _, _, logits in ran):
+    if attention_mask is None:
+        forward = ran[-1].adapter.last_forward
+        if forward is not None and forward.strange is not None:
+            raise ValueError(
+                f"the model was called with an attention_mask ({forward.strange}) that does not tell which tokens are "
+                "padding: give the loss one [batch, sequence] as attention_mask, or leave it out with balance_coef=0"
+            )
+        yield from ran
+        return
+    if all(own.logits.shape[:-1] != attention_mask.shape for own in ran):
         raise ValueError(
-            f"attention_mask must have one entry per token: {ran[0][0]} saw {list(ran[0][2].shape[:-1])} tokens, "
-            f"the mask has {list(attention_mask.shape)}"
+            f"attention_mask must have one entry per token: {ran[0].name} saw {list(ran[0].logits.shape[:-1])} tokens, "
+            f"the mask has {list(attention_mask.shape)}. Give one [batch, sequence], or leave the balance loss out "
+            "with balance_coef=0"
         )
-    for name, adapter, logits in ran:
-        fits = attention_mask is not None and logits.shape[:-1] == attention_mask.shape
-        yield name, adapter, logits, attention_mask if fits else None
+    for own in ran:
+        yield own._replace(mask=attention_mask if own.logits.shape[:-1] == attention_mask.shape else None)
 
 
 def no_choice(adapter: MoSLDAdapter) -> str:
@@ -102,8 +126,8 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
 
     Args:
         model: A model with mixtures that has run.
-        attention_mask: [batch, sequence], nonzero at real tokens; None counts every token. A layer that saw something
-            else than [batch, sequence] tokens counts all of its tokens.
+        attention_mask: [batch, sequence], nonzero at real tokens. A layer that saw something else than [batch,
+            sequence] tokens counts all of its tokens. None takes the mask that the forward was called with.
 
     Returns:
         Layer name -> RouterStats. Where several adapters run in one layer, the second is called `<layer> (2)`.
@@ -156,14 +180,21 @@ class RouterUse:
 
 
 def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Unique layer name and sums over tokens [3 E + 2]: places, gates, probabilities, entropy, tokens.
+    """Unique layer name and sums over the tokens of all its calls [3 E + 2]: places, gates, probabilities, entropy,
+    tokens.
 
     Padding is set to zero instead of left out, for the host would have to wait for the number of real tokens.
     """
+    sums: dict[MoSLDAdapter, Tensor] = {}
+    names: dict[MoSLDAdapter, str] = {}
+    for own in last_routing(model, attention_mask):
+        one = _sums(own.logits, own.adapter.top_k, own.mask)
+        sums[own.adapter] = sums[own.adapter] + one if own.adapter in sums else one
+        names[own.adapter] = own.name
     seen: Counter[str] = Counter()
-    for name, adapter, logits, mask in last_routing(model, attention_mask):
+    for adapter, name in names.items():
         seen[name] += 1
-        yield name if seen[name] == 1 else f"{name} ({seen[name]})", _sums(logits, adapter.top_k, mask)
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})", sums[adapter]
 
 
 def _sums(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """From a layer's input to its gates, where the fused operator does not compute them: logits, gate function, gates."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,8 +26,13 @@ class RoutedAdapter(Protocol):
     shared_a: Any
     router: Any  # a Weight, None where nobody routes
     tasks: Any  # a Weight, None where tasks are not embedded
+    layer: str  # its layer's name
 
     def routing_input(self, name: str) -> Any: ...
+
+    def running_forward(self) -> Any: ...
+
+    def is_training(self) -> bool: ...
 
 
 def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
@@ -39,10 +44,33 @@ def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
             "call mosld.set_routing(model, task_ids=...) before the model; MoSLDTrainer does it with a `task_ids` "
             "column"
         )
-    return _for_rows("task_ids", ids.to(x.device), x.shape[0] if x.dim() > 1 else 1)
+    return _for_rows(adapter, "task_ids", ids.to(x.device), x.shape[:-1])
 
 
-def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
+def _for_rows(adapter: RoutedAdapter, name: str, values: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """values [batch, ...] -> [rows, ...] for a layer that sees tokens [rows, ...] = leading"""
+    rows = leading[0] if leading else 1
+    forward = adapter.running_forward()
+    if len(values) == 1:
+        return values.expand(rows, *values.shape[1:])
+    if forward is None or forward.rows is None:  # nothing is known but the layer's own input
+        return _for_neighbours(name, values, rows)
+    if len(values) != forward.rows and adapter.is_training():
+        raise ValueError(
+            f"{name} must be for each of the {forward.rows} rows that the model was called with, got {len(values)}"
+        )
+    values = _for_neighbours(name, values, forward.rows)
+    is_gathered = len(leading) == 1 and "expert" in adapter.layer
+    flattened = forward.length is not None and len(leading) == 1 and rows == forward.rows * forward.length
+    if flattened or (rows == forward.rows and not is_gathered) or (forward.images and not rows % forward.rows):
+        return _for_neighbours(name, values, rows)
+    raise ValueError(
+        f"{name} cannot be told for {adapter.layer or 'a layer'}: it sees {list(leading)} tokens of {forward.rows} rows "
+        "in an order that is not known. Adapt other layers, or route by the token"
+    )
+
+
+def _for_neighbours(name: str, values: Tensor, rows: int) -> Tensor:
     """values [batch, ...] -> [rows, ...], each for as many neighbours"""
     if len(values) == rows:
         return values
@@ -51,19 +79,19 @@ def _for_rows(name: str, values: Tensor, rows: int) -> Tensor:
     return values.repeat_interleave(rows // len(values), dim=0)
 
 
-def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
-    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device."""
-    return broadcast_rows(adapter.routing_input(name), name, beside)
+def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor, given: Tensor | None = None) -> Tensor:
+    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device.
 
-
-def broadcast_rows(given: Tensor, name: str, beside: Tensor) -> Tensor:
-    """`given`, as `broadcast_per_row`; name: what an error calls it"""
+    given: the same in another form, instead.
+    """
+    if given is None:
+        given = cast(Tensor, adapter.routing_input(name))
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
         raise ValueError(f"{name} must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}")
     if values.dim() == 1:
         return values
-    values = _for_rows(name, values, leading[0] if leading else 1)
+    values = _for_rows(adapter, name, values, leading)
     if not leading:
         return values.squeeze(0)
     if values.dim() == 2:
@@ -100,9 +128,16 @@ class _SavedRouter:
     shared_a: None = None
     router: None = None
     tasks: None = None
+    layer: str = ""
 
     def routing_input(self, name: str) -> None:
         return None
+
+    def running_forward(self) -> None:
+        return None
+
+    def is_training(self) -> bool:
+        return False
 
 
 def saved_fixed_gates(mixture: Any, weight: Tensor | None, like: Tensor) -> Tensor:

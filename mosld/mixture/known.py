@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mosld_kernels import gating, mixing
 
-from .gates import broadcast_rows
+from .gates import broadcast_per_row
 from .registry import register_mixing
 from .spec import Mixture, number
 
@@ -122,7 +122,7 @@ def _prior(adapter: Any, logits: Tensor) -> Tensor:
     given = adapter.routing_input("prior")
     sizes, n = _pair_sizes(adapter.mixture), logits.shape[-1]
     if given.dim() > 1 and given.shape[-2:] == tuple(sizes.values()):
-        return broadcast_rows(given.flatten(-2), "prior", logits)
+        return broadcast_per_row(adapter, "prior", logits, given.flatten(-2))
     if given.shape[-1:] != (n,):
         names, numbers = ", ".join(sizes), ", ".join(map(str, sizes.values()))
         raise ValueError(
@@ -130,7 +130,7 @@ def _prior(adapter: Any, logits: Tensor) -> Tensor:
             f"[..., {names}] = [..., {numbers}] with slow_index={adapter.mixture.option('slow_index')!r}, whose rows "
             f"one after the other are the {n}"
         )
-    return broadcast_rows(given, "prior", logits)
+    return broadcast_per_row(adapter, "prior", logits)
 
 
 def _check_pairs(m: Mixture) -> None:

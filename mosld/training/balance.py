@@ -12,7 +12,7 @@ How the gradient arrives under activation checkpointing is `mosld.layers.deferre
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from mosld_kernels.gating import top_k_mask
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
-from ..layers.stats import last_routing
+from ..layers.stats import Ran, last_routing
 from ..tuner.config import BALANCE_POOLS
 
 
@@ -34,7 +34,9 @@ def balance_loss(
 
     Args:
         model: The adapted model, or one layer.
-        attention_mask: [batch, sequence], nonzero at real tokens. Without it padding counts like any token.
+        attention_mask: [batch, sequence], nonzero at real tokens. None takes the mask that the forward was called
+            with, an encoder's and a decoder's each for its own layers; where it was called with none, padding counts
+            like any token.
         recomputed: Whether backward will run the layers again (activation checkpointing). None asks the model's
             modules, as transformers marks them. Say True where layers are checkpointed by hand with
             use_reentrant=True. A layer that runs twice inside one such checkpoint gets a wrong gradient: checkpoint
@@ -63,25 +65,26 @@ def balance_loss(
     if pool not in BALANCE_POOLS:
         raise ValueError(f"pool must be one of {', '.join(BALANCE_POOLS)}, got {pool!r}")
     kept = KeptTensors(model, recomputed)
-    pools: dict[object, _Pool] = {}
-    for place, (name, adapter, _, mask) in enumerate(last_routing(model, attention_mask)):
+    losses = []
+    for ran in together(last_routing(model, attention_mask), pool):
+        calls = []
+        for own in ran:
+            calls.append((kept.of(own.name, own.kept, "router_logits", own.adapter.router.weight), own.mask))
+        losses.append(_of_pool(ran[0].adapter, calls))
+    return added(losses, model)
+
+
+def together(ran: Iterable[Ran], pool: str) -> list[list[Ran]]:
+    """The calls of each pool, as one list each: a layer's tokens are those of all its calls in the forward."""
+    pools: dict[object, list[Ran]] = {}
+    for own in ran:
+        adapter = own.adapter
         if adapter.top_k < adapter.num_experts:
-            logits = kept.of(name, adapter, "router_logits", adapter.router.weight)
-            own = _of_layer(name, adapter, logits, mask)
-            key = {"layer": place, "block": _block(name), "model": None}[pool]
-            pools[key] = own if key not in pools else _together(pools[key], own, pool)
-    return added([_loss(sums) for sums in pools.values()], model)
-
-
-class _Pool(NamedTuple):
-    """Sums over the tokens of one layer or more."""
-
-    name: str  # of the first layer
-    num_experts: int
-    top_k: int
-    places: Tensor  # [E], how often each expert was chosen
-    probability: Tensor  # [E], sum of the router's probabilities
-    tokens: Tensor | int
+            key = {"layer": adapter, "block": _block(own.name), "model": None}[pool]
+            pools.setdefault(key, []).append(own)
+    for calls in pools.values():
+        _check_equal(calls, pool)
+    return list(pools.values())
 
 
 def _block(name: str) -> str:
@@ -90,37 +93,40 @@ def _block(name: str) -> str:
     return found[1] if found else name
 
 
-def _together(pool: _Pool, layer: _Pool, which: str) -> _Pool:
-    if (pool.num_experts, pool.top_k) != (layer.num_experts, layer.top_k):
-        raise ValueError(
-            f"pool={which!r} needs layers with equal num_experts and top_k: {pool.name} has {pool.num_experts} and "
-            f"{pool.top_k}, {layer.name} {layer.num_experts} and {layer.top_k}"
-        )
-    device = pool.places.device
-    return pool._replace(
-        places=pool.places + layer.places.to(device),
-        probability=pool.probability + layer.probability.to(device),
-        tokens=pool.tokens + (layer.tokens.to(device) if isinstance(layer.tokens, Tensor) else layer.tokens),
-    )
+def _check_equal(calls: list[Ran], pool: str) -> None:
+    first = calls[0]
+    for own in calls:
+        sizes, others = (first.adapter.num_experts, first.adapter.top_k), (own.adapter.num_experts, own.adapter.top_k)
+        if sizes != others:
+            raise ValueError(
+                f"pool={pool!r} needs layers with equal num_experts and top_k: {first.name} has {sizes[0]} and "
+                f"{sizes[1]}, {own.name} {others[0]} and {others[1]}"
+            )
 
 
-def _loss(pool: _Pool) -> Tensor:
-    load = pool.places.to(pool.probability.dtype) / (pool.tokens * pool.top_k)
-    return pool.num_experts * (load * pool.probability / pool.tokens).sum()
-
-
-def _of_layer(name: str, adapter: MoSLDAdapter, logits: Tensor, mask: Tensor | None) -> _Pool:
-    """logits [..., E], mask [...] -> sums over the tokens where the mask is not zero
+def _of_pool(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """logits [..., E], mask [...] of each call -> E sum_e f_e P_e over all tokens where the mask is not zero
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
     NaN.
     """
-    logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
-    real = None if mask is None else (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
-    if real is not None:
+    places, probabilities, tokens = [], [], []
+    for logits, mask in calls:
+        logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
+        if mask is None:
+            tokens.append(torch.full((), float(len(logits)), dtype=logits.dtype, device=logits.device))
+            places.append(top_k_mask(logits, adapter.top_k).sum(0))
+            probabilities.append(logits.softmax(-1).sum(0))
+            continue
+        real = (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
         logits = torch.where(real, logits, 0.0)
-    chosen, probability = top_k_mask(logits, adapter.top_k), logits.softmax(-1)
-    if real is not None:
-        chosen, probability = chosen & real, probability * real
-    tokens = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
-    return _Pool(name, adapter.num_experts, adapter.top_k, chosen.sum(0), probability.sum(0), tokens)
+        tokens.append(real.sum().to(logits.dtype))
+        places.append((top_k_mask(logits, adapter.top_k) & real).sum(0))
+        probabilities.append((logits.softmax(-1) * real).sum(0))
+    count = _sum(tokens).clamp(min=1)
+    load = _sum(places).to(count.dtype) / (count * adapter.top_k)
+    return adapter.num_experts * (load * _sum(probabilities) / count).sum()
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

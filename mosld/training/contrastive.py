@@ -78,11 +78,11 @@ def contrastive_loss(
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     kept = KeptTensors(model, recomputed)
     losses = []
-    for name, adapter, logits, mask in last_routing(model, attention_mask):
-        if adapter.hidden is None:
+    for name, adapter, call, logits, mask in last_routing(model, attention_mask):
+        if call.hidden is None:
             continue
-        hidden = kept.of(name, adapter, "hidden", adapter.shared_a.weight)
-        gram = kept.of(name, adapter, "gram", adapter.expert_b.weight)
+        hidden = kept.of(name, call, "hidden", adapter.shared_a.weight)
+        gram = kept.of(name, call, "gram", adapter.expert_b.weight)
         with no_autocast(hidden.device.type):
             sample = _sample(logits, mask, tokens)
             losses.append(_contrast(adapter, logits.detach(), hidden, gram, sample, temperature))

@@ -58,15 +58,15 @@ def localized_balance_loss(
         raise ValueError(f"kinds must be integers [batch], got {kinds.dtype} {list(kinds.shape)}")
     kept = KeptTensors(model, recomputed)
     losses = []
-    for name, adapter, logits, mask in last_routing(model, attention_mask):
+    for name, adapter, call, logits, mask in last_routing(model, attention_mask):
         if adapter.num_experts == 1:
             continue
         if logits.dim() < 2 or len(logits) != len(kinds):
             raise ValueError(f"kinds must be one a row: {name} saw {list(logits.shape[:-1])} tokens, got {len(kinds)}")
         of_expert = _groups(name, adapter.num_experts, groups)
-        logits = kept.of(name, adapter, "router_logits", adapter.router.weight)
+        logits = kept.of(name, call, "router_logits", adapter.router.weight)
         own = kinds.to(logits.device).unsqueeze(1) == of_expert.to(logits.device)  # [batch, E]
-        losses.append(_variation(adapter, logits, mask, own, delta))
+        losses.append(_variation(adapter, logits, None if attention_mask is None else mask, own, delta))
     return added(losses, model)
 
 

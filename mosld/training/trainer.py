@@ -1,5 +1,6 @@
 """MoSLDTrainer: transformers' Trainer with the load-balance loss in the training loss, and the routers in its logs."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..files.adapter_folder import PEFT_PREFIX
-from ..layers.host import running_adapters
+from ..layers.host import announce, is_announced, running_adapters
 from ..layers.routing import forget_routing
 from ..layers.stats import RouterStats, RouterUse, no_choice
 from .balance import balance_loss
@@ -68,6 +69,8 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     ValueError: router_logs must be one of summary, layers, off, got 'all'
     """
 
+    _told_unmasked = False
+
     def __init__(
         self,
         *args,
@@ -90,8 +93,11 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
                 f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        self.balance_coef = _balance_coef(cast(nn.Module, self.model), balance_coef)
-        self.balance_pool = _balance_pool(cast(nn.Module, self.model)) if self.balance_coef else "layer"
+        own = cast(nn.Module, self.model)
+        if not is_announced(own):  # layers placed by hand
+            announce(own)
+        self.balance_coef = _balance_coef(own, balance_coef)
+        self.balance_pool = _balance_pool(own) if self.balance_coef else "layer"
         self.router_logs = router_logs
         self._routing = _Routing()
 
@@ -149,17 +155,33 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
 
     def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
         """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
-        attention_mask = inputs.get("attention_mask")
         losses: dict[str, tuple[float, Tensor]] = {}
         if self.balance_coef:
-            loss = balance_loss(model, attention_mask, pool=self.balance_pool)
-            losses["balance_loss"] = self.balance_coef, loss
+            # With the masks that the forward was called with: trainers put batches together that have none themselves.
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, pool=self.balance_pool)
+            self._tell_unmasked(model)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
                 losses[name] = weight, function(model, inputs)
         if self.router_logs != "off":
-            self._routing.add(model, attention_mask, losses)
+            self._routing.add(model, losses)
         return losses
+
+    def _tell_unmasked(self, model: nn.Module) -> None:
+        """Once, in the first forward: padding that no mask marks counts as tokens."""
+        if self._told_unmasked:
+            return
+        self._told_unmasked = True
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        for _, adapter in running_adapters(model):
+            ids = None if adapter.last_forward is None else adapter.last_forward.ids
+            if ids is not None and pad is not None and bool((ids == pad).any()):
+                warnings.warn(
+                    f"the batch has padding (token {pad}) and no attention_mask: it counts as tokens in the balance "
+                    "loss and in the routers' figures",
+                    stacklevel=2,
+                )
+            return
 
     def _for_the_model(self, inputs: Any) -> Any:
         """The batch without the columns that only the auxiliary losses read."""
@@ -204,13 +226,13 @@ class _Routing:
         self.forwards = 0
         self.losses: dict[str, Tensor] = {}  # sums over the forwards, before the weights
 
-    def add(self, model: nn.Module, attention_mask: object, losses: Mapping[str, tuple[float, Tensor]]) -> None:
+    def add(self, model: nn.Module, losses: Mapping[str, tuple[float, Tensor]]) -> None:
         """Count the last forward; where there is nothing to count, training goes on without."""
         if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
             return
         try:
-            self.use.update("", model, attention_mask if isinstance(attention_mask, Tensor) else None)
-        except ValueError:  # a mask that has not one entry per token; the balance loss, where it is on, raises before
+            self.use.update("", model)
+        except ValueError:  # a mask that tells nothing; the balance loss, where it is on, raises before
             return
         self.forwards += 1
         for name, (_, loss) in losses.items():

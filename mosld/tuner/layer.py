@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -10,12 +11,14 @@ from mosld_kernels.precision import autocasts
 
 from ..layers.adapter import MoSLDAdapter
 from ..layers.feed_forward import BlockAdapter
+from ..layers.forwards import this_thread
 from ..layers.host import MixtureHost
 from ..layers.linear import disable_encoder_fastpath
 from ..mixture.spec import BLOCK_PARTS, PARTS, Mixture
 from .peft_api import in_out_features
 
 PREFIX = "mosld_"  # transformers builds it as the lower-cased type name and an underscore
+DROPOUTS = f"{PREFIX}dropouts"
 NO_ADAPTER_PER_ROW = "MoSLD has no batches with an adapter per row: adapter_names must not be given"
 
 
@@ -29,12 +32,12 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
 
     PEFT's files name a weight `<container>.weight`, so A, B, router and what else a method trains are registered in a
     container each; `mixtures` holds the MoSLDAdapter that computes with them, unregistered so that no weight has two
-    names.
+    names. Its dropouts are registered too: by their flags and rates others govern it.
     """
 
     parts = PARTS
     adapter_layer_names = containers(PARTS)
-    other_param_names = ("mixtures",)
+    other_param_names = ("mixtures", DROPOUTS)
     mixtures: dict[str, MoSLDAdapter]
 
     def all_adapters(self) -> list[MoSLDAdapter]:
@@ -46,6 +49,13 @@ class MoSLDLayer(BaseTunerLayer, MixtureHost):
         if self.disable_adapters:
             return []
         return [self.mixtures[name] for name in self.active_adapters if name in self.mixtures]
+
+    def adapters_of_this_call(self) -> list[MoSLDAdapter]:
+        """The running adapters; in a recomputation those that ran in the forward, whatever is active by then."""
+        adapters = self.running_adapters()
+        if torch.compiler.is_compiling() or this_thread.region is None:
+            return adapters
+        return list(this_thread.region.same(self, tuple(adapters)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -67,7 +77,7 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
-        for container in self.adapter_layer_names:
+        for container in (*self.adapter_layer_names, DROPOUTS):
             self.register_module(container, nn.ModuleDict())
         self.mixtures = {}
         self.merged_adapters = []
@@ -76,6 +86,7 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
         """Add the adapter `adapter_name`, or begin it anew; `hyperparameters` are those of MoSLDAdapter."""
         mixture = self.adapter_class(self.in_features, self.out_features, **hyperparameters).train(self.training)
         self.mixtures[adapter_name] = mixture
+        cast(nn.ModuleDict, getattr(self, DROPOUTS))[adapter_name] = mixture.dropouts
         for part in self.parts:
             container = cast(nn.ModuleDict, getattr(self, f"{PREFIX}{part}"))
             if adapter_name in container:  # of an adapter that is begun anew
@@ -89,11 +100,6 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
     def mixture_here(self, mixture: Mixture) -> Mixture:
         """What a configuration's mixture is on a module of this kind."""
         return mixture
-
-    def train(self, mode: bool = True) -> "MoSLDPeftLayer":
-        for mixture in self.mixtures.values():  # unregistered, so nn.Module.train passes them by
-            mixture.train(mode)
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
@@ -121,7 +127,7 @@ class MoSLDPeftLinear(MoSLDPeftLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in_features] -> y [..., out_features]; several active adapters add their updates."""
-        adapters = self.running_adapters()
+        adapters = self.adapters_of_this_call()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(NO_ADAPTER_PER_ROW)
         if adapters and not args and not kwargs and _is_plain_linear(self.base_layer, x):
@@ -165,7 +171,7 @@ class MoSLDPeftBlock(MoSLDPeftLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., hidden size] -> y [..., hidden size]"""
-        adapters = self.running_adapters()
+        adapters = self.adapters_of_this_call()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(NO_ADAPTER_PER_ROW)
         if not adapters:

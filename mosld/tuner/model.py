@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files.adapter_folder import AdapterFileError, check_name
 from ..layers.feed_forward import check_block, is_block
-from ..layers.routing import forget_routing
+from ..layers.host import announce
 from .layer import (
     NO_ADAPTER_PER_ROW,
     PREFIX,
@@ -31,7 +31,9 @@ from .peft_api import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     adapters_of_wrapper,
+    include_all_linear,
 )
+from .reach import all_linear, out_of_reach, unsupported
 
 
 class MoSLDModel(BaseTuner):
@@ -50,7 +52,6 @@ class MoSLDModel(BaseTuner):
         """PEFT enters this around every forward and generation, with its arguments, whatever the kind of PeftModel."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(NO_ADAPTER_PER_ROW)
-        forget_routing(self.model)
         yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -59,7 +60,11 @@ class MoSLDModel(BaseTuner):
         warns where some names match, raises PEFT's error (a ValueError) where none does.
         """
         check_name(adapter_name)
-        targets = cast(Any, self.peft_config[adapter_name]).target_modules
+        own_config = cast(Any, self.peft_config[adapter_name])
+        targets = own_config.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            own_config = include_all_linear(own_config, model)
+            own_config.target_modules = all_linear(model, own_config.target_modules)
         hints = unmatched_targets(model, targets)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -78,6 +83,15 @@ class MoSLDModel(BaseTuner):
             )
         if hints and not isinstance(targets, str):
             warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
+        announce(model)
+        left = out_of_reach(model, [name for name, _ in layers_of(model, adapter_name)])
+        if left:
+            warnings.warn(left, stacklevel=2)
+
+    def unload(self) -> nn.Module:
+        base = super().unload()
+        announce(base)
+        return base
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         is_new = not isinstance(target, MoSLDPeftLayer)
@@ -89,6 +103,8 @@ class MoSLDModel(BaseTuner):
         else:
             self._check_supported(target, parent, current_key)
             layer = MoSLDPeftLinear(target)
+        if is_new:
+            layer.training = target.training  # a model in eval mode stays in it
         mixture = layer.mixture_here(peft_config.mixture_of(current_key))
         layer.update_layer(adapter_name, inference_mode=peft_config.inference_mode, **vars(mixture))
         if is_new:
@@ -136,11 +152,12 @@ class MoSLDModel(BaseTuner):
 
     @staticmethod
     def _check_supported(target: nn.Module, parent: nn.Module, name: str) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it")
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ValueError(f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}")
+        why = unsupported(target, parent, name)
+        if why is not None:
+            raise ValueError(
+                f"{why}. exclude_modules takes names to leave out, and target_modules='all-linear' leaves out what "
+                "cannot be adapted"
+            )
 
 
 def _without_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -149,6 +166,14 @@ def _without_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def undo_injection(tuner: BaseTuner, adapter_name: str) -> None:
     """As if the adapter had not been placed: what was wrapped for it alone is unwrapped."""
+    # At the end, so that hooks are gone with the last mixture.
+    try:
+        _unwrap(tuner, adapter_name)
+    finally:
+        announce(tuner.model)
+
+
+def _unwrap(tuner: BaseTuner, adapter_name: str) -> None:
     tuner.peft_config.pop(adapter_name, None)
     if not tuner.peft_config:
         vars(tuner.model).pop("peft_config", None)

@@ -23,6 +23,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import _get_in_out_features as in_out_features
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -34,7 +35,7 @@ __all__ = [
     "CALLED", "FUNCTIONS", "LAYERS_PATTERN", "MODULES_TO_SAVE_PATTERN", "NUM_EXPERTS_PATTERN", "OVERRIDDEN",
     "PEFT_TYPE_TO_TUNER_MAPPING", "SAVED_BY_PEFT_MODEL", "SEEN", "SINCE",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "AuxiliaryTrainingWrapper", "add_peft_type",
-    "adapters_of_wrapper", "get_pattern_key", "in_out_features", "register_peft_method",
+    "adapters_of_wrapper", "get_pattern_key", "in_out_features", "include_all_linear", "register_peft_method",
 ]  # fmt: skip
 
 SEEN = ("0.20.0", "0.21.2")  # the oldest and the newest version whose source was compared with this file
@@ -51,6 +52,8 @@ SAVED_BY_PEFT_MODEL = "auto_mapping_dict"
 FUNCTIONS: dict[Callable, tuple[str, ...]] = {  # function -> its parameters
     # The sizes of a layer of any kind, quantised ones included, or (None, None).
     in_out_features: ("module",),
+    # The names that target_modules="all-linear" stands for, of which some layers are then left out.
+    include_all_linear: ("peft_config", "model"),
     # Which entry of `rank_pattern` a layer's name matches: `num_experts_pattern` works alike.
     get_pattern_key: ("pattern_keys", "key_to_match"),
     # Adds a method to PEFT, if its name is a member of PeftType.

@@ -80,3 +80,24 @@ def test_a_planted_broken_link_is_found(tmp_path, link, wrong):
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n\nSee {link} for more.\n" if not link.startswith("```") else f"# Title\n\n{link}\n")
     assert broken_links(page) == ([f"page.md: {wrong}"] if wrong else [])
+
+
+# Paths and modules of this repository, as prose names them in backticks.
+FOLDERS = ("mosld", "mosld_kernels", "benchmarks", "tests", "docs", "configs", "findings")
+PATH = re.compile(r"`((?:{})/[\w./-]*)`".format("|".join(FOLDERS)))
+
+
+def missing_paths(text: str) -> list[str]:
+    """What a text names as a file or folder of this repository, and what is not there."""
+    prose = LINK.sub("", text)  # a link's target is looked at above; its label may be short
+    return [path for path in PATH.findall(prose) if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_it_names_exist(page):
+    assert missing_paths(BLOCK.sub("", page.read_text())) == []
+
+
+def test_a_planted_path_that_is_gone_is_found():
+    named = "See `mosld/layers/linear.py`, `tests/docs`, `mosld/linear.py` and `docs/methods.md`; `mosld/` is whole."
+    assert missing_paths(named) == ["mosld/linear.py", "docs/methods.md"]

@@ -114,8 +114,8 @@ FAULTS = [
     Fault(
         "dropout_in_eval",
         "mosld/layers/adapter.py",
-        " if self.training and any(rates) else None",
-        " if any(rates) else None",
+        "return own.p if own is not None and own.training else 0.0",
+        "return own.p if own is not None else 0.0",
         "a model in eval mode draws random numbers, and its answers vary",
         LAYER,
     ),
@@ -162,8 +162,8 @@ FAULTS = [
     Fault(
         "z_dropped_in_eval",
         "mosld/layers/adapter.py",
-        "m.hidden_dropout) if self.training else (0.0,) * 4",
-        "m.hidden_dropout) if self.training else (0.0, 0.0, 0.0, m.hidden_dropout)",
+        'self._rate("hidden_dropout")),',
+        "m.hidden_dropout),",
         "methods with dropout on z give other answers every time they are asked",
         ("tests/mixture/test_equations.py",),
     ),

@@ -124,10 +124,10 @@ FAULTS = [
     Fault(
         "mixtures_stay_in_training",
         "mosld/tuner/layer.py",
-        "            mixture.train(mode)\n",
-        "            mixture.train(True)\n",
-        "a PEFT model has dropout in eval mode",
-        TUNER,
+        "[adapter_name] = mixture.dropouts\n",
+        "[adapter_name] = nn.ModuleDict()\n",
+        "who sets flags or rates module by module does not reach a mixture inside PEFT",
+        ("tests/hardening/wild/test_flags_and_rates.py",),
     ),
     Fault(
         "hooks_passed_by",
