@@ -1,6 +1,7 @@
 """What is checked of one type: the base, a LoRA for comparison, and the mixture."""
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from mosld import MoSLDConfig
 from .inputs import candidates
 from .shrunk import build, configurations, model_classes, parameters
 
-MOST_PARAMETERS = 400_000_000
+MOST_PARAMETERS = 250_000_000
 STEPS = 2  # B begins at zero, so that A moves from the second on
 LEARNING_RATE = 0.01
 
@@ -76,6 +77,8 @@ def running(name: str) -> tuple[Running | None, str]:
             except Exception as problem:
                 error = _first_line(problem)
                 continue
+            # As it lies under an adapter: some products are done otherwise where a weight asks for a gradient.
+            model.requires_grad_(False)
             inputs, error = _runs_on(model, config)
             if inputs is not None:
                 return Running(model, inputs, how, model_class.__name__), ""
@@ -102,17 +105,24 @@ def _first_line(problem: BaseException) -> str:
 
 
 class Watched:
-    """Which modules ran since it was made."""
+    """Which modules ran since it was made, and to whose output a gradient came back."""
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.ran: set[str] = set()
+        self.asked: set[str] = set()
         self._handles = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._mark(name)))
+            self._handles.append(module.register_forward_hook(self._mark(name)))
 
     def _mark(self, name: str):
-        def hook(module: nn.Module, inputs: Any) -> None:
+        def arrived(grad: Tensor) -> None:
+            if grad.any():
+                self.asked.add(name)
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.ran.add(name)
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(arrived)
 
         return hook
 
@@ -134,7 +144,7 @@ def train(model: nn.Module, inputs: dict[str, Any]) -> dict[str, bool]:
     """Trained tensor -> whether a few steps of AdamW moved it."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, eps=1e-30)
     for step in range(STEPS):
         torch.manual_seed(4 + step)
         terms = []
@@ -165,7 +175,7 @@ def try_method(base: Running, config: peft.PeftConfig) -> dict[str, Any]:
             watched = Watched(layers)
             result["fresh_equal"] = equal(frozen, logits(model, base.inputs))
             stage = "train"
-            model.train()
+            _train_mode(model)
             try:
                 moved = train(model, base.inputs)
             except Exception:
@@ -179,11 +189,16 @@ def try_method(base: Running, config: peft.PeftConfig) -> dict[str, Any]:
             idle = sorted(set(layers) - watched.ran)
             result["idle"] = idle
             result["idle_unsaid"] = _unsaid(idle, caught)
-            still = []
+            still, unasked = [], 0
             for name, has_moved in moved.items():
-                if not has_moved and not any(name.startswith(f"{layer}.") for layer in idle):
+                layer = _layer_of(name, layers)
+                if has_moved or layer in idle:
+                    continue
+                if layer in watched.asked:
                     still.append(name)
-            result["still"] = still
+                else:  # the base lets no gradient of this loss come that far, whatever stands there
+                    unasked += 1
+            result["still"], result["unasked"] = still, unasked
             stage = "save"
             after = logits(model, base.inputs)
             with tempfile.TemporaryDirectory() as folder:
@@ -195,9 +210,18 @@ def try_method(base: Running, config: peft.PeftConfig) -> dict[str, Any]:
     return result
 
 
+def _train_mode(model: nn.Module) -> None:
+    """Training mode, but for what changes the base without a gradient: running means are no part of an adapter."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def _trains(base: Running) -> bool:
     """Whether the base itself, unfrozen, gives a loss in training mode with these inputs."""
-    model = copy.deepcopy(base.model).train()
+    model = copy.deepcopy(base.model).requires_grad_(True)
+    _train_mode(model)
     try:
         torch.stack([tensor.float().mean() for tensor in tensors_of(model(**base.inputs))]).sum().backward()
     except Exception:
@@ -205,13 +229,17 @@ def _trains(base: Running) -> bool:
     return True
 
 
+def _layer_of(parameter: str, layers: dict[str, nn.Module]) -> str:
+    return next((layer for layer in layers if parameter.startswith(f"{layer}.")), parameter)
+
+
 def _unsaid(idle: list[str], caught: list[warnings.WarningMessage]) -> list[str]:
     """Layers that never ran and that no warning names."""
     said = " ".join(str(warning.message) for warning in caught)
     unsaid = []
     for name in idle:
-        short = name.removeprefix("base_model.model.")
-        if short not in said:
+        # As mosld's warning names it: numbers stand for all layers of one kind.
+        if re.sub(r"\d+", "*", name.removeprefix("base_model.model.")) not in said:
             unsaid.append(name)
     return unsaid
 

@@ -52,7 +52,7 @@ def candidates(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str,
         yield text | decoder
         yield {**text, **decoder, "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.int64)}
         yield text | decoder | image
-        boxes = torch.zeros(ROWS, LENGTH, 4, dtype=torch.int64)
+        boxes = torch.randint(1, 60, (ROWS, LENGTH, 4), generator=torch.Generator().manual_seed(4)).sort().values
         for name in ("bbox",):
             if name in known:
                 yield {**text, **decoder, **image, name: boxes}

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks sweep`."""
     parser.add_argument("--types", nargs="*", help="configuration types of transformers (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)")
-    parser.add_argument("--seconds", type=float, default=180.0, help="at most for one type (default: 180)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="at most for one type (default: 120)")
     parser.add_argument("--out", type=Path, help=f"the JSON file (default: {OUT} with all types, else none)")
 
 
@@ -98,8 +98,8 @@ def line(row: dict[str, Any]) -> str:
     if "not_built" in row:
         return f"{row['type']:32}not run: {row['not_built']}"
     said = [f"{row['type']:32}{row['class']:48}"]
-    for method in ("lora", "mosld"):
-        said.append(f"{method} {verdict(row[method])}")
+    said.append(f"lora {verdict(row['lora'])}")
+    said.append(f"mosld {verdict(row['mosld'])}")
     return "  ".join(said)
 
 

@@ -7,7 +7,7 @@ methods are other Mixtures of the same adapter: MoSLD's structure runs in the fu
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from mosld_kernels.staged import Dropout, staged_linear
 
 from ..mixture.gates import Routing, apply_gate, gates_without_logits, router_logits, task_ids
 from ..mixture.spec import FIELDS, PARTS, Mixture
+from .calls import Call, EarlierCall, Slot
 from .deferred_grads import attach
 from .dropout import MASK_RATES, RATES, mask_dropouts
 from .forwards import Forward, in_backward, remember_checkpoints, this_thread
@@ -36,35 +37,6 @@ class AdapterWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
-
-
-class Slot:
-    """Where a loss leaves gradients for what one call inside a checkpointed region kept, until it is run again."""
-
-    __slots__ = ("deferred_grads",)
-
-    def __init__(self):
-        self.deferred_grads: dict[str, Tensor] | None = None
-
-
-class Call(NamedTuple):
-    """How one call of a layer computes: dropout's rates that are not 0 at the start, the scale, and masks' seed."""
-
-    rates: dict[str, float]
-    scale: float
-    seed: Tensor | None
-    slot: Slot | None
-
-
-class EarlierCall:
-    """What a layer kept of a call before its last one, under the names that the adapter has for the last."""
-
-    __slots__ = ("router_logits", "hidden", "gram", "mask", "slot", "deferred_grads")
-
-    def __init__(self, adapter: "MoSLDAdapter"):
-        self.router_logits, self.hidden, self.gram = adapter.router_logits, adapter.hidden, adapter.gram
-        self.mask, self.slot = adapter.mask, adapter.slot
-        self.deferred_grads: dict[str, Tensor] | None = None
 
 
 class MoSLDAdapter(nn.Module):
@@ -240,7 +212,7 @@ class MoSLDAdapter(nn.Module):
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
         return self._kept(x, out, call, router_logits=logits, hidden=hidden, gram=gram)
 
-    def _call(self, x: Tensor, drawn: tuple[str, ...]) -> "Call":
+    def _call(self, x: Tensor, drawn: tuple[str, ...]) -> Call:
         """Dropout, scale and routing of this call: as they are now, or in a recomputation as they were.
 
         drawn: the rates whose masks are made of a seed.
@@ -253,7 +225,7 @@ class MoSLDAdapter(nn.Module):
             return Call(rates, self.scale, seed, None)
         return this_thread.region.same(self, Call(rates, self.scale, seed, Slot()))
 
-    def _kept(self, x: Tensor, out: Tensor, call: "Call", **kept: Tensor | None) -> Tensor:
+    def _kept(self, x: Tensor, out: Tensor, call: Call, **kept: Tensor | None) -> Tensor:
         """Keep what losses and statistics ask for; -> the layer's output, with the gradients that these deferred."""
         if torch.compiler.is_compiling():
             self._keep(kept)
@@ -312,7 +284,7 @@ class MoSLDAdapter(nn.Module):
         own: Any = self.dropouts._modules.get("dropout")
         return 0.0 if own is None else own.p
 
-    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: "Call") -> tuple[Tensor, Tensor]:
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)
         dropout_p = call.rates.get("dropout", 0.0)
         settings: dict[str, Any] = dict(top_k=self.top_k, scale=call.scale, dropout_p=dropout_p, seed=call.seed)
@@ -322,7 +294,7 @@ class MoSLDAdapter(nn.Module):
         return mosld_linear(x, weight, bias, *tensors, **settings)
 
     def _staged(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: "Call"
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """-> the output, the logits by which tokens choose experts or None, and z [..., rows of A]"""
         if self.backend == "triton":

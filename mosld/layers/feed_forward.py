@@ -65,7 +65,8 @@ class BlockAdapter(MoSLDAdapter):
             raise RuntimeError("backend='triton' cannot run: mixing='block' runs in torch products; backend='auto' can")
         m = self.mixture
         call = self._call(x, ("dropout",))
-        rates, seed = (call.rates.get("dropout", 0.0), call.rates.get("input_dropout", 0.0)), call.seed
+        rates = (call.rates.get("dropout", 0.0), call.rates.get("input_dropout", 0.0))
+        seed = call.seed
         gate, up = base.gate_proj(x), base.up_proj(x)  # inside the user's autocast, as in the frozen block
         dtype, leading = gate.dtype, x.shape[:-1]
         with _own_precision(x):
@@ -84,7 +85,8 @@ class BlockAdapter(MoSLDAdapter):
                 self.gate_b.weight.to(dtype), self.up_b.weight.to(dtype),
                 block.drop_down_a(self.down_a.weight, rates[0], seed).to(dtype), weights.to(dtype), chosen,
             )  # fmt: skip
-            settings = block.Settings(base.act_fn, m.r, call.scale, m.option("renormalise"), rates[1])  # pyright: ignore
+            renormalise: Any = m.option("renormalise")
+            settings = block.Settings(base.act_fn, m.r, call.scale, renormalise, rates[1])
             hidden, mixed = block.block_mixture(inputs, settings)
         out = base.down_proj(hidden.view(*leading, hidden.shape[-1]))
         with _own_precision(x):

@@ -1,5 +1,6 @@
 """`MixtureHost`: the one interface by which others find the mixtures in a model."""
 
+import copy
 import re
 import warnings
 from collections import Counter
@@ -102,7 +103,9 @@ class Announced:
         self.outside: list[Forward | None] = []
 
     def __deepcopy__(self, memo: dict) -> "Announced":
-        return Announced([memo.get(id(adapter), adapter) for adapter in self.adapters])
+        twin = Announced([copy.deepcopy(adapter, memo) for adapter in self.adapters])
+        twin.checked = self.checked
+        return twin
 
     def __getstate__(self) -> dict:
         return {"adapters": self.adapters, "checked": self.checked, "outside": []}
@@ -167,8 +170,8 @@ def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
         return
     texts = [name if count == 1 else f"{name} ({count} layers)" for name, count in idle.items()]
     warnings.warn(
-        f"{sum(idle.values())} of {total} adapted layers did not run in the first training forward: {', '.join(texts)}. "
-        "What never runs is saved and never trained: leave it out with exclude_modules, unless other inputs reach it",
+        f"{sum(idle.values())} of {total} adapted layers did not run in the first training forward: {', '.join(texts)}"
+        ". What never runs is saved and never trained: leave it out with exclude_modules, unless other inputs reach it",
         stacklevel=3,
     )
 

@@ -65,8 +65,8 @@ def _for_rows(adapter: RoutedAdapter, name: str, values: Tensor, leading: tuple[
     if flattened or (rows == forward.rows and not is_gathered) or (forward.images and not rows % forward.rows):
         return _for_neighbours(name, values, rows)
     raise ValueError(
-        f"{name} cannot be told for {adapter.layer or 'a layer'}: it sees {list(leading)} tokens of {forward.rows} rows "
-        "in an order that is not known. Adapt other layers, or route by the token"
+        f"{name} cannot be told for {adapter.layer or 'a layer'}: it sees {list(leading)} tokens of {forward.rows} "
+        "rows in an order that is not known. Adapt other layers, or route by the token"
     )
 
 

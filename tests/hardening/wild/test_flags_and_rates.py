@@ -110,7 +110,9 @@ def test_an_adapter_that_is_added_deleted_or_copied_has_its_own_dropout():
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # the model is made in eval mode here
 def test_lightning_trains_with_dropout():
     """Its Trainer saves and restores the flags around validation, the check before the first step included."""
-    lightning = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning, the extra interop, is not installed")
+    lightning = pytest.importorskip(
+        "pytorch_lightning", reason="pytorch-lightning, the extra interop, is not installed"
+    )
     counted: list[float] = []
 
     class Task(lightning.LightningModule):

@@ -36,7 +36,9 @@ def test_chosen_and_rejected_halves_are_refused_with_ids_for_one_half():
     model = adapted(tiny_llama(), ["q_proj"]).train()
     both = torch.cat([token_ids(seed=0), token_ids(seed=1)])
     mosld.set_routing(model, task_ids=[0, 1, 2])
-    with pytest.raises(ValueError, match="task_ids must be for each of the 6 rows that the model was called with, got 3"):
+    with pytest.raises(
+        ValueError, match="task_ids must be for each of the 6 rows that the model was called with, got 3"
+    ):
         model(input_ids=both)
     mosld.set_routing(model, task_ids=[0, 1, 2, 0, 1, 2])
     out = model.eval()(input_ids=both).logits
@@ -103,7 +105,8 @@ def test_several_images_a_row_are_refused_by_the_layers_name(images):
 def switch() -> tf.SwitchTransformersForConditionalGeneration:
     config = tf.SwitchTransformersConfig(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1, num_heads=4, vocab_size=96, num_experts=3, decoder_start_token_id=0, pad_token_id=1,
+        num_sparse_decoder_layers=1, num_heads=4, vocab_size=96, num_experts=3, decoder_start_token_id=0,
+        pad_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
     return tf.SwitchTransformersForConditionalGeneration(config).eval()

@@ -1,5 +1,5 @@
-"""Activation checkpointing runs layers again in backward: with the routing, adapter, dropout and scale of their forward,
-whatever was set since. The gradients are those without checkpointing."""
+"""Activation checkpointing runs layers again in backward: with the routing, adapter, dropout and scale of their
+forward, whatever was set since. The gradients are those without checkpointing."""
 
 import peft
 import pytest
@@ -130,16 +130,16 @@ def test_masks_scale_and_flags_are_those_of_the_forward(kind, keeps_random_state
 @pytest.mark.parametrize("outer", [True, False], ids=NAMES.get)
 @pytest.mark.parametrize("inner", [True, False], ids=NAMES.get)
 def test_a_checkpoint_inside_a_checkpoint(outer, inner):
-    layers = torch.nn.ModuleList([MoSLDLinear(8, 8, r=2, num_experts=3, dropout=0.0, **TASKS) for _ in range(2)]).double()
+    layers = torch.nn.ModuleList(
+        [MoSLDLinear(8, 8, r=2, num_experts=3, dropout=0.0, **TASKS) for _ in range(2)]
+    ).double()
     perturb(layers)
     x = torch.randn(3, 8, dtype=torch.float64)
 
     def run(x, checkpoints):
         if not checkpoints:
             return layers[1](layers[0](x))
-        return checkpoint(
-            lambda y: layers[1](checkpoint(layers[0], y, use_reentrant=inner)), x, use_reentrant=outer
-        )
+        return checkpoint(lambda y: layers[1](checkpoint(layers[0], y, use_reentrant=inner)), x, use_reentrant=outer)
 
     results = []
     for checkpoints in (False, True):

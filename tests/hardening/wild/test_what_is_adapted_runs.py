@@ -81,7 +81,8 @@ def test_all_linear_leaves_it_out(name):
 
 def llama4():
     config = tf.Llama4TextConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1,
+        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
         intermediate_size_mlp=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return tf.Llama4ForCausalLM(config)

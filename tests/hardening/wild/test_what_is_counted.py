@@ -53,13 +53,13 @@ def albert() -> tf.AlbertForMaskedLM:
 
 def test_a_layer_that_is_shared_by_all_depths_counts_with_every_call():
     model = adapted(albert(), ["query"])
-    (name, adapter), = all_adapters(model)
+    ((name, adapter),) = all_adapters(model)
     inputs = Inputs(model.get_submodule(name))
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:] = 0
     model(input_ids=token_ids(), attention_mask=mask)
     assert len(inputs.calls) == 3
-    stats, = router_stats(model).values()
+    (stats,) = router_stats(model).values()
     assert stats.tokens == 3 * int(mask.sum())
     tokens = torch.cat([call[mask.bool()] for call in inputs.calls])
     assert balance_loss(model).item() == pytest.approx(by_loops(tokens, adapter.router.weight), rel=1e-5)
@@ -210,7 +210,10 @@ def train(model, batch, **options):
         logging_steps=1, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     trainer = MoSLDTrainer(
-        model=model, args=arguments, train_dataset=[{"row": i} for i in range(3)], data_collator=lambda rows: dict(batch),
+        model=model,
+        args=arguments,
+        train_dataset=[{"row": i} for i in range(3)],
+        data_collator=lambda rows: dict(batch),
         **options,
     )
     trainer.train()

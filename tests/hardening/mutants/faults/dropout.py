@@ -106,8 +106,8 @@ FAULTS = [
     Fault(
         "seed_does_not_advance",
         "mosld/layers/adapter.py",
-        "        return torch.randint(2**62, (1,), device=x.device) if",
-        "        return torch.tensor([torch.initial_seed() % 2**62], device=x.device) if",
+        "seed = torch.randint(2**62, (1,), device=x.device) if",
+        "seed = torch.tensor([torch.initial_seed() % 2**62], device=x.device) if",
         "the same elements of A are dropped in every step",
         LAYER,
     ),
@@ -162,8 +162,8 @@ FAULTS = [
     Fault(
         "z_dropped_in_eval",
         "mosld/layers/adapter.py",
-        'self._rate("hidden_dropout")),',
-        "m.hidden_dropout),",
+        "        rates = [call.rates.get(name, 0.0) for name in RATES]",
+        "        rates = [*(call.rates.get(name, 0.0) for name in RATES[:3]), m.hidden_dropout]",
         "methods with dropout on z give other answers every time they are asked",
         ("tests/mixture/test_equations.py",),
     ),

@@ -76,8 +76,8 @@ FAULTS = [
     Fault(
         "logits_go_into_copies",
         "mosld/layers/adapter.py",
-        'dict.fromkeys(("router_logits", "hidden", "gram", "deferred_grads", "routing"))',
-        'dict.fromkeys(("hidden", "gram", "deferred_grads", "routing"))',
+        "dict.fromkeys(_OF_THE_LAST_FORWARD)",
+        "dict.fromkeys(_OF_THE_LAST_FORWARD[1:])",
         "a model cannot be copied or pickled after a forward in training",
         LAYER,
     ),

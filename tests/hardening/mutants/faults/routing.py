@@ -9,6 +9,10 @@ ROUTING = ("tests/layers/test_routing.py",)
 STATISTICS = ("tests/training/test_balance.py", "tests/training/test_balance_mask.py")
 SKIPPED = ("tests/layers/test_skipped_layers.py",)
 
+FORWARDS = ("tests/hardening/wild/test_several_forwards_before_a_backward.py",)
+COUNTED = ("tests/hardening/wild/test_what_is_counted.py",)
+ROWS = ("tests/hardening/wild/test_rows_of_tasks.py",)
+RUNS = ("tests/hardening/wild/test_what_is_adapted_runs.py",)
 FAULTS = [
     Fault(
         "dynamic_gates_renormalised",
@@ -125,8 +129,8 @@ FAULTS = [
     Fault(
         "gates_from_outside_for_all_layers",
         "mosld/layers/routing.py",
-        "        adapter.routing = Routing(own, by_layer.get(name), prior)",
-        "        adapter.routing = Routing(own, next(iter(by_layer.values())), prior)",
+        "_usable(by_layer.get(name))",
+        "_usable(next(iter(by_layer.values())))",
         "every layer gets the gates that were given for the first",
         ROUTING,
     ),
@@ -165,17 +169,89 @@ FAULTS = [
     Fault(
         "recomputation_forgets",
         "mosld/layers/routing.py",
-        "    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:\n",
+        "    if torch.compiler.is_compiling() or not in_backward():\n",
         "    if True:\n",
         "under activation checkpointing the balance loss loses its gradient",
         SKIPPED,
     ),
     Fault(
         "skipped_layers_remembered",
-        "mosld/layers/routing.py",
-        "            adapter.reset_state()\n",
+        "mosld/layers/host.py",
+        "        adapter.reset_state()\n",
         "",
         "a layer that a forward skipped counts in its balance loss as it was before",
         SKIPPED,
+    ),
+    Fault(
+        "recomputed_with_what_is_set_now",
+        "mosld/layers/adapter.py",
+        '                routing = region.same((self, "routing"), routing)\n',
+        "                pass\n",
+        "a loss over several tasks under activation checkpointing trains with the last task's routing",
+        FORWARDS,
+    ),
+    Fault(
+        "masks_drawn_anew_in_a_recomputation",
+        "mosld/layers/adapter.py",
+        "return this_thread.region.same(self, Call(rates, self.scale, seed, Slot()))",
+        "return Call(rates, self.scale, seed, Slot())",
+        "scale, rates and masks of a recomputation are those of the moment",
+        FORWARDS,
+    ),
+    Fault(
+        "recomputed_with_the_adapter_of_now",
+        "mosld/tuner/layer.py",
+        "list(this_thread.region.same(self, tuple(adapters)))",
+        "adapters",
+        "an adapter that is activated before backward gets another's gradients",
+        FORWARDS,
+    ),
+    Fault(
+        "last_call_alone_counts",
+        "mosld/layers/adapter.py",
+        "            self.earlier = (*self.earlier, EarlierCall(self))\n",
+        "            pass\n",
+        "layers that a model calls several times are balanced by their last call",
+        COUNTED,
+    ),
+    Fault(
+        "decoder_under_the_encoders_mask",
+        "mosld/layers/host.py",
+        '        forward.mask = reduced(kwargs.get("attention_mask"))\n',
+        "",
+        "a decoder's tokens are counted under the encoder's mask",
+        COUNTED,
+    ),
+    Fault(
+        "routing_of_all_threads",
+        "mosld/layers/adapter.py",
+        "                routing = scope.get(self, routing)\n",
+        "                pass\n",
+        "what `mosld.routing` tells is not heard",
+        ROWS,
+    ),
+    Fault(
+        "halves_taken_for_neighbours",
+        "mosld/mixture/gates.py",
+        "    if len(values) != forward.rows and adapter.is_training():\n",
+        "    if False:\n",
+        "preference batches are trained with the tasks of other rows",
+        ROWS,
+    ),
+    Fault(
+        "gathered_tokens_taken_for_rows",
+        "mosld/mixture/gates.py",
+        'len(leading) == 1 and "expert" in adapter.layer',
+        "False",
+        "experts of the base are routed by other rows' tasks where the numbers happen to fit",
+        ROWS,
+    ),
+    Fault(
+        "idle_layers_untold",
+        "mosld/layers/host.py",
+        "            if adapter.last_forward is not forward:\n",
+        "            if False:\n",
+        "layers that never run count as trained",
+        RUNS,
     ),
 ]
