@@ -147,7 +147,8 @@ def mola(**overrides: Any) -> MoSLDConfig:
 
     2, 4, 6, 8 experts from the first to the last quarter of the layers in the paper: `experts_by_depth(32, 2, 4, 6,
     8)`. Its code draws the dropout for every expert anew; here all see one. Its balance loss is optional, with weight
-    1e-3.
+    1e-3: a term for each adapted layer here, one for all layers of a transformer block together in its code, which is
+    balance_pool="block".
 
     >>> from mosld import presets
     >>> config = presets.mola(r=2, num_experts_pattern=presets.experts_by_depth(32, 2, 4, 6, 8))
@@ -162,7 +163,8 @@ def loramoe(**overrides: Any) -> MoSLDConfig:
     """LoRAMoE (arXiv 2312.09979): an A and a B per expert, a softmax over all 8, r 4, alpha 32, dropout 0.05 on x.
 
     Adapts the feed-forward layers (gate, up, down) in the paper. Its localised balance loss is
-    `mosld.losses.localized_balance_loss`; the shipped script gives it no weight.
+    `mosld.losses.localized_balance_loss`; the shipped script gives it no weight, and the Trainer adds it where
+    auxiliary_losses say so.
 
     >>> from mosld import presets
     >>> mixture = presets.loramoe(num_experts=2).mixture_of("up_proj")
@@ -178,7 +180,8 @@ def moelora(**overrides: Any) -> MoSLDConfig:
     """MoELoRA (arXiv 2402.12851): MoLA's form with a contrastive loss between experts.
 
     We have not read the paper's body: the forward is MoLA's, r, experts and weights are guesses, and the contrastive
-    loss, `mosld.losses.contrastive_loss`, is the stated best reading.
+    loss, `mosld.losses.contrastive_loss`, is the stated best reading. The Trainer adds it where auxiliary_losses say
+    so.
 
     >>> from mosld import presets
     >>> presets.moelora() == presets.mola()  # the loss is what differs
@@ -193,11 +196,12 @@ def mixlora(**overrides: Any) -> MoSLDConfig:
     layers, top-2 of 8 by one router per block; plain LoRAs on q, k, v, o. r 16, alpha 32, dropout 0.05 on what goes
     into A.
 
-    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). Its code's weight of the
-    balance loss is 0.001 and its README's 0.01, both for a loss that is top_k times ours: 2e-3 here. Its code draws the
-    dropout for every expert and layer anew; here gate and up of all experts see one. Its other routers are
-    gate="top_p", and top_k=1 with mixing_options renormalise=False (Switch), which does not start equal to the base
-    model. No LoRA equals it.
+    Of models with blocks of the Llama kind called `mlp`. Its router starts ~ N(0, 0.02^2). The balance loss is a term
+    for each block here; in its code (MoE-PEFT) it is one of all blocks' tokens together, balance_pool="model", and
+    top_k times ours: its weight of 0.001 is 2e-3 here, its README's 0.01 is 2e-2. Its code draws the dropout for every
+    expert and layer anew; here gate and up of all experts see one. Its other routers are gate="top_p", which its code
+    does not renormalise, and top_k=1 (Switch, here without jitter, capacity and z-loss): say mixing_options
+    renormalise=False to both. Such a block does not start equal to the base model's. No LoRA equals it.
 
     >>> from mosld import presets
     >>> block = presets.mixlora(r=2, num_experts=4).mixture_of("mlp").shapes(6, 8)  # of hidden and intermediate size
@@ -269,15 +273,17 @@ def mode(**overrides: Any) -> MoSLDConfig:
     """MoDE (arXiv 2408.01505): rank-one experts: each rank of a shared A has a softmax of its own over 6 B's. r 4.
 
     mixing_options: group_size=1, ranks that share one softmax (the generalised MoDE); group_size=r is HydraLoRA's form.
-    No alpha is given: the update is not scaled. A ~ N(0, 0.01^2) is of the paper's motivating study.
+    No alpha is given: it is r unless said, so that the update is not scaled. A ~ N(0, 0.01^2) is of the paper's
+    motivating study.
 
     >>> from mosld import presets
     >>> presets.mode(num_experts=2).mixture_of("q_proj").shapes(6, 5)  # a softmax over 2 experts for each rank
     {'shared_a': (4, 6), 'expert_b': (5, 8), 'router': (8, 6)}
     """
     defaults = dict(
-        mixing="grouped", r=4, alpha=4, num_experts=6, gate="softmax", down_std=0.01, dropout=0.0, balance_coef=0.0
-    )
+        mixing="grouped", r=4, alpha=overrides.get("r", 4), num_experts=6, gate="softmax", down_std=0.01, dropout=0.0,
+        balance_coef=0.0,
+    )  # fmt: skip
     return _config(defaults, overrides)
 
 
@@ -286,19 +292,21 @@ def mor1e(**overrides: Any) -> MoSLDConfig:
     """Intuition-MoR1E, later T-REX (arXiv 2404.08985): r rows of A and r_up columns of B, every pair of them an expert.
 
     y = W0 x + sigma(100 b) B M(x) A x,   M = w 32 softmax(router(x)) + (1 - w) 4 rho,   w = sigma(100 v), 32 = r r_up.
-    rho is the prior of a sequence's cluster, [batch, r r_up] to `mosld.set_routing(model, prior=...)`; without it its
-    term is left out, which is our choice. r 4, r_up 8 in mixing_options, the router starts at zero, alpha is not used.
+    rho is the prior of a sequence's cluster, [batch, r_up, r] to `mosld.set_routing(model, prior=...)`, or its rows one
+    after the other, [batch, r_up r], which is the order of the router's rows too; without it its term is left out,
+    which is our choice. In T-REX's code the index of A is the slow one: with mixing_options slow_index="r" its router
+    and priors are taken as they are, [batch, r, r_up] or flat. r 4, r_up 8 in mixing_options, the router starts at
+    zero, alpha is r unless said, so that the update is not scaled.
 
     >>> from mosld import presets
     >>> presets.mor1e(r=2, mixing_options={"r_up": 3}).mixture_of("q_proj").shapes(6, 5)  # the mixer is v and b
     {'shared_a': (2, 6), 'expert_b': (5, 3), 'router': (6, 6), 'mixer': (2,)}
     """
-    return _config(
-        dict(
-            mixing="dense", r=4, alpha=4, num_experts=1, gate="softmax", router_std=0.0, dropout=0.0, balance_coef=0.0
-        ),
-        overrides,
-    )
+    defaults = dict(
+        mixing="dense", r=4, alpha=overrides.get("r", 4), num_experts=1, gate="softmax", router_std=0.0, dropout=0.0,
+        balance_coef=0.0,
+    )  # fmt: skip
+    return _config(defaults, overrides)
 
 
 @_preset
@@ -310,7 +318,9 @@ def mixlora_conditional(**overrides: Any) -> MoSLDConfig:
     it batch mates. With a cache each step of `generate` routes on its own tokens alone: say use_cache=False. The
     released selection has no gradient for its routers; mixing_options straight_through=True (ours) gives them that of a
     softmax, False is the released behaviour. conditional=False leaves out the router of B given A, conditional_weight
-    is its weight.
+    is its weight. That router scores column e by sum_q softmax(a_q W_q)[e] of the selected rows a_q, as we read the
+    paper, and starts within 1 / sqrt(D_in). The released one multiplies sums, (sum of a_q) (sum of W_q[e]), and starts
+    within 1 / sqrt(r D_in): selector="sums", whose weight is [num_experts, r D_in], as released.
 
     >>> from mosld import presets
     >>> presets.mixlora_conditional(r=2, num_experts=4).mixture_of("q_proj").shapes(6, 5)

@@ -6,6 +6,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST_MAXIMA = 4  # K up to which K maxima beat a sort
 FEWEST_LOGITS = 2048  # below, the number of calls is the cost, and a sort is one call
@@ -69,17 +70,21 @@ def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(values, dim=-1), torch.cat(chosen, dim=-1)
 
 
-def top_p_gates(logits: Tensor, p: float) -> Tensor:
+def top_p_gates(logits: Tensor, p: float, renormalise: bool = True) -> Tensor:
     """logits [..., E] -> gates [..., E]: the fewest experts whose probabilities reach p, renormalised; 0 < p <= 1.
 
     The most probable expert is always chosen; equal ones go to the lower index.
+    renormalise: False leaves their probabilities as they are, and takes the fewest that exceed p: MixLoRA's code.
     """
     probability = logits.softmax(-1)
     ordered, index = probability.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered  # what the more probable ones have reached
-    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, index, before < p)
+    reached = ordered.cumsum(-1)
+    # What the more probable ones have reached; in the code's order of rounding where it is to be the code's.
+    before = reached - ordered if renormalise else F.pad(reached[..., :-1], (1, 0))
+    wanted = before < p if renormalise else before <= p
+    chosen = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, index, wanted)
     kept = torch.where(chosen, probability, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return kept / kept.sum(-1, keepdim=True) if renormalise else kept
 
 
 def grouped_softmax(logits: Tensor, groups: int) -> Tensor:

@@ -55,12 +55,14 @@ OWN_GATES = {
 GATE_TEXTS = {
     "top_k": "softmax over the `top_k` largest logits (equals softmax, then top-k, then renormalise)",
     "softmax": "softmax over all",
-    "top_p": "the fewest experts whose probabilities reach `top_p`, renormalised",
+    "top_p": "the fewest experts whose probabilities reach `top_p`, renormalised; of `block` with renormalise=False "
+    "those that exceed it, as they are",
 }
 SITES = {
     "dropout": 'elements of the shared factor: of A, of B with `shared="up"`; one mask for all tokens',
     "up_dropout": "elements of B",
-    "input_dropout": "the layer's input before A, one mask for all experts; the router reads x undropped",
+    "input_dropout": "the layer's input before A, one mask for all experts (of `block`'s down layer one each); the "
+    "router reads x undropped",
     "hidden_dropout": "z, A's output",
 }
 
@@ -113,13 +115,15 @@ import mosld
 
 mosld.set_routing(model, task_ids=task_ids)  # integers [batch], or one for all rows: router="task", mixing="task_core"
 mosld.set_routing(model, gates=gates)  # [batch, E] or [batch, sequence, E]: router="external"; also layer name -> gates
-mosld.set_routing(model, prior=prior)  # [batch, r r_up] or [batch, sequence, r r_up]: mixing="dense"
+mosld.set_routing(model, prior=prior)  # [batch, r_up, r] or [batch, sequence, r_up, r]: mixing="dense"
 mosld.set_routing(model)  # takes all of them back
 ```
 
 `MoSLDTrainer` gives the ids of a `task_ids` column of the data by itself. Gates and priors carry gradients to where
 they come from. A method that asks for ids or gates and was given none raises and says so; without a prior its term is
-left out.
+left out. A prior may also be flat, [batch, r_up r], the rows of its matrix one after the other; as a matrix it is
+checked, and one of [batch, r, r_up] raises. With mixing_options slow_index="r", T-REX's order, it is the other way
+round. Where r equals r_up no shape tells the two apart.
 """
 
 PRESET = """
@@ -130,8 +134,75 @@ values elsewhere. What the sources leave open is under [One by one](#one-by-one)
 """
 
 
+# preset, what it does by default, what its authors' code does, and what to say for that
+AUTHORS = (
+    (
+        "mixlora",
+        "balance loss: a term for each block, added up",
+        "MoE-PEFT: one term, of all blocks' tokens together, so about as many times smaller as there are blocks; "
+        "its weight of 0.001 is of a load that adds up to top_k = 2",
+        '`balance_pool="model"` (the weight 2e-3 is that)',
+    ),
+    (
+        "mixlora",
+        '`gate="top_p"` renormalises the fewest gates that reach p',
+        "MoE-PEFT: the fewest that exceed p, as they are; with a loss of their own, and a temperature that divides "
+        "probabilities, both of which are not here",
+        '`gate="top_p", mixing_options={"renormalise": False}`',
+    ),
+    (
+        "mola",
+        "balance loss: a term for each adapted layer, added up",
+        "a term for each transformer block, of all its layers' tokens together; padding counts",
+        '`balance_pool="block"`; `balance_loss` with a mask of ones counts padding',
+    ),
+    (
+        "mixlora_conditional",
+        "router of B given A: Σ_q softmax(a_q W_q), starts within 1/√D_in",
+        "Σ_q softmax((Σ_d a_q[d]) (Σ_f W_q[f])), without a projection; starts within 1/√(r D_in)",
+        '`mixing_options={"selector": "sums"}`',
+    ),
+    (
+        "mixlora_conditional",
+        "routers get the gradient of a softmax",
+        "no gradient",
+        '`mixing_options={"straight_through": False}`',
+    ),
+    (
+        "mor1e",
+        "pairs in the order [r_up, r], row by row, of the router and of a flat prior",
+        "T-REX: in the order [r, r_up]",
+        '`mixing_options={"slow_index": "r"}`',
+    ),
+    (
+        "hydralora, mola, mixlora",
+        "all experts see one dropout mask on x",
+        "another mask for each expert, and A multiplied as often",
+        "none",
+    ),
+)
+AUTHORS_INTRO = """
+## Where the authors' code differs
+
+What the presets compute is compared with loops over the published equations, in float64, values and gradients. Where
+the released code computes something else than we do by default, this is how to have it; these options are compared
+with loops over the code's behaviour (`tests/hardening/wild/test_methods_as_their_authors_code_does.py`). Merging
+methods have [such a table](../tutorials/merging.md#where-the-authors-code-differs-from-their-papers) of their own.
+"""
+
+
+def _authors() -> str:
+    rows = []
+    for names, ours, theirs, option in AUTHORS:
+        presets = ", ".join(f"`{name}`" for name in names.split(", "))
+        rows.append((presets, ours, theirs, option))
+    head = ("preset", "here, by default", "the authors' code", "how to have that")
+    return "\n".join([AUTHORS_INTRO.strip(), "", *table(head, rows)])
+
+
 def page() -> str:
-    parts = [HEAD, *_operator(), ROUTING, PRESET, _presets(), trained_parameters(), costs(), _one_by_one()]
+    presets = [PRESET, _presets(), _authors()]
+    parts = [HEAD, *_operator(), ROUTING, *presets, trained_parameters(), costs(), _one_by_one()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -248,7 +319,7 @@ def _dropout(config: MoSLDConfig) -> str:
 def _loss(make: Callable, config: MoSLDConfig) -> str:
     found = [f"load balance, {config.balance_coef:g}"] if config.balance_coef else []
     for name in re.findall(r"mosld\.losses\.(\w+)", make.__doc__ or ""):
-        found.append(f"`mosld.losses.{name}`")
+        found.append(f"`mosld.losses.{name}` where the Trainer is given it")
     return ", ".join(found) or "none"
 
 

@@ -16,6 +16,7 @@ from ..experiments.run_folder import MERGE, check_free, claim, file_digest
 from ..merging.adaptive import AdaptiveSettings
 from ..merging.channel import NOISES
 from ..merging.concrete import ConcreteSettings
+from ..merging.elementwise import TIES_RULES
 from ..merging.factored import check_fit
 from ..merging.merge import MergeSettings
 from ..merging.methods import METHODS, WIRELESS
@@ -94,9 +95,34 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--learning-rate", type=float, default=1e-3, help="Adam's, of adaptive methods (default: 1e-3)")
     group.add_argument("--batch-size", type=int, default=16, help="questions of each task in a step (default: 16)")
-    group.add_argument("--clamp", action="store_true", help="keep trained coefficients in [0, 1]")
+    group.add_argument(
+        "--ties-rule",
+        choices=TIES_RULES,
+        default="paper",
+        help="code: TIES as in its authors' code, which keeps one element more (default: paper)",
+    )
+    clamps = group.add_mutually_exclusive_group()
+    clamps.add_argument(
+        "--clamp", action="store_true", help="put trained coefficients back into [0, 1] after each step"
+    )
+    clamps.add_argument(
+        "--clamp-at-use",
+        action="store_true",
+        help="merge with coefficients clamped to [0, 1] and train them unclamped, as in the code of AdaMerging and "
+        "concrete_adamerging",
+    )
+    group.add_argument(
+        "--inner-at",
+        choices=("start", "previous"),
+        default="start",
+        help="where concrete_adamerging takes the gradient of its step on coefficients; previous: as in its authors' "
+        "code (default: start)",
+    )
     group.add_argument("--temperature", type=float, default=0.5, help="of the masks of concrete_* (default: 0.5)")
     group.add_argument("--discrete", action="store_true", help="masks of concrete_* are 0 or 1 in the end")
+    group.add_argument(
+        "--drawn", action="store_true", help="masks of concrete_* are a draw in the end, as in their authors' code"
+    )
     group.add_argument(
         "--unlabelled", type=int, metavar="N", help="use the first N questions of each task (default: all)"
     )
@@ -183,9 +209,25 @@ def merge_settings(options: argparse.Namespace) -> MergeSettings:
     if options.steps is not None:
         steps = mask_steps = options.steps
     common = {"learning_rate": options.learning_rate, "batch_size": options.batch_size, "seed": options.seed}
-    adaptive = AdaptiveSettings(steps=steps, clamp=options.clamp, **common)
-    concrete = ConcreteSettings(steps=mask_steps, temperature=options.temperature, discrete=options.discrete, **common)
-    return MergeSettings(options.method, options.scale, options.keep, adaptive, concrete, seed=options.seed)
+    clamp = "use" if options.clamp_at_use else options.clamp
+    adaptive = AdaptiveSettings(steps=steps, clamp=clamp, **common)
+    concrete = ConcreteSettings(
+        steps=mask_steps,
+        temperature=options.temperature,
+        discrete=options.discrete,
+        drawn=options.drawn,
+        inner_at=options.inner_at,
+        **common,
+    )
+    return MergeSettings(
+        options.method,
+        options.scale,
+        options.keep,
+        adaptive,
+        concrete,
+        seed=options.seed,
+        ties_rule=options.ties_rule,
+    )
 
 
 def _channels(options: argparse.Namespace) -> list[tuple[str, float]]:

@@ -34,7 +34,8 @@ class BlockAdapter(MoSLDAdapter):
     Dropout: `dropout` on elements of the A's; `input_dropout` on x, once for gate and up and all experts, and on what
     goes into down, for each chosen expert anew. gate="top_p" has E slots a token, not K, most with a gate of zero.
     mixing_options renormalise=False makes the gates the router's probabilities, which need not sum to one: with top_k=1
-    that is the Switch Transformer's router. Such a block does not start equal to the frozen one.
+    that is the Switch Transformer's router, with gate="top_p" MixLoRA's dynamic one. Such a block does not start equal
+    to the frozen one.
     """
 
     parts = BLOCK_PARTS
@@ -98,7 +99,7 @@ class BlockAdapter(MoSLDAdapter):
         m = self.mixture
         values, chosen = largest(logits, self.top_k)
         if m.gate == "top_p":
-            return top_p_gates(logits, m.top_p).gather(-1, chosen), chosen
+            return top_p_gates(logits, m.top_p, m.option("renormalise")).gather(-1, chosen), chosen
         if m.option("renormalise"):
             return values.softmax(-1), chosen
         return logits.softmax(-1).gather(-1, chosen), chosen

@@ -44,7 +44,9 @@ def set_routing(
         task_ids: Integers [batch], or one for all rows, in [0, num_tasks): for methods that route by task.
         gates: [n], [batch, n] or [batch, sequence, n], one gate an expert, for router="external"; or layer name -> such
             a tensor. They carry gradients to where they come from.
-        prior: Of the same shapes, the prior on the matrix of mixing="dense", [r_up, r] row by row.
+        prior: The prior on the matrix of mixing="dense". As a matrix, [r_up, r], [batch, r_up, r] or [batch, sequence,
+            r_up, r], whose layout a layer checks when it runs; or its rows one after the other, in the shapes of gates.
+            With mixing_options slow_index="r" the matrix is [r, r_up], as in T-REX's code.
 
     Raises:
         ValueError: The model has no mixture, ids are no integers or out of range, or a layer is unknown.

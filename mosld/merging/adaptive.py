@@ -2,6 +2,8 @@
 
 theta(lambda) = theta_0 + sum_k lambda_k tau_k         lambda: one a task, or one a task and layer
 minimise  sum over tasks of the mean entropy of the predictions,  by Adam, lr 1e-3, from 0.3
+
+The authors' code merges with lambda clamped to [0, 1], while Adam goes on from what is not: clamp="use".
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +29,14 @@ class AdaptiveSettings:
         learning_rate: Adam's.
         steps: Of Adam.
         batch_size: Inputs of each task in a step.
-        clamp: Whether the coefficients are kept in [0, 1], as in the authors' code.
+        clamp: False leaves the coefficients as they are. "use" is the authors' code: the model is merged with them
+            clamped to [0, 1], through which no gradient comes back from outside, while Adam moves the unclamped ones.
+            True puts them back into [0, 1] after every step.
         seed: Decides the order of the inputs.
         save_steps: A run in a folder is saved after every so many steps.
 
     Raises:
-        ValueError: For a number that is not positive.
+        ValueError: For a number that is not positive, and another `clamp`.
 
     >>> from mosld.merging import AdaptiveSettings, MergeSettings
     >>> MergeSettings("adamerging_layer", adaptive=AdaptiveSettings(steps=100, clamp=True)).adaptive.steps
@@ -46,7 +50,7 @@ class AdaptiveSettings:
     learning_rate: float = 1e-3
     steps: int = 500
     batch_size: int = 16
-    clamp: bool = False
+    clamp: bool | str = False
     seed: int = 0
     save_steps: int = 50
 
@@ -56,6 +60,8 @@ class AdaptiveSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.clamp not in (False, True, "use"):
+            raise ValueError(f"clamp must be False, True or 'use', got {self.clamp!r}")
 
 
 def minimise_entropy(
@@ -83,11 +89,16 @@ def minimise_entropy(
         total = 0.0
         # A backward pass for each task, so that no two graphs are in memory at once.
         for task, stream in zip(tasks, streams, strict=True):
-            loss = task.entropy(merged(coefficients), next(stream))
+            loss = task.entropy(merged(_used(coefficients, settings)), next(stream))
             loss.backward()
             total += loss.item()
         descent.done(total)
-        if settings.clamp:
+        if settings.clamp is True:
             with torch.no_grad():
                 coefficients.clamp_(0, 1)
-    return coefficients.detach(), descent.losses
+    return _used(coefficients, settings).detach(), descent.losses
+
+
+def _used(coefficients: Tensor, settings: AdaptiveSettings) -> Tensor:
+    """The coefficients with which the model is merged."""
+    return coefficients.clamp(0, 1) if settings.clamp == "use" else coefficients

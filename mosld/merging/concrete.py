@@ -8,7 +8,10 @@ AdaMerging        each step: lambda takes one step of size 1 from 0.3 with m hel
                   lambda, on other inputs
 
 The authors' code takes the inner step by an Adam whose moments last from step to step; in the paper it is a step of
-gradient descent. Both are here.
+gradient descent. Their code merges before it sets lambda back: the gradient of the inner step is that at the lambda
+where the last step ended, and it moves 0.3. It draws another mask for the step of phi, merges with lambda clamped to
+[0, 1], and ends with a last draw of the mask instead of the mask without noise. All of these are here as settings:
+inner_at="previous", clamp=True and drawn=True are the code.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,13 +40,19 @@ class ConcreteSettings:
         batch_size: Inputs of each task in a step.
         inner_rate: The size of the step on the coefficients. None for task arithmetic, whose coefficients stay.
         inner: What takes that step: "adam" as in the authors' code, or "sgd".
+        inner_at: Where its gradient is taken: at the "start", as in the paper, or where the "previous" step ended, as
+            in the authors' code, which also draws a mask of its own for each of the two steps.
+        clamp: Whether the model is merged with the coefficients clamped to [0, 1], through which no gradient comes back
+            from outside, as in the authors' code.
         by_layer: Whether there is a coefficient for each task and weight, instead of each task.
         discrete: Whether the final mask is 0 or 1 instead of sigma(phi / T).
+        drawn: Whether the final mask is a draw, as in the authors' code, instead of sigma(phi / T).
         seed: Decides the noise and the order of the inputs.
         save_steps: A run in a folder is saved after every so many steps.
 
     Raises:
-        ValueError: For a number that is not positive, and another `inner`.
+        ValueError: For a number that is not positive, another `inner` or `inner_at`, and a mask that would be both
+            discrete and drawn.
 
     >>> from mosld.merging import ConcreteSettings, MergeSettings
     >>> MergeSettings("concrete_task_arithmetic", concrete=ConcreteSettings(discrete=True)).concrete.temperature
@@ -60,8 +69,11 @@ class ConcreteSettings:
     batch_size: int = 16
     inner_rate: float | None = None
     inner: str = "adam"
+    inner_at: str = "start"
+    clamp: bool = False
     by_layer: bool = False
     discrete: bool = False
+    drawn: bool = False
     seed: int = 0
     save_steps: int = 50
 
@@ -73,6 +85,10 @@ class ConcreteSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.inner not in ("adam", "sgd"):
             raise ValueError(f"inner must be adam or sgd, got {self.inner!r}")
+        if self.inner_at not in ("start", "previous"):
+            raise ValueError(f"inner_at must be start or previous, got {self.inner_at!r}")
+        if self.discrete and self.drawn:
+            raise ValueError("discrete=True contradicts drawn=True: the final mask is one of them")
 
 
 def sampled(logits: Masks, temperature: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -91,6 +107,14 @@ def final(logits: Masks, temperature: float, discrete: bool = False) -> dict[str
         mask = (phi > 0).to(phi.dtype) if discrete else torch.sigmoid(phi / temperature)
         masks[name] = rescaled(mask)
     return masks
+
+
+def final_masks(logits: Masks, settings: ConcreteSettings) -> dict[str, Tensor]:
+    """The masks that the merge ends with, as `discrete` and `drawn` say."""
+    if settings.drawn:
+        # Not the seed itself, with which the first step has drawn.
+        return sampled(logits, settings.temperature, torch.Generator().manual_seed(settings.seed + 1))
+    return final(logits, settings.temperature, settings.discrete)
 
 
 def rescaled(mask: Tensor) -> Tensor:
@@ -119,14 +143,19 @@ def train_masks(
     inner = inner_optimiser(coefficients, settings)
     # Adam's moments are part of the state that a run goes on from; gradient descent has none.
     others = {"inner": inner} if isinstance(inner, torch.optim.Adam) else {}
-    descent = Descent("train the mask", logits, settings, folder, others)
+    # So are the coefficients, where the next step begins from them.
+    kept = {"inner coefficients": coefficients} if bilevel and settings.inner_at == "previous" else {}
+    descent = Descent("train the mask", logits, settings, folder, others, kept)
     streams = descent.streams([*tasks], rounds=2 if bilevel else 1)
     for _ in descent.steps():
         masks = sampled(logits, settings.temperature, descent.generator)
         if inner is not None:
-            inner_step(merge, detached(masks), coefficients, inner, tasks, streams, settings.start)
+            where = {"start": settings.start, "at": settings.inner_at, "clamp": settings.clamp}
+            inner_step(merge, detached(masks), coefficients, inner, tasks, streams, **where)
+            if settings.inner_at == "previous":
+                masks = sampled(logits, settings.temperature, descent.generator)
         descent.optimiser.zero_grad()
-        loss = sum_of_entropies(merge(coefficients.detach(), masks), tasks, streams)
+        loss = sum_of_entropies(merge(_used(coefficients.detach(), settings.clamp), masks), tasks, streams)
         loss.backward()
         descent.done(loss.item())
     return detached(logits), descent.losses
@@ -146,14 +175,29 @@ def detached(tensors: Masks) -> dict[str, Tensor]:
 
 def inner_step(
     merge: DenseMerge, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer,
-    tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]], start: float,
+    tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]], start: float, at: str = "start",
+    clamp: bool = False,
 ) -> None:  # fmt: skip
-    """Set the coefficients to `start` and take one step, in place; of first order, without a gradient for the masks."""
+    """Set the coefficients to `start` and take one step, in place; of first order, without a gradient for the masks.
+
+    at: "start", or "previous" for the gradient at the coefficients as they come. clamp: as in ConcreteSettings.
+    """
+    if at == "start":
+        _fill(coefficients, start)
+    optimiser.zero_grad()
+    sum_of_entropies(merge(_used(coefficients, clamp), masks), tasks, streams).backward()
+    _fill(coefficients, start)
+    optimiser.step()
+
+
+def _fill(coefficients: Tensor, start: float) -> None:
     with torch.no_grad():
         coefficients.fill_(start)
-    optimiser.zero_grad()
-    sum_of_entropies(merge(coefficients, masks), tasks, streams).backward()
-    optimiser.step()
+
+
+def _used(coefficients: Tensor, clamp: bool) -> Tensor:
+    """The coefficients with which the model is merged."""
+    return coefficients.clamp(0, 1) if clamp else coefficients
 
 
 def sum_of_entropies(forward: Forward, tasks: Sequence[Unlabelled], streams: Sequence[Iterator[list[int]]]) -> Tensor:

@@ -24,7 +24,7 @@ class Descent:
     variables: name -> leaf tensor that is trained, in place. folder: where the state is kept; None keeps none.
     settings: a dataclass with learning_rate, steps, seed and save_steps. A saved state of other settings, but for steps
         and save_steps, is not used.
-    others: further optimisers whose state belongs to the run, by name.
+    others: further optimisers whose state belongs to the run, by name. kept: further tensors that do.
     """
 
     def __init__(
@@ -34,8 +34,10 @@ class Descent:
         settings: Any,
         folder: Path | None = None,
         others: Mapping[str, torch.optim.Adam] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ):
         self.label, self.variables, self.settings, self.folder = label, variables, settings, folder
+        self.lasting = {**variables, **(kept or {})}
         self.optimiser = torch.optim.Adam(list(variables.values()), lr=settings.learning_rate)
         self.optimisers = {"adam": self.optimiser, **(others or {})}
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -87,7 +89,7 @@ class Descent:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {"generator": self.generator.get_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
-        for name, value in self.variables.items():
+        for name, value in self.lasting.items():
             tensors[f"variable.{name}"] = value.detach().contiguous()
         for title, optimiser in self.optimisers.items():
             for i, state in optimiser.state_dict()["state"].items():
@@ -107,7 +109,7 @@ class Descent:
         if settings != self._deciding_settings() or not self._fits(tensors):
             return
         with torch.no_grad():
-            for name, value in self.variables.items():
+            for name, value in self.lasting.items():
                 value.copy_(tensors[f"variable.{name}"])
         self.generator.set_state(tensors["generator"])
         for title, optimiser in self.optimisers.items():
@@ -121,7 +123,7 @@ class Descent:
 
     def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a saved state has every variable in its shape."""
-        for name, value in self.variables.items():
+        for name, value in self.lasting.items():
             saved = tensors.get(f"variable.{name}")
             if saved is None or saved.shape != value.shape:
                 return False

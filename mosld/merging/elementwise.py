@@ -3,6 +3,9 @@
 task arithmetic    theta = theta_0 + lambda sum_k tau_k                          (arXiv 2212.04089)
 TIES               trim each tau_k to its largest share, elect a sign for every element, average those that agree
                                                                                  (arXiv 2306.01708)
+
+The authors' code of TIES keeps one element more than the share, int(d K) + 1 of d, and where what is trimmed adds up to
+exactly zero it elects the sign that most elements have. Both rules are here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +17,7 @@ from torch import Tensor
 Deltas = Callable[[], Iterable[tuple[str, Tensor]]]
 # Of a float32's 31 bits without the sign, which order magnitudes like integers.
 LOW_BITS = 15
+TIES_RULES = ("paper", "code")
 
 
 def summed(
@@ -26,16 +30,39 @@ def summed(
         yield name, torch.tensordot(of_vectors, taus, dims=1)
 
 
-def ties(walk: Deltas, keep: float = 0.2) -> Iterator[tuple[str, Tensor]]:
+def ties(walk: Deltas, keep: float = 0.2, rule: str = "paper") -> Iterator[tuple[str, Tensor]]:
     """name -> the vectors that TIES merges, [K, *shape]: trimmed, and zero where their sign is not the elected one.
 
     keep: share of each vector's elements that trimming leaves, over all its weights together, in (0, 1].
+    rule: "paper", or "code" as the authors' code counts and elects; it walks over the weights once more.
     """
-    limits = thresholds(walk, keep)
+    limits = thresholds(walk, keep, rule)
+    majority = _majority_sign(walk, limits) if rule == "code" else None
     for name, taus in walk():
-        trimmed = torch.where(taus.abs() >= per_vector(limits, taus), taus, 0.0)
-        elected = trimmed.sum(0).sign()
-        yield name, torch.where(trimmed.sign() == elected, trimmed, 0.0)
+        trimmed, elected = _trimmed_and_elected(taus, limits)
+        if majority is None:
+            agrees = trimmed.sign() == elected
+        else:
+            elected = torch.where(elected == 0, majority, elected)
+            # Where not even the majority has a sign, the code keeps what is negative.
+            agrees = torch.where(elected > 0, trimmed > 0, trimmed < 0)
+        yield name, torch.where(agrees, trimmed, 0.0)
+
+
+def _trimmed_and_elected(taus: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """taus [K, *shape], limits [K] -> taus without their small elements, and the sign of their sum [*shape]"""
+    trimmed = torch.where(taus.abs() >= per_vector(limits, taus), taus, 0.0)
+    elected = trimmed.sum(0).sign()
+    return trimmed, elected
+
+
+def _majority_sign(walk: Deltas, limits: Tensor) -> Tensor:
+    """-> the sign that more elements of all weights elect, a scalar; zero for a draw"""
+    total = torch.zeros((), dtype=torch.float64)
+    for _, taus in walk():
+        _, elected = _trimmed_and_elected(taus, limits)
+        total += elected.sum(dtype=torch.float64).cpu()
+    return total.sign().float()
 
 
 def per_vector(values: Tensor, taus: Tensor) -> Tensor:
@@ -48,8 +75,10 @@ def disjoint_mean(parts: Tensor) -> Tensor:
     return parts.sum(0) / parts.ne(0).sum(0).clamp(min=1)
 
 
-def thresholds(walk: Deltas, keep: float) -> Tensor:
+def thresholds(walk: Deltas, keep: float, rule: str = "paper") -> Tensor:
     """-> [K], the least magnitude among the largest share `keep` of each vector; zero where all are kept.
+
+    rule: how many elements a share of d is, "paper" for d keep rounded, "code" for int(d keep) + 1.
 
     Exact, without holding a vector: the bits of a float32's magnitude are ordered as integers, so the upper ones are
     counted in one walk and the lower ones, where the threshold lies, in a second.
@@ -64,7 +93,9 @@ def thresholds(walk: Deltas, keep: float) -> Tensor:
         upper = counts if upper is None else upper + counts
     if upper is None:
         raise ValueError("there is nothing to merge")
-    wanted = (upper.sum(1) * keep).round().long().clamp(min=1)  # how many are kept
+    size = int(upper[0].sum())  # of every vector; the share of it in Python's double precision
+    count = min(int(size * keep) + 1, size) if rule == "code" else max(round(size * keep), 1)
+    wanted = torch.full((len(upper),), count)
     place, before = _bin_of_rank(upper, wanted)
     lower = torch.zeros(len(upper), 1 << LOW_BITS, dtype=torch.long)
     for _, taus in walk():

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .adaptive import AdaptiveSettings, MergedForward, minimise_entropy
 from .channel import NOISES, received
-from .concrete import ConcreteSettings, final, train_masks
+from .concrete import ConcreteSettings, final_masks, train_masks
 from .dense import DenseMerge
-from .elementwise import disjoint_mean, summed, ties
+from .elementwise import TIES_RULES, disjoint_mean, summed, ties
 from .factored import FactoredMerge, check_fit
 from .methods import METHODS, WIRELESS, Method
 from .unlabelled import Unlabelled
@@ -29,13 +29,16 @@ class MergeSettings:
         scale: Every coefficient; where the method trains them, their value before the first step. None is the method's.
         keep: The share of a vector's elements that TIES keeps, in (0, 1].
         adaptive: How coefficients are trained. Its `start` follows from `scale` and the method.
-        concrete: How masks are trained. Its `start`, `by_layer` and inner step follow from `scale` and the method.
+        concrete: How masks are trained. Its `start`, `by_layer` and inner step follow from `scale` and the method, its
+            `clamp` from that of `adaptive`.
         noise: Of r_mtllmf's channel: "ideal", "isotropic" or "worst".
         snr_db: Ratio of each vector's power to its noise's in that channel, in decibel.
         seed: Decides the noise.
+        ties_rule: "paper", or "code" for TIES as its authors' code has it: int(d keep) + 1 of a vector's d elements are
+            kept, and where the trimmed vectors add up to exactly zero, the sign of most elements is elected.
 
     Raises:
-        ValueError: For a method or a noise that is unknown, and a number out of its range.
+        ValueError: For a method, a noise or a rule that is unknown, and a number out of its range.
 
     >>> from mosld.merging import MergeSettings
     >>> MergeSettings("ties", keep=0.5).start, MergeSettings("task_arithmetic", scale=0.5).start
@@ -53,6 +56,7 @@ class MergeSettings:
     noise: str = "ideal"
     snr_db: float = 10.0
     seed: int = 0
+    ties_rule: str = "paper"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -63,6 +67,8 @@ class MergeSettings:
             raise ValueError(f"keep must be in (0, 1], got {self.keep}")
         if self.noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
+        if self.ties_rule not in TIES_RULES:
+            raise ValueError(f"ties_rule must be one of {', '.join(TIES_RULES)}, got {self.ties_rule!r}")
 
     @property
     def kind(self) -> Method:
@@ -214,7 +220,7 @@ def _merge_dense(
     if settings.kind.masked:
         concrete = _concrete_settings(settings)
         logits, losses = train_masks(dense, unlabelled, count, concrete, folder and folder / "mask")
-        masks = final(logits, concrete.temperature, concrete.discrete)
+        masks = final_masks(logits, concrete)
     # Concrete task arithmetic trains its mask alone.
     if settings.kind.masked and not settings.kind.by_layer:
         coefficients = torch.full((count,), settings.start)
@@ -233,7 +239,11 @@ def _concrete_settings(settings: MergeSettings) -> ConcreteSettings:
     by_layer = settings.kind.by_layer
     inner_rate = settings.concrete.inner_rate or 1.0
     return replace(
-        settings.concrete, start=settings.start, by_layer=by_layer, inner_rate=inner_rate if by_layer else None
+        settings.concrete,
+        start=settings.start,
+        by_layer=by_layer,
+        inner_rate=inner_rate if by_layer else None,
+        clamp=settings.adaptive.clamp == "use",
     )
 
 
@@ -275,7 +285,7 @@ def _parts(base: nn.Module, vectors: Sequence[TaskVector], settings: MergeSettin
     """Weight's name -> updates [K, *shape] as the method sums them"""
     walk = partial(_walk, base, vectors, settings.method)
     if settings.kind.ties:
-        yield from ties(walk, settings.keep)
+        yield from ties(walk, settings.keep, settings.ties_rule)
     elif settings.method == WIRELESS:
         generator = torch.Generator().manual_seed(settings.seed)
         yield from received(walk, settings.noise, settings.snr_db, generator)

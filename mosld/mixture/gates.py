@@ -1,7 +1,7 @@
 """From a layer's input to its gates, where the fused operator does not compute them: logits, gate function, gates."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,9 +79,13 @@ def _for_neighbours(name: str, values: Tensor, rows: int) -> Tensor:
     return values.repeat_interleave(rows // len(values), dim=0)
 
 
-def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor) -> Tensor:
-    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device."""
-    given: Tensor = adapter.routing_input(name)
+def broadcast_per_row(adapter: RoutedAdapter, name: str, beside: Tensor, given: Tensor | None = None) -> Tensor:
+    """What `set_routing` gave under this name, as it broadcasts with `beside` [..., n], in its dtype, on its device.
+
+    given: the same in another form, instead.
+    """
+    if given is None:
+        given = cast(Tensor, adapter.routing_input(name))
     values, leading, n = given.to(beside), beside.shape[:-1], beside.shape[-1]
     if values.shape[-1:] != (n,) or values.dim() > max(len(leading), 1) + 1:
         raise ValueError(f"{name} must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}")

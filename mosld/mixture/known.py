@@ -38,6 +38,12 @@ def _check_positive(m: Mixture, name: str) -> None:
         raise ValueError(f"{name} in mixing_options must be an integer of at least 1, got {value!r}")
 
 
+def _check_word(m: Mixture, name: str, words: tuple[str, ...]) -> None:
+    value = m.option(name)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} in mixing_options must be one of {', '.join(words)}, got {value!r}")
+
+
 def _start_cores(cores: Tensor) -> None:
     nn.init.uniform_(cores, -1 / math.sqrt(cores.shape[-1]), 1 / math.sqrt(cores.shape[-1]))  # Kaiming, core by core
 
@@ -99,8 +105,37 @@ def _with_prior(logits: Tensor, adapter: Any) -> Tensor:
     balance, gain = torch.sigmoid(SIGMOID_GAIN * adapter.mixer.weight.to(logits.dtype))
     matrix = balance * logits.shape[-1] * logits.softmax(-1)
     if adapter.routing_input("prior") is not None:
-        matrix = matrix + (1 - balance) * PRIOR_GAIN * broadcast_per_row(adapter, "prior", logits)
-    return (gain * matrix).unflatten(-1, (-1, adapter.mixture.r))
+        matrix = matrix + (1 - balance) * PRIOR_GAIN * _prior(adapter, logits)
+    sizes = _pair_sizes(adapter.mixture)
+    pairs = (gain * matrix).unflatten(-1, tuple(sizes.values()))
+    return pairs if list(sizes) == ["r_up", "r"] else pairs.transpose(-1, -2)
+
+
+def _pair_sizes(m: Mixture) -> dict[str, int]:
+    """The two sizes of the matrix whose rows, one after the other, are a token's pairs."""
+    sizes = {"r_up": m.option("r_up"), "r": m.r}
+    return sizes if m.option("slow_index") == "r_up" else dict(reversed(sizes.items()))
+
+
+def _prior(adapter: Any, logits: Tensor) -> Tensor:
+    """What `set_routing` gave, a matrix or its rows one after the other, as it broadcasts with the logits [..., n]."""
+    given = adapter.routing_input("prior")
+    sizes, n = _pair_sizes(adapter.mixture), logits.shape[-1]
+    if given.dim() > 1 and given.shape[-2:] == tuple(sizes.values()):
+        return broadcast_per_row(adapter, "prior", logits, given.flatten(-2))
+    if given.shape[-1:] != (n,):
+        names, numbers = ", ".join(sizes), ", ".join(map(str, sizes.values()))
+        raise ValueError(
+            f"prior must be [batch, {n}] or [batch, sequence, {n}], got {list(given.shape)}. As a matrix it is "
+            f"[..., {names}] = [..., {numbers}] with slow_index={adapter.mixture.option('slow_index')!r}, whose rows "
+            f"one after the other are the {n}"
+        )
+    return broadcast_per_row(adapter, "prior", logits)
+
+
+def _check_pairs(m: Mixture) -> None:
+    _check_positive(m, "r_up")
+    _check_word(m, "slow_index", ("r_up", "r"))
 
 
 @register_mixing(
@@ -110,8 +145,8 @@ def _with_prior(logits: Tensor, adapter: Any) -> Tensor:
     gates=lambda m: m.r * m.option("r_up"),
     mixer=lambda m, _: (2,),
     gate=_with_prior,
-    options={"r_up": 8},
-    check=lambda m: _check_positive(m, "r_up"),
+    options={"r_up": 8, "slow_index": "r_up"},
+    check=_check_pairs,
     per_expert=False,
 )
 def _dense(z: Tensor, gates: Tensor, mixer: Tensor) -> Tensor:
@@ -124,6 +159,7 @@ def _check_pool(m: Mixture) -> None:
     weight = m.option("conditional_weight")
     if not 0 <= number(weight) < math.inf:
         raise ValueError(f"conditional_weight in mixing_options must be at least 0, got {weight!r}")
+    _check_word(m, "selector", ("product", "sums"))
 
 
 def _selected(logits: Tensor, adapter: Any) -> Tensor:
@@ -133,12 +169,40 @@ def _selected(logits: Tensor, adapter: Any) -> Tensor:
     of_a, of_b = logits.chunk(2, dim=-1)
     rows = gating.selection(of_a, m.r, through)  # [..., r, E]
     if m.option("conditional"):
-        pool = adapter.shared_a.weight.to(logits.dtype)
-        scores = ((rows @ pool).unsqueeze(-2) @ adapter.mixer.weight.to(logits.dtype)).squeeze(-2)  # [..., r, E]
-        conditional = scores.softmax(-1).sum(-2).softmax(-1)
+        pool, weight = adapter.shared_a.weight.to(logits.dtype), adapter.mixer.weight.to(logits.dtype)
+        score = _scores_of_sums if m.option("selector") == "sums" else _scores_of_products
+        conditional = score(rows, pool, weight).softmax(-1).sum(-2).softmax(-1)
         of_b = (of_b.softmax(-1) + m.option("conditional_weight") * conditional).log()
     columns = gating.selection(of_b, m.r, through)
     return columns.transpose(-1, -2) @ rows
+
+
+def _scores_of_products(rows: Tensor, pool: Tensor, weight: Tensor) -> Tensor:
+    """rows [..., r, E], of zeros and ones, pool [E, D_in], weight [r, D_in, E] -> [..., r, E], (a_q W_q)[e]"""
+    return ((rows @ pool).unsqueeze(-2) @ weight).squeeze(-2)
+
+
+def _scores_of_sums(rows: Tensor, pool: Tensor, weight: Tensor) -> Tensor:
+    """The same with weight [E, r * D_in], of a linear layer on the r rows together: sum(a_q) sum(W_q[e]).
+
+    The released code's einsum gives the features of the two factors different letters, and so sums each by itself.
+    """
+    of_weight = weight.unflatten(-1, (rows.shape[-2], -1)).sum(-1)  # [E, r]
+    return (rows @ pool.sum(-1)).unsqueeze(-1) * of_weight.T
+
+
+def _selector_shape(m: Mixture, in_features: int) -> tuple[int, ...] | None:
+    if not m.option("conditional"):
+        return None
+    if m.option("selector") == "sums":
+        return m.num_experts, m.r * in_features
+    return m.r, in_features, m.num_experts
+
+
+def _start_selector(weight: Tensor) -> None:
+    """Within 1 / sqrt of what a score adds up: D_in features of each row, or, as nn.Linear starts, r * D_in."""
+    bound = 1 / math.sqrt(weight.shape[-1] if weight.dim() == 2 else weight.shape[-2])
+    nn.init.uniform_(weight, -bound, bound)
 
 
 @register_mixing(
@@ -146,10 +210,10 @@ def _selected(logits: Tensor, adapter: Any) -> Tensor:
     down=lambda m: m.num_experts,
     up=lambda m: m.num_experts,
     gates=lambda m: 2 * m.num_experts,
-    mixer=lambda m, in_features: (m.r, in_features, m.num_experts) if m.option("conditional") else None,
-    start=lambda weight: nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[-2]), 1 / math.sqrt(weight.shape[-2])),
+    mixer=_selector_shape,
+    start=_start_selector,
     gate=_selected,
-    options={"conditional": True, "conditional_weight": 1.0, "straight_through": True},
+    options={"conditional": True, "conditional_weight": 1.0, "straight_through": True, "selector": "product"},
     check=_check_pool,
     per_expert=False,
 )

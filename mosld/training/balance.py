@@ -3,11 +3,15 @@
     f_e = share of the chosen places that expert e got        P_e = mean router probability of expert e
 
 It is 1 per layer when the load is even and E when one expert takes all (for K = 1). The paper's Eq. 4 leaves the
-normalisation and the weight open; this is the form of MoLA and the Switch Transformer, used with 1e-3.
+normalisation and the weight open; this is the form of the Switch Transformer, used with MoLA's 1e-3.
+
+Some methods' code takes f and P of several layers' tokens together before it multiplies them: MoLA's of all layers of a
+transformer block, which makes one term a block, MixLoRA's (MoE-PEFT) of the whole model, which makes one term in all.
 
 How the gradient arrives under activation checkpointing is `mosld.layers.deferred_grads`'s.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -18,9 +22,12 @@ from mosld_kernels.gating import top_k_mask
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
 from ..layers.stats import Ran, last_routing
+from ..tuner.config import BALANCE_POOLS
 
 
-def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, recomputed: bool | None = None) -> Tensor:
+def balance_loss(
+    model: nn.Module, attention_mask: Tensor | None = None, *, recomputed: bool | None = None, pool: str = "layer"
+) -> Tensor:
     """The load-balance loss of the last forward, E sum_e f_e P_e per layer, summed over layers.
 
     Layers with K = E are left out: there every expert is always chosen and the loss is constant.
@@ -34,12 +41,15 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
             modules, as transformers marks them. Say True where layers are checkpointed by hand with
             use_reentrant=True. A layer that runs twice inside one such checkpoint gets a wrong gradient: checkpoint
             its calls apart.
+        pool: Over whose tokens f and P are taken, before they are multiplied. "layer": each layer's, a term a layer.
+            "block": those of all layers whose names agree up to their first number, as in model.layers.3, a term a
+            block. "model": all, one term. Layers in one pool must have equal numbers of experts and of chosen ones.
 
     Returns:
         A scalar that carries gradients for the routers and their inputs.
 
     Raises:
-        ValueError: As `mosld.layers.stats.last_routing`.
+        ValueError: As `mosld.layers.stats.last_routing`; for another `pool`, and unequal layers in one.
         RuntimeError: As `last_routing`; when the last forward kept no gradient for a router that is being trained and
             nothing will be recomputed (torch.no_grad); and in backward where an expected recomputation did not come.
 
@@ -52,27 +62,49 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None, *, reco
     >>> balance_loss(layer).item()
     1.0
     """
+    if pool not in BALANCE_POOLS:
+        raise ValueError(f"pool must be one of {', '.join(BALANCE_POOLS)}, got {pool!r}")
     kept = KeptTensors(model, recomputed)
     losses = []
-    for ran in together(last_routing(model, attention_mask)):
-        adapter, weight = ran[0].adapter, ran[0].adapter.router.weight
-        if adapter.top_k < adapter.num_experts:
-            calls = []
-            for own in ran:
-                calls.append((kept.of(own.name, own.kept, "router_logits", weight), own.mask))
-            losses.append(_of_layer(adapter, calls))
+    for ran in together(last_routing(model, attention_mask), pool):
+        calls = []
+        for own in ran:
+            calls.append((kept.of(own.name, own.kept, "router_logits", own.adapter.router.weight), own.mask))
+        losses.append(_of_pool(ran[0].adapter, calls))
     return added(losses, model)
 
 
-def together(ran: Iterable[Ran]) -> list[list[Ran]]:
-    """The calls of each adapter, as one list each: a layer's tokens are those of all its calls in the forward."""
-    calls: dict[MoSLDAdapter, list[Ran]] = {}
+def together(ran: Iterable[Ran], pool: str) -> list[list[Ran]]:
+    """The calls of each pool, as one list each: a layer's tokens are those of all its calls in the forward."""
+    pools: dict[object, list[Ran]] = {}
     for own in ran:
-        calls.setdefault(own.adapter, []).append(own)
-    return list(calls.values())
+        adapter = own.adapter
+        if adapter.top_k < adapter.num_experts:
+            key = {"layer": adapter, "block": _block(own.name), "model": None}[pool]
+            pools.setdefault(key, []).append(own)
+    for calls in pools.values():
+        _check_equal(calls, pool)
+    return list(pools.values())
 
 
-def _of_layer(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+def _block(name: str) -> str:
+    """model.layers.3.mlp.up_proj -> model.layers.3; a name without a number stays as it is"""
+    found = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
+    return found[1] if found else name
+
+
+def _check_equal(calls: list[Ran], pool: str) -> None:
+    first = calls[0]
+    for own in calls:
+        sizes, others = (first.adapter.num_experts, first.adapter.top_k), (own.adapter.num_experts, own.adapter.top_k)
+        if sizes != others:
+            raise ValueError(
+                f"pool={pool!r} needs layers with equal num_experts and top_k: {first.name} has {sizes[0]} and "
+                f"{sizes[1]}, {own.name} {others[0]} and {others[1]}"
+            )
+
+
+def _of_pool(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """logits [..., E], mask [...] of each call -> E sum_e f_e P_e over all tokens where the mask is not zero
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
@@ -97,4 +129,4 @@ def _of_layer(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) 
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+    return terms[0] if len(terms) == 1 else torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

@@ -45,6 +45,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     Args:
         balance_coef: The weight. None takes it from the active adapter's MoSLDConfig, or 1e-3 where layers were
             adapted by hand, and 0 for methods whose tokens do not choose among experts. 0 leaves the loss alone.
+            Whose tokens the loss takes together is the MoSLDConfig's `balance_pool`.
         router_logs: "summary" for the figures above; "layers" for these, and the first three of every layer under
             router/<layer>/; "off" for none.
         auxiliary_losses: name -> (weight, function) of further losses of a forward, added like the balance loss.
@@ -96,6 +97,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         if not is_announced(own):  # layers placed by hand
             announce(own)
         self.balance_coef = _balance_coef(own, balance_coef)
+        self.balance_pool = _balance_pool(own) if self.balance_coef else "layer"
         self.router_logs = router_logs
         self._routing = _Routing()
 
@@ -156,7 +158,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         losses: dict[str, tuple[float, Tensor]] = {}
         if self.balance_coef:
             # With the masks that the forward was called with: trainers put batches together that have none themselves.
-            losses["balance_loss"] = self.balance_coef, balance_loss(model)
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, pool=self.balance_pool)
             self._tell_unmasked(model)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
@@ -302,12 +304,29 @@ def _balance_coef(model: nn.Module, given: float | None) -> float:
 
 
 def _configured_balance_coef(model: nn.Module) -> float:
-    configs = getattr(model, "peft_config", None)
-    if not configs:
+    if not getattr(model, "peft_config", None):
         return BY_HAND_COEF
-    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
-    names = list(cast(Any, active() if callable(active) else active or configs))
-    coefs = {getattr(configs[name], "balance_coef", 0.0) for name in names if name in configs}
+    coefs = {getattr(config, "balance_coef", 0.0) for config in _active_configs(model)}
     if len(coefs) > 1:
         raise ValueError(f"the active adapters have different balance_coef {sorted(coefs)}: pass balance_coef")
     return coefs.pop() if coefs else 0.0  # no adapter is active
+
+
+def _balance_pool(model: nn.Module) -> str:
+    """That of the active adapters; "layer" where none says."""
+    pools = {config.balance_pool for config in _active_configs(model) if hasattr(config, "balance_pool")}
+    if len(pools) > 1:
+        raise ValueError(
+            f"the active adapters have different balance_pool {sorted(pools)}: pass balance_coef=0 and their "
+            "balance_loss(model, pool=...) in auxiliary_losses"
+        )
+    return pools.pop() if pools else "layer"
+
+
+def _active_configs(model: nn.Module) -> list[Any]:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return []
+    active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
+    names = list(cast(Any, active() if callable(active) else active or configs))
+    return [configs[name] for name in names if name in configs]

@@ -28,6 +28,8 @@ from .peft_api import (
 )
 from .weights import AdapterWeights
 
+BALANCE_POOLS = ("layer", "block", "model")
+
 
 @dataclass
 class MoSLDConfig(PeftConfig):
@@ -48,6 +50,9 @@ class MoSLDConfig(PeftConfig):
             shared="up".
         input_dropout: The same for the layer's input before A.
         balance_coef: Weight of the load-balance loss that `MoSLDTrainer` adds.
+        balance_pool: Over whose tokens that loss takes load and probability before it multiplies them: of each "layer"
+            and summed over layers, of all layers of a transformer "block" and summed over blocks, or of the whole
+            "model" at once. See `mosld.losses.balance_loss`.
         shared: Which factor the experts share, "down" (A) or "up" (B, the paper's "matrix B").
         num_experts_pattern: Exceptions to num_experts, from a layer name or regular expression to a number, matched
             as PEFT matches `rank_pattern`.
@@ -94,6 +99,7 @@ class MoSLDConfig(PeftConfig):
     dropout: float = Mixture.dropout
     input_dropout: float = Mixture.input_dropout
     balance_coef: float = 1e-3
+    balance_pool: str = "layer"
     shared: str = "down"
     num_experts_pattern: dict[str, int] = field(default_factory=dict)
     mixing: str | None = None
@@ -129,6 +135,8 @@ class MoSLDConfig(PeftConfig):
         self._check_experts()
         if not 0 <= number(self.balance_coef) < math.inf:
             raise ValueError(f"balance_coef must be at least 0, got {self.balance_coef!r}")
+        if self.balance_pool not in BALANCE_POOLS:
+            raise ValueError(f"balance_pool must be one of {', '.join(BALANCE_POOLS)}, got {self.balance_pool!r}")
 
     def _check_names(self) -> None:
         """raises ValueError for what is no name, no regular expression or no number of a layer."""

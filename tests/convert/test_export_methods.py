@@ -81,6 +81,18 @@ def test_calibrated_gates_of_every_preset(tmp_path, name):
     assert rank(tmp_path / "lora") == min(own.shared_a.weight.shape[0], own.expert_b.weight.shape[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("mor1e", {"r_up": 3, "slow_index": "r"}), ("mixlora_conditional", {"selector": "sums"})]
+)
+def test_calibrated_gates_of_what_follows_the_authors_code(tmp_path, name, options):
+    model = adapted(name, r=2, mixing_options=options)
+    for parameter_name, parameter in model.named_parameters():
+        if name == "mor1e" and "mixer" in parameter_name:
+            parameter.data.mul_(0.05)  # a hundred times that goes into a sigmoid
+    lost = export_lora(model, tmp_path / "lora", gates=[{"input_ids": IDS}])
+    check(tmp_path / "lora", with_gates(model, {layer: own.gates for layer, own in lost.items()}))
+
+
 @pytest.mark.parametrize("name", [name for name in BY_INPUT if name not in ("mor1e", "mixlora_conditional")])
 def test_uniform_gates(tmp_path, name):
     model = adapted(name)

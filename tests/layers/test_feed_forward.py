@@ -80,6 +80,7 @@ def by_loops(base: nn.Module, a: BlockAdapter, x: torch.Tensor) -> torch.Tensor:
         {"top_k": 2, "mixing_options": {"renormalise": False}},
         {"top_k": 4, "temperature": 0.5},
         {"gate": "top_p", "top_p": 0.6},
+        {"gate": "top_p", "top_p": 0.6, "mixing_options": {"renormalise": False}},
     ],
 )
 def test_values_and_gradients_are_those_of_the_loops(changes):

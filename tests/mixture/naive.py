@@ -154,7 +154,7 @@ def mor1e(t: Token) -> Tensor:
     total = torch.zeros_like(t.B[:, 0])
     for j in range(up):
         for i in range(t.r):
-            pair = j * t.r + i
+            pair = j * t.r + i if t.options["slow_index"] == "r_up" else i * up + j
             m = weight * t.r * up * probabilities[pair]
             if t.prior is not None:
                 m = m + (1 - weight) * 4 * t.prior[pair]
@@ -184,7 +184,12 @@ def mixlora_conditional(t: Token) -> Tensor:
         given = []
         for q in range(t.r):
             selected = sum(rows[q][e] * t.undropped_a[e] for e in range(t.E))
-            given.append(softmax([(t.mixer[q][:, e] * selected).sum() for e in range(t.E)]))
+            if t.options["selector"] == "sums":  # released: the sum of the row times the sum of the weight
+                size = len(selected)
+                of_weight = [t.mixer[e, q * size : (q + 1) * size].sum() for e in range(t.E)]
+                given.append(softmax([selected.sum() * of_weight[e] for e in range(t.E)]))
+            else:
+                given.append(softmax([(t.mixer[q][:, e] * selected).sum() for e in range(t.E)]))
         conditional = softmax([sum(one[e] for one in given) for e in range(t.E)])
         own, more = softmax(of_b), t.options.get("conditional_weight", 1.0)
         of_b = [(own[e] + more * conditional[e]).log() for e in range(t.E)]

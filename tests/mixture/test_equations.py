@@ -43,6 +43,8 @@ CASES = {
     "mor1e": (naive.mor1e, presets.mor1e, dict(r=3, mixing_options={"r_up": 2})),
     "mor1e, prior": (naive.mor1e, presets.mor1e, dict(r=3, mixing_options={"r_up": 2})),
     "mor1e, prior by token": (naive.mor1e, presets.mor1e, dict(r=2, alpha=3, mixing_options={"r_up": 3})),
+    "mor1e, r slow": (naive.mor1e, presets.mor1e, dict(r=3, mixing_options={"r_up": 2, "slow_index": "r"})),
+    "mor1e, r slow, prior": (naive.mor1e, presets.mor1e, dict(r=3, mixing_options={"r_up": 2, "slow_index": "r"})),
     "mixlora_conditional": (naive.mixlora_conditional, presets.mixlora_conditional, SELECT),
     "mixlora_conditional, weighted": (
         naive.mixlora_conditional, presets.mixlora_conditional,
@@ -54,6 +56,9 @@ CASES = {
     ),
     "mixlora_conditional, apart": (
         naive.mixlora_conditional, presets.mixlora_conditional, SELECT | dict(mixing_options={"conditional": False}),
+    ),
+    "mixlora_conditional, sums": (
+        naive.mixlora_conditional, presets.mixlora_conditional, SELECT | dict(mixing_options={"selector": "sums"}),
     ),
     "top_p": (naive.top_p_routed, config(gate="top_p", top_p=0.6), {}),
     "hidden": (naive.routed_on_hidden, config(router="hidden", temperature=0.5), {}),

@@ -33,6 +33,7 @@ def fields_of(draw, name: str) -> dict[str, Any]:
         "dropout": draw(RATES),
         "input_dropout": draw(RATES),
         "balance_coef": draw(st.sampled_from((0, 1e-3)) | st.floats(0, 1)),
+        "balance_pool": draw(st.sampled_from(("layer", "block", "model"))),
         "down_std": draw(STDS),
         "task_type": draw(st.none() | st.sampled_from(TASKS)),
         "base_model_name_or_path": draw(st.none() | st.text(max_size=20)),
@@ -90,6 +91,8 @@ def _options(mixing: str, r: int) -> st.SearchStrategy[dict[str, Any]]:
         "conditional_weight": st.floats(0, 10),
         "straight_through": st.booleans(),
         "renormalise": st.booleans(),
+        "selector": st.sampled_from(("product", "sums")),
+        "slow_index": st.sampled_from(("r_up", "r")),
     }
     return st.fixed_dictionaries({}, optional={name: known[name] for name in MIXINGS[mixing].options})
 
@@ -134,7 +137,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "top_p": (0, *NO_RATE),
     "shared": (None, *NO_CHOICE),
     "mixing": NO_CHOICE,
-    **dict.fromkeys(("router", "gate"), (None, *NO_CHOICE)),
+    **dict.fromkeys(("router", "gate", "balance_pool"), (None, *NO_CHOICE)),
     "mixing_options": (None, [], "r_up", 3, {"r_upp": 3}, {3: 4}),
     "num_experts_pattern": NO_PATTERN,
     **dict.fromkeys(("target_modules", "exclude_modules"), NO_NAMES),

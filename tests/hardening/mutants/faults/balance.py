@@ -5,6 +5,7 @@ from tests.hardening.mutants.fault import Fault
 BALANCE = ("tests/training/test_balance.py", "tests/training/test_balance_mask.py")
 LOSSES = ("tests/training/test_losses.py",)
 TRAINER = "tests/training/test_trainer.py"
+AUTHORS = "tests/hardening/wild/test_methods_as_their_authors_code_does.py"
 
 FAULTS = [
     Fault(
@@ -54,6 +55,14 @@ FAULTS = [
         "probabilities.append(logits.detach().softmax(-1).sum(0))",
         "the balance loss balances nothing",
         BALANCE,
+    ),
+    Fault(
+        "a_pool_of_every_layer",
+        "mosld/training/balance.py",
+        '"block": _block(own.name)',
+        '"block": own.name',
+        "MoLA's balance loss is not that of its code",
+        (f"{AUTHORS}::test_molas_loss_is_one_a_block",),
     ),
     Fault(
         "dense_layers_counted",

@@ -5,6 +5,7 @@ from tests.hardening.mutants.fault import Fault
 VECTORS = ("tests/merging/test_vectors.py",)
 COMMAND = ("tests/merging/test_command.py",)
 ADAPTIVE = ("tests/merging/test_adaptive.py",)
+AUTHORS = "tests/hardening/wild/test_merges_as_the_authors_code_does.py"
 
 FAULTS = [
     Fault(
@@ -58,8 +59,8 @@ FAULTS = [
     Fault(
         "signs_elected_by_number",
         "mosld/merging/elementwise.py",
-        "        elected = trimmed.sum(0).sign()",
-        "        elected = trimmed.sign().sum(0).sign()",
+        "    elected = trimmed.sum(0).sign()\n",
+        "    elected = trimmed.sign().sum(0).sign()\n",
         "TIES counts votes instead of weighing them",
         VECTORS,
     ),
@@ -238,6 +239,14 @@ FAULTS = [
         "        coefficients.add_(0)\n",
         "Concrete AdaMerging wanders away from its start",
         ADAPTIVE,
+    ),
+    Fault(
+        "inner_step_from_where_its_gradient_is",
+        "mosld/merging/concrete.py",
+        "    _fill(coefficients, start)\n    optimiser.step()",
+        "    optimiser.step()",
+        "with inner_at='previous' Concrete AdaMerging wanders away from its start, as its code does not",
+        (f"{AUTHORS}::test_concrete_adamerging_steps_from_the_start_with_the_gradient_of_the_last_coefficients",),
     ),
     Fault(
         "coefficients_put_in_another_layer",

@@ -149,8 +149,8 @@ FAULTS = [
     Fault(
         "top_p_stops_short",
         "mosld_kernels/gating.py",
-        "    before = ordered.cumsum(-1) - ordered  #",
-        "    before = ordered.cumsum(-1)  #",
+        "    before = reached - ordered if renormalise",
+        "    before = reached if renormalise",
         "the expert that reaches top_p is left out, and a sure token has none",
         EQUATIONS,
     ),

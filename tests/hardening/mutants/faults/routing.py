@@ -2,6 +2,7 @@
 
 from tests.hardening.mutants.fault import Fault
 
+AUTHORS = "tests/hardening/wild/test_methods_as_their_authors_code_does.py"
 GATING = ("tests/kernels/test_gating.py",)
 EQUATIONS = ("tests/mixture/test_equations.py",)
 ROUTING = ("tests/layers/test_routing.py",)
@@ -13,6 +14,22 @@ COUNTED = ("tests/hardening/wild/test_what_is_counted.py",)
 ROWS = ("tests/hardening/wild/test_rows_of_tasks.py",)
 RUNS = ("tests/hardening/wild/test_what_is_adapted_runs.py",)
 FAULTS = [
+    Fault(
+        "dynamic_gates_renormalised",
+        "mosld_kernels/gating.py",
+        "    return kept / kept.sum(-1, keepdim=True) if renormalise else kept",
+        "    return kept / kept.sum(-1, keepdim=True)",
+        "MixLoRA's dynamic gates add up to one, as in its code they do not",
+        (f"{AUTHORS}::test_mixloras_dynamic_gates_are_not_renormalised",),
+    ),
+    Fault(
+        "pairs_of_the_other_order",
+        "mosld/mixture/known.py",
+        '    return pairs if list(sizes) == ["r_up", "r"] else pairs.transpose(-1, -2)',
+        "    return pairs.flatten(-2).unflatten(-1, (-1, adapter.mixture.r))",
+        "a prior and a router of T-REX's are read as another matrix",
+        (f"{AUTHORS}::test_mor1es_prior_is_a_matrix_whose_wrong_layout_raises",),
+    ),
     Fault(
         "not_renormalised",
         "mosld_kernels/gating.py",
