@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -135,7 +136,7 @@ def adapted(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that PEFT put an adapter on."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer):
             found[name] = module
     return found
 

@@ -33,11 +33,10 @@ def _normal(*shape: int) -> Tensor:
 
 
 def _image(config: PreTrainedConfig) -> Tensor:
-    size = _field(config, "image_size", "input_size", "pretrain_image_size") or 64
-    height, width = size[-2:] if isinstance(size, (list, tuple)) and len(size) > 1 else (size, size)
-    if isinstance(height, (list, tuple)):
-        height, width = height[0], width[0]
-    return _normal(ROWS, _field(config, "num_channels", "in_channels", "in_chans") or 3, int(height), int(width))
+    size: Any = _field(config, "image_size", "input_size", "pretrain_image_size") or 64
+    while isinstance(size, (list, tuple)):  # height and width, or those of several stages
+        size = size[-1]
+    return _normal(ROWS, _field(config, "num_channels", "in_channels", "in_chans") or 3, int(size), int(size))
 
 
 def candidates(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..timing import files
 from ..timing.machine import machine
@@ -64,7 +64,8 @@ def sweep(names: list[str], jobs: int, seconds: float) -> list[dict[str, Any]]:
             process.start()
             there.close()  # so that a process that dies is an end of file here
             running[here] = (name, process, time.monotonic() + seconds)
-        for pipe in multiprocessing.connection.wait(list(running), timeout=1.0):
+        for ready in multiprocessing.connection.wait(list(running), timeout=1.0):
+            pipe = cast(Any, ready)
             name, process, _ = running.pop(pipe)
             try:
                 rows[name] = pipe.recv()

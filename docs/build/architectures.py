@@ -1,4 +1,4 @@
-"""docs/reference/architectures.md, from benchmarks/results/sweep.json: `python -m docs.build.architectures` writes it."""
+"""docs/reference/architectures.md, from benchmarks/results/sweep.json: `python -m docs.build.architectures`."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,8 @@ def page(data: dict[str, Any]) -> str:
     checked = """Checked of each type: the fresh model's outputs are those of the frozen one, bit for bit; every adapted
         layer ran, or a warning named it; every trained tensor moved, where a gradient came back to its layer; saved and
         loaded into another copy of the base, the outputs are the same bits."""
-    summary = f"""Of {counts["types"]} types, {counts["run"]} have a model that could be shrunk and run on made-up inputs.
+    summary = f"""Of {counts["types"]} types, {counts["run"]} have a model that could be shrunk and run on made-up
+    inputs.
         A LoRA by PEFT adapts and trains {counts["lora adapts"]} of them, the mixture passes all checks on
         {counts["mosld passes"]}. On {counts["lora adapts and mosld does not pass"]} a LoRA does and the mixture does
         not; on {counts["silently wrong"]} something is wrong that no error or warning tells of."""
@@ -41,11 +42,13 @@ def page(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_READING = """"layers" are those that were adapted; "idle" those of them that the inputs did not reach (a tower of a model
+_READING = """"layers" are those that were adapted; "idle" those of them that the inputs did not reach (a tower of a
+    model
     that got text alone, say) and that the warning named. "LoRA" is what PEFT's LoRA did on the same model: the number
     of layers, or where it ended."""
 _NOT_RUN = """Configurations of parts that no automatic class builds, models that need other packages or inputs than the
-    sweep makes up, and those that do not shrink below 250 million parameters. The file has each one's reason. Nothing is
+    sweep makes up, and those that do not shrink below 250 million parameters. The file has each one's reason.
+    Nothing is
     known against them."""
 
 

@@ -118,7 +118,6 @@ class MoSLDAdapter(nn.Module):
         self.deferred_grads: dict[str, Tensor] | None = None
         self.routing: Routing | None = None
         self.layer = ""  # its layer's name, once somebody walked the model
-        self.last_forward: Forward | None = None  # of the model, in which it ran last
         remember_checkpoints()
         self.reset_parameters()
 
@@ -141,6 +140,7 @@ class MoSLDAdapter(nn.Module):
         self.mask: Tensor | None = None
         self.slot: Slot | None = None
         self.earlier: tuple[EarlierCall, ...] = ()
+        self.last_forward: Forward | None = None  # of the model, in which it ran last
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -346,12 +346,22 @@ class MoSLDAdapter(nn.Module):
         return None if routing is None else getattr(routing, name)
 
     def is_training(self) -> bool:
-        """Whether the layer is in training mode: as its weights' modules say, which whoever walks a model sets."""
+        """Whether the layer is in training mode: as its weights' modules say, which whoever walks a model sets.
+
+        >>> from mosld import MoSLDLinear
+        >>> MoSLDLinear(6, 5).eval().adapter.is_training()
+        False
+        """
         own: Any = self._modules[self.parts[0]]
         return own.training
 
     def running_forward(self) -> Forward | None:
-        """The forward of the model that runs in this thread, which knows how many rows it was called with."""
+        """The forward of the model that runs in this thread, which knows how many rows it was called with; or None.
+
+        >>> from mosld import MoSLDAdapter
+        >>> MoSLDAdapter(6, 5).running_forward() is None
+        True
+        """
         return None if torch.compiler.is_compiling() else this_thread.forward
 
     def extra_repr(self) -> str:

@@ -43,16 +43,17 @@ def last_routing(model: nn.Module, attention_mask: Tensor | None = None) -> Iter
     if not any(adapter.mixture.tokens_choose for _, adapter in adapters):
         raise ValueError(f"there is {no_choice(adapters[0][1])}")
     ran: list[Ran] = []
+    compiling = torch.compiler.is_compiling()  # compiled layers keep their last call, and no mask
     for name, adapter in adapters:
-        for kept in (*adapter.earlier, adapter):
+        for kept in (adapter,) if compiling else (*adapter.earlier, adapter):
             if kept.router_logits is not None:
-                ran.append(Ran(name, adapter, kept, kept.router_logits, kept.mask))
+                ran.append(Ran(name, adapter, kept, kept.router_logits, None if compiling else kept.mask))
     if not ran:
         raise RuntimeError(
             "no MoSLD layer has run yet: call the model before asking for its routing, with MoSLDAdapter.keep_logits on"
         )
     if attention_mask is None:
-        forward = ran[-1].adapter.last_forward
+        forward = None if compiling else ran[-1].adapter.last_forward
         if forward is not None and forward.strange is not None:
             raise ValueError(
                 f"the model was called with an attention_mask ({forward.strange}) that does not tell which tokens are "

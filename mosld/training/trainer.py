@@ -156,16 +156,26 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     def _losses_of_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tuple[float, Tensor]]:
         """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
         losses: dict[str, tuple[float, Tensor]] = {}
+        mask = self._mask(model, inputs)
         if self.balance_coef:
-            # With the masks that the forward was called with: trainers put batches together that have none themselves.
-            losses["balance_loss"] = self.balance_coef, balance_loss(model, pool=self.balance_pool)
+            losses["balance_loss"] = self.balance_coef, balance_loss(model, mask, pool=self.balance_pool)
             self._tell_unmasked(model)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:
                 losses[name] = weight, function(model, inputs)
         if self.router_logs != "off":
-            self._routing.add(model, losses)
+            self._routing.add(model, mask, losses)
         return losses
+
+    @staticmethod
+    def _mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The batch's mask where the forward noted none, as compiled ones do not.
+
+        Otherwise None, for those that it was called with: some trainers' batches have none, or not the model's.
+        """
+        noted = any(adapter.last_forward is not None for _, adapter in running_adapters(model))
+        mask = inputs.get("attention_mask")
+        return None if noted or not isinstance(mask, Tensor) else mask
 
     def _tell_unmasked(self, model: nn.Module) -> None:
         """Once, in the first forward: padding that no mask marks counts as tokens."""
@@ -226,12 +236,12 @@ class _Routing:
         self.forwards = 0
         self.losses: dict[str, Tensor] = {}  # sums over the forwards, before the weights
 
-    def add(self, model: nn.Module, losses: Mapping[str, tuple[float, Tensor]]) -> None:
+    def add(self, model: nn.Module, mask: Tensor | None, losses: Mapping[str, tuple[float, Tensor]]) -> None:
         """Count the last forward; where there is nothing to count, training goes on without."""
         if all(adapter.router_logits is None for _, adapter in running_adapters(model)):
             return
         try:
-            self.use.update("", model)
+            self.use.update("", model, mask)
         except ValueError:  # a mask that tells nothing; the balance loss, where it is on, raises before
             return
         self.forwards += 1

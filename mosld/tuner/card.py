@@ -181,7 +181,7 @@ def _table(heads: tuple[str, ...], rows: list) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name of somebody else's as it can stand in a heading, a table and between backticks: nothing of it is markup."""
+    """A name of somebody else's as it can stand in a heading, in a table and between backticks, without markup."""
     return re.sub(r"[`|<>\[\]\\]", "_", escape_control_chars(name))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..files.adapter_folder import CONFIG, AdapterFileError
 from ..files.json_object import read_json_object
@@ -32,7 +32,7 @@ def _guarded(method: Callable, check: Callable) -> Callable:
         check(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
-    guarded._mosld_guards = True  # pyright: ignore[reportFunctionMemberAccess]
+    cast(Any, guarded)._mosld_guards = True
     return guarded
 
 

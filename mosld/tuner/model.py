@@ -63,7 +63,7 @@ class MoSLDModel(BaseTuner):
         own_config = cast(Any, self.peft_config[adapter_name])
         targets = own_config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            own_config = include_all_linear(own_config, model)
+            include_all_linear(own_config, model)  # in place
             own_config.target_modules = all_linear(model, own_config.target_modules)
         hints = unmatched_targets(model, targets)
         try:
