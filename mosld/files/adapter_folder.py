@@ -79,6 +79,8 @@ def check_name(adapter: str) -> None:
         raise ValueError(
             f"an adapter's name becomes that of its folder, without {' '.join(refused)} and NUL, got {adapter!r}"
         )
+    if "." in adapter.strip("."):
+        raise ValueError(f"an adapter's name is part of its weights' names, where a dot divides, got {adapter!r}")
 
 
 def write_digest(folder: Path) -> None:

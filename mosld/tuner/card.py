@@ -182,7 +182,7 @@ def _table(heads: tuple[str, ...], rows: list) -> str:
 
 def _plain(name: str) -> str:
     """A name of somebody else's as it can stand in a heading, in a table and between backticks, without markup."""
-    return re.sub(r"[`|<>\[\]\\]", "_", escape_control_chars(name))
+    return re.sub(r"[`|<>\[\]\\]", "_", escape_control_chars(" ".join(name.split())))
 
 
 def _percent(value: float | None) -> str:

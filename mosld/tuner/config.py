@@ -337,16 +337,22 @@ def _check_announced(weights: AdapterWeights, config: MoSLDConfig) -> None:
     PEFT would write them into the base model, where disabling the adapter does not undo it. What it saves by itself are
     embeddings and heads of a vocabulary that was resized.
     """
-    announced = [re.compile(MODULES_TO_SAVE_PATTERN.format(name)) for name in config.modules_to_save or ()]
     for name in weights.others:
         module = name.rpartition(".")[0]
         if config.trainable_token_indices is not None and "token_adapter" in name:
             continue
-        if not any(pattern.match(module) for pattern in announced) and not _VOCABULARY.search(module):
+        if not announces(config.modules_to_save or (), module) and not _VOCABULARY.search(module):
             raise AdapterFileError(
                 f"{weights.path} holds {escape_control_chars(name)}, which is no adapter's and none of "
                 f"modules_to_save={config.modules_to_save}: it would be written into the base model"
             )
+
+
+def announces(modules_to_save: Iterable[str], module: str) -> bool:
+    """Whether a module is one of these, or inside one: as PEFT finds them, by the end of its name."""
+    parts = module.split(".")
+    outside = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(name.endswith(wanted) for wanted in modules_to_save for name in outside)
 
 
 # How transformers' models call what has a row for each token.

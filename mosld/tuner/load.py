@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..files.adapter_folder import PEFT_PREFIX
 from ..mixture.spec import BLOCK_PARTS, PARTS
 from .layer import PREFIX, MoSLDPeftLayer, layers_of
 
@@ -54,6 +57,13 @@ def check_whole(model: nn.Module, adapter_name: str, saved: Mapping[str, Tensor]
                 f"the adapter does not fit the base model: its configuration adapts {unwrapped(name)}, and it was "
                 "saved without weights for it"
             )
+
+
+def saved_layers(path: Path) -> set[str]:
+    """The layers of the base model that a file of weights is for."""
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    return {key.removeprefix(PEFT_PREFIX).partition(f".{PREFIX}")[0] for key in keys if f".{PREFIX}" in key}
 
 
 def is_untrained(model: nn.Module, adapter_name: str) -> bool:

@@ -4,15 +4,12 @@ PEFT does the rest: matching names, freezing, saving, loading, several adapters,
 """
 
 import contextlib
-import difflib
-import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..files.adapter_folder import AdapterFileError, check_name
 from ..layers.feed_forward import check_block, is_block
@@ -26,7 +23,8 @@ from .layer import (
     MoSLDPeftLinear,
     layers_of,
 )
-from .load import check_fit, check_whole, is_untrained
+from .load import check_fit, check_whole, is_untrained, saved_layers
+from .names import check_excluded, check_patterns, unmatched_targets
 from .peft_api import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -59,7 +57,14 @@ class MoSLDModel(BaseTuner):
 
         warns where some names match, raises PEFT's error (a ValueError) where none does.
         """
-        check_name(adapter_name)
+        try:
+            check_name(adapter_name)
+            if hasattr(nn.ModuleDict, adapter_name):
+                raise ValueError(f"an adapter's name must not be that of a method of modules, got {adapter_name!r}")
+            check_excluded(self.peft_config[adapter_name], model)
+        except ValueError:
+            self.peft_config.pop(adapter_name, None)
+            raise
         own_config = cast(Any, self.peft_config[adapter_name])
         targets = own_config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -83,8 +88,16 @@ class MoSLDModel(BaseTuner):
             )
         if hints and not isinstance(targets, str):
             warnings.warn(f"some of target_modules match nothing: {'; '.join(hints)}", stacklevel=2)
+        adapted = [name for name, _ in layers_of(model, adapter_name)]
+        try:
+            check_patterns(own_config, model, adapted)
+        except ValueError:
+            # Of a saved adapter that has layers which are not here, loading says more, and refuses it.
+            if own_config.saved is None or saved_layers(own_config.saved) <= set(adapted):
+                undo_injection(self, adapter_name)
+                raise
         announce(model)
-        left = out_of_reach(model, [name for name, _ in layers_of(model, adapter_name)])
+        left = out_of_reach(model, adapted)
         if left:
             warnings.warn(left, stacklevel=2)
 
@@ -187,29 +200,3 @@ def _unwrap(tuner: BaseTuner, adapter_name: str) -> None:
                 module.delete_adapter(adapter_name, new_active_adapters=tuner.active_adapters)
             else:
                 setattr(tuner.model.get_submodule(parent), child, module.original_module)
-
-
-def unmatched_targets(model: nn.Module, targets: Collection[str] | str | None) -> list[str]:
-    """One sentence for each of `targets` (names as in MoSLDConfig, or an expression) that no module matches."""
-    names, linears = [], []
-    for name, module in model.named_modules():
-        names.append(name)
-        if isinstance(module, (nn.Linear, Conv1D, MoSLDPeftLayer)):
-            linears.append(name)
-    if isinstance(targets, str):
-        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names):
-            return []
-        return [f"the regular expression {targets!r} matches none of the modules, such as {', '.join(linears[:3])}"]
-    sentences = []
-    for target in sorted(targets or []):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            sentences.append(f"no module is called {target!r}, {_nearest(target, linears)}")
-    return sentences
-
-
-def _nearest(target: str, linears: list[str]) -> str:
-    """Which endings of the layers' names, of as many parts as `target` has, come near to it; or which there are."""
-    parts = target.count(".") + 1
-    endings = [*dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linears)]
-    nearest = difflib.get_close_matches(target, endings, n=3)
-    return f"the nearest are {', '.join(nearest)}" if nearest else f"there are {', '.join(endings[:12])}"

@@ -68,7 +68,7 @@ FAULTS = [
         "configuration_loads_unchecked_weights",
         "mosld/tuner/config.py",
         "        if isinstance(config, MoSLDConfig) and weights.is_file():\n"
-        "            AdapterWeights(weights, config.mixture_of)\n",
+        "            _check_announced(AdapterWeights(weights, config.mixture_of), config)\n",
         "        if isinstance(config, MoSLDConfig) and weights.is_file():\n",
         "a damaged adapter is found after the model was changed, or never",
         FILE,
@@ -160,5 +160,29 @@ FAULTS = [
         '        path.write_text(text, encoding="utf-8", newline="")\n',
         "a killed save leaves half a checksum or half a model card",
         KILLS,
+    ),
+    Fault(
+        "weights_into_another_configuration",
+        "mosld/tuner/guards.py",
+        "    if different:\n",
+        "    if False:\n",
+        "a run resumed with another top_k goes on with weights that compute something else",
+        ("tests/hardening/wild/test_files_and_configurations_agree.py",),
+    ),
+    Fault(
+        "a_file_writes_into_the_base",
+        "mosld/tuner/config.py",
+        "        if not announces(config.modules_to_save or (), module) and not _VOCABULARY.search(module):\n",
+        "        if False:\n",
+        "an adapter file overwrites weights of the base, and disabling the adapter does not undo it",
+        ("tests/hardening/wild/test_files_and_configurations_agree.py",),
+    ),
+    Fault(
+        "patterns_that_match_nothing_pass",
+        "mosld/tuner/model.py",
+        "            check_patterns(own_config, model, adapted)\n",
+        "            pass\n",
+        "a misspelt pattern leaves a layer with the default number of experts",
+        ("tests/hardening/wild/test_files_and_configurations_agree.py",),
     ),
 ]

@@ -124,7 +124,7 @@ FAULTS = [
     Fault(
         "an_adapters_name_is_a_path",
         "mosld/tuner/model.py",
-        "        check_name(adapter_name)\n",
+        "            check_name(adapter_name)\n",
         "",
         "save_pretrained writes an adapter called /tmp/x there",
         PATHS,
