@@ -55,7 +55,8 @@ class MoSLDAdapter(nn.Module):
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures
     have other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
     router_logits: [..., num_experts] of the last call, for `balance_loss` and `router_stats`; None before the first,
-    since `forget_routing`, and where tokens do not choose among experts. mask: which of its tokens are real, None where
+    since `forget_routing`, and where tokens do not choose among experts. gates: [..., num_experts], where a gate function
+    of the mixing's own made them; else top_k of the logits says who was chosen. mask: which of its tokens are real, None where
     that is not known. earlier: the same of earlier calls in one forward of the model, for layers that it calls several
     times; see `mosld.layers.forwards`. hidden, gram: z [..., rows of A] of the last
     forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. deferred_grads: gradients for
@@ -138,6 +139,7 @@ class MoSLDAdapter(nn.Module):
         self.hidden: Tensor | None = None
         self.gram: Tensor | None = None
         self.mask: Tensor | None = None
+        self.gates: Tensor | None = None
         self.slot: Slot | None = None
         self.earlier: tuple[EarlierCall, ...] = ()
         self.last_forward: Forward | None = None  # of the model, in which it ran last
@@ -205,12 +207,12 @@ class MoSLDAdapter(nn.Module):
         keeps_hidden = self.keep_hidden and self._can_keep_hidden
         call = self._call(x, MASK_RATES)
         if keeps_hidden or not self._can_fuse:
-            out, logits, z = self._staged(x, weight, bias, call)
+            out, logits, z, gates = self._staged(x, weight, bias, call)
         else:
             out, logits = self._fused(x, weight, bias, call)
-            z = None
+            z, gates = None, None
         hidden, gram = (z, self._gram(z)) if keeps_hidden and z is not None else (None, None)
-        return self._kept(x, out, call, router_logits=logits, hidden=hidden, gram=gram)
+        return self._kept(x, out, call, router_logits=logits, hidden=hidden, gram=gram, gates=gates)
 
     def _call(self, x: Tensor, drawn: tuple[str, ...]) -> Call:
         """Dropout, scale and routing of this call: as they are now, or in a recomputation as they were.
@@ -245,7 +247,7 @@ class MoSLDAdapter(nn.Module):
 
     def _keep(self, kept: dict[str, Tensor | None]) -> None:
         if self.keep_logits:
-            self.router_logits = kept["router_logits"]
+            self.router_logits, self.gates = kept["router_logits"], kept.get("gates")
         if self.keep_hidden:
             self.hidden, self.gram = kept.get("hidden"), kept.get("gram")
 
@@ -295,14 +297,16 @@ class MoSLDAdapter(nn.Module):
 
     def _staged(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """-> the output, the logits by which tokens choose experts or None, and z [..., rows of A]"""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """-> the output, the logits by which tokens choose experts or None, z [..., rows of A], and the gates [..., E]
+        where a gate function of the mixing's own made them"""
         if self.backend == "triton":
             raise RuntimeError(
                 f"backend='triton' cannot run: mixing={self.mixture.mixing!r} with router={self.mixture.router!r}, "
                 f"keep_hidden={self.keep_hidden} and this dropout runs in torch products alone; backend='auto' can"
             )
         m, routed, hidden = self.mixture, [], []
+        own_gates: list[Tensor] = []
         rates = [call.rates.get(name, 0.0) for name in RATES]
 
         def mix(z: Tensor, logits: Tensor | None) -> Tensor:
@@ -311,6 +315,8 @@ class MoSLDAdapter(nn.Module):
                 logits = router_logits(self, x, z, logits)
                 routed.append(logits)
                 gates = apply_gate(self, logits)
+                if m.kind.gate is not None and gates.shape == logits.shape:
+                    own_gates.append(gates.detach())
             else:
                 gates = gates_without_logits(self, x, z)
             mixer = None if self.mixer is None else self.mixer.weight.to(z.dtype)
@@ -324,7 +330,9 @@ class MoSLDAdapter(nn.Module):
             router_weight=self.router.weight if m.router_kind.linear else None,
             dropout=Dropout(*rates),
         )  # fmt: skip
-        return out, routed[0] if routed and m.tokens_choose else None, hidden[0]
+        # Gates of another form than one an expert say nothing of who was chosen.
+        chooses = m.tokens_choose and (m.kind.gate is None or own_gates)
+        return out, routed[0] if routed and chooses else None, hidden[0], own_gates[0] if own_gates else None
 
     def routing_input(self, name: str) -> Any:
         """What `mosld.set_routing` gave under this name, or None.
@@ -380,7 +388,7 @@ class MoSLDAdapter(nn.Module):
 
 _DEFAULT = Mixture()
 _OF_THE_LAST_FORWARD = (
-    "router_logits", "hidden", "gram", "mask", "slot", "deferred_grads", "routing", "last_forward",
+    "router_logits", "hidden", "gram", "mask", "gates", "slot", "deferred_grads", "routing", "last_forward",
 )  # fmt: skip
 
 

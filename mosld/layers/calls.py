@@ -26,9 +26,9 @@ class Call(NamedTuple):
 class EarlierCall:
     """What a layer kept of a call before its last one, under the names that the adapter has for the last."""
 
-    __slots__ = ("router_logits", "hidden", "gram", "mask", "slot", "deferred_grads")
+    __slots__ = ("router_logits", "hidden", "gram", "mask", "gates", "slot", "deferred_grads")
 
     def __init__(self, adapter: Any):
         self.router_logits, self.hidden, self.gram = adapter.router_logits, adapter.hidden, adapter.gram
-        self.mask, self.slot = adapter.mask, adapter.slot
+        self.mask, self.gates, self.slot = adapter.mask, adapter.gates, adapter.slot
         self.deferred_grads: dict[str, Tensor] | None = None

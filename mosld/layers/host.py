@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -153,6 +154,7 @@ def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not announced.checked and model.training and torch.is_grad_enabled() and output is not None:
         announced.checked = True
         _tell_idle(model, forward)
+        _tell_unbalanced(model)
 
 
 def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
@@ -174,6 +176,26 @@ def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
         ". What never runs is saved and never trained: leave it out with exclude_modules, unless other inputs reach it",
         stacklevel=3,
     )
+
+
+def _tell_unbalanced(model: nn.Module) -> None:
+    """Say that transformers' own Trainer, which knows no balance loss, leaves out what a configuration asks for."""
+    coefs = {getattr(config, "balance_coef", 0) for config in (getattr(model, "peft_config", None) or {}).values()}
+    if not any(coefs) or not any(adapter.mixture.tokens_choose for _, adapter in running_adapters(model)):
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        bases = {base.__name__ for base in type(frame.f_locals.get("self")).__mro__}
+        if "Trainer" in bases:
+            if "MoSLDTrainerMixin" not in bases:
+                warnings.warn(
+                    f"balance_coef={max(coefs)} asks for a balance loss, which {type(frame.f_locals['self']).__name__} "
+                    "does not add: train with MoSLDTrainer, put mosld.MoSLDTrainerMixin before another Trainer, or say "
+                    "balance_coef=0",
+                    stacklevel=3,
+                )
+            return
+        frame = frame.f_back
 
 
 def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ def balance_loss(
 ) -> Tensor:
     """The load-balance loss of the last forward, E sum_e f_e P_e per layer, summed over layers.
 
-    Layers with K = E are left out: there every expert is always chosen and the loss is constant.
+    Layers with K = E are left out: there every expert is always chosen and the loss is constant. Where a mixing has a
+    gate function of its own, the chosen are the experts whose gate is not zero.
 
     Args:
         model: The adapted model, or one layer.
@@ -69,7 +70,8 @@ def balance_loss(
     for ran in together(last_routing(model, attention_mask), pool):
         calls = []
         for own in ran:
-            calls.append((kept.of(own.name, own.kept, "router_logits", own.adapter.router.weight), own.mask))
+            logits = kept.of(own.name, own.kept, "router_logits", own.adapter.router.weight)
+            calls.append((logits, own.mask, own.kept.gates))
         losses.append(_of_pool(ran[0].adapter, calls))
     return added(losses, model)
 
@@ -79,7 +81,7 @@ def together(ran: Iterable[Ran], pool: str) -> list[list[Ran]]:
     pools: dict[object, list[Ran]] = {}
     for own in ran:
         adapter = own.adapter
-        if adapter.top_k < adapter.num_experts:
+        if adapter.top_k < adapter.num_experts or own.kept.gates is not None:
             key = {"layer": adapter, "block": _block(own.name), "model": None}[pool]
             pools.setdefault(key, []).append(own)
     for calls in pools.values():
@@ -104,28 +106,35 @@ def _check_equal(calls: list[Ran], pool: str) -> None:
             )
 
 
-def _of_pool(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """logits [..., E], mask [...] of each call -> E sum_e f_e P_e over all tokens where the mask is not zero
+def _of_pool(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Tensor:
+    """logits [..., E], mask [...], gates [..., E] or None of each call -> E sum_e f_e P_e over all tokens where the mask
+    is not zero. The chosen are the top_k of the logits, or where gates are given those whose gate is not zero.
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
     NaN.
     """
     places, probabilities, tokens = [], [], []
-    for logits, mask in calls:
+    for logits, mask, gates in calls:
         logits = logits.reshape(-1, logits.shape[-1])  # a single vector is one token
         if mask is None:
             tokens.append(torch.full((), float(len(logits)), dtype=logits.dtype, device=logits.device))
-            places.append(top_k_mask(logits, adapter.top_k).sum(0))
+            places.append(_chosen(logits, gates, adapter.top_k).sum(0))
             probabilities.append(logits.softmax(-1).sum(0))
             continue
         real = (mask.to(logits.device) != 0).flatten().unsqueeze(-1)  # [T, 1]
         logits = torch.where(real, logits, 0.0)
         tokens.append(real.sum().to(logits.dtype))
-        places.append((top_k_mask(logits, adapter.top_k) & real).sum(0))
+        places.append((_chosen(logits, gates, adapter.top_k) & real).sum(0))
         probabilities.append((logits.softmax(-1) * real).sum(0))
     count = _sum(tokens).clamp(min=1)
-    load = _sum(places).to(count.dtype) / (count * adapter.top_k)
+    chosen = _sum(places).to(count.dtype)
+    load = chosen / (count * adapter.top_k if calls[0][2] is None else chosen.sum().clamp(min=1))
     return adapter.num_experts * (load * _sum(probabilities) / count).sum()
+
+
+def _chosen(logits: Tensor, gates: Tensor | None, top_k: int) -> Tensor:
+    """-> bool [T, E]"""
+    return top_k_mask(logits, top_k) if gates is None else gates.reshape(logits.shape) != 0
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -5,7 +5,11 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from ..files.adapter_folder import PICKLES, WEIGHTS, AdapterFileError, check_digest, check_weights
+from ..tuner.config import MoSLDConfig
+from ..tuner.guards import load_into
 
 STATE = "trainer_state.json"  # which the Trainer writes last
 # Weights of a whole model, which the Trainer prefers to an adapter's wherever both lie in a checkpoint.
@@ -13,7 +17,40 @@ PREFERRED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safeten
 
 
 class WholeCheckpointsMixin:
-    """For any Trainer: `trainer_state.json` comes after the files of every process, not of the first alone."""
+    """For any Trainer: `trainer_state.json` comes after the files of every process, not of the first alone; and
+    adapters are loaded from where they lie, whatever they are called and whoever added them.
+    """
+
+    def _load_best_model(self) -> None:
+        # The Trainer looks in the checkpoint itself, where PEFT saves no adapter but "default".
+        if not self._load_adapters(Path(cast(Any, self).state.best_model_checkpoint)):
+            cast(Any, super())._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_adapters(Path(resume_from_checkpoint), model):
+            cast(Any, super())._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_adapters(self, checkpoint: Path, model: nn.Module | None = None) -> bool:
+        """Load the active adapters of MoSLD; False where that is left to the Trainer."""
+        trainer: Any = self
+        model = trainer.model if model is None else model
+        configs = getattr(model, "peft_config", None)
+        if not configs or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return False
+        active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
+        names = list(active() if callable(active) else active or [])
+        if not all(isinstance(configs[name], MoSLDConfig) for name in names):
+            return False
+        folders = {}
+        for name in names:
+            own = checkpoint / name
+            # transformers saves the active adapter in the checkpoint itself, whatever its name.
+            folders[name] = own if (own / WEIGHTS).is_file() else checkpoint
+        if not folders or not all((folder / WEIGHTS).is_file() for folder in folders.values()):
+            return False
+        for name, folder in folders.items():
+            load_into(cast(nn.Module, model), name, folder)
+        return True
 
     def _save_rng_state(self, output_dir: str) -> None:
         cast(Any, super())._save_rng_state(output_dir)

@@ -70,6 +70,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     """
 
     _told_unmasked = False
+    _announced: nn.Module | None = None  # `model_init` makes another model for every trial
 
     def __init__(
         self,
@@ -93,13 +94,29 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
                 f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        own = cast(nn.Module, self.model)
-        if not is_announced(own):  # layers placed by hand
-            announce(own)
-        self.balance_coef = _balance_coef(own, balance_coef)
-        self.balance_pool = _balance_pool(own) if self.balance_coef else "layer"
+        self._given_coef = balance_coef
+        if self.balance_coef:  # what cannot be used is told before the training
+            _balance_pool(cast(nn.Module, self.model))
         self.router_logs = router_logs
         self._routing = _Routing()
+
+    @property
+    def balance_coef(self) -> float:
+        """The weight of the balance loss now: of the model that is trained now, and its active adapter.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> from mosld import MoSLDTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+        >>> MoSLDTrainer(model, TrainingArguments("run", use_cpu=True, report_to="none")).balance_coef
+        0.001
+        """
+        model = cast(nn.Module, self.model)
+        if model is not self._announced and model is not None:
+            self._announced = model
+            if not is_announced(model):  # layers placed by hand
+                announce(model)
+        return _balance_coef(model, self._given_coef)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the Trainer's, but it resumes only from a checkpoint whose adapters are as they were saved.
@@ -157,8 +174,9 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
         """Name -> (weight, loss of the last forward), of those with a weight; counted for the logs with its routing."""
         losses: dict[str, tuple[float, Tensor]] = {}
         mask = self._mask(model, inputs)
-        if self.balance_coef:
-            losses["balance_loss"] = self.balance_coef, balance_loss(model, mask, pool=self.balance_pool)
+        if coef := self.balance_coef:
+            pool = _balance_pool(cast(nn.Module, self.model))
+            losses["balance_loss"] = coef, balance_loss(model, mask, pool=pool)
             self._tell_unmasked(model)
         for name, (weight, function) in self.auxiliary_losses.items():
             if weight:

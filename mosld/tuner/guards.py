@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
 from transformers.utils.hub import cached_file
 
-from ..files.adapter_folder import CONFIG, AdapterFileError
+from ..files.adapter_folder import CONFIG, PEFT_PREFIX, AdapterFileError
 from ..files.json_object import read_json_object
 from .card import README, readable_card
 from .config import MoSLDConfig
@@ -44,9 +45,12 @@ def _before_loading(
     PEFT loads the weights into it and leaves the file's configuration aside.
     """
     live = model.peft_config.get(adapter_name)
-    if not isinstance(live, MoSLDConfig):
-        return
-    saved = _configuration(str(model_id), kwargs)
+    if isinstance(live, MoSLDConfig):
+        _check_configuration(live, model_id, adapter_name, kwargs)
+
+
+def _check_configuration(live: MoSLDConfig, model_id: Any, adapter_name: str, options: dict[str, Any]) -> None:
+    saved = _configuration(str(model_id), options)
     if saved is None:
         raise AdapterFileError(f"{model_id} is no adapter of MoSLD's, and {adapter_name!r} is one")
     different = differences(live, saved)
@@ -56,6 +60,22 @@ def _before_loading(
             f"{'; '.join(different)}. Its weights would compute something else. Give the adapter the file's "
             f"configuration, or take the file's: model.delete_adapter({adapter_name!r}) before load_adapter"
         )
+
+
+def load_into(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    """Load the saved adapter in `folder` into one that the model has, trainable as it is.
+
+    raises AdapterFileError where its configuration computes something else.
+    """
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name, is_trainable=True)
+        return
+    live: Any = cast(Any, model).peft_config[adapter_name]
+    _check_configuration(live, folder, adapter_name, {})
+    saved = {}
+    for name, tensor in load_peft_weights(str(folder), device="cpu").items():
+        saved[name.removeprefix(PEFT_PREFIX)] = tensor
+    set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
 
 
 def _configuration(model_id: str, options: dict[str, Any]) -> MoSLDConfig | None:

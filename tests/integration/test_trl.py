@@ -14,6 +14,7 @@ from tests.helpers.models import perturb, tiny_llama, token_ids
 from tests.tasks.test_scoring import byte_tokenizer
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:balance_coef=.* asks for a balance loss"),  # TRL's own stands beside ours
     pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed: extra `trl`"),
     pytest.mark.usefixtures("offline"),
     # TRL sets what transformers renames.

@@ -17,6 +17,8 @@ from mosld import (
 )
 from tests.helpers.models import perturb, tiny_llama, token_ids
 
+# transformers' own Trainer stands beside ours in some of these tests, and is told of.
+pytestmark = pytest.mark.filterwarnings("ignore:balance_coef=.* asks for a balance loss")
 COEF = 0.5
 ROWS = [{"input_ids": row, "labels": row} for row in token_ids(rows=8, length=6)]
 

@@ -11,8 +11,8 @@ FAULTS = [
     Fault(
         "load_counts_every_place",
         "mosld/training/balance.py",
-        ".to(count.dtype) / (count * adapter.top_k)",
-        ".to(count.dtype) / count",
+        "    load = chosen / (count * adapter.top_k if",
+        "    load = chosen / (count if",
         "the loss is K times as large as documented",
         BALANCE,
     ),
@@ -27,8 +27,8 @@ FAULTS = [
     Fault(
         "padding_is_chosen",
         "mosld/training/balance.py",
-        "places.append((top_k_mask(logits, adapter.top_k) & real).sum(0))",
-        "places.append(top_k_mask(logits, adapter.top_k).sum(0))",
+        "places.append((_chosen(logits, gates, adapter.top_k) & real).sum(0))",
+        "places.append(_chosen(logits, gates, adapter.top_k).sum(0))",
         "padding counts in the load",
         BALANCE,
     ),
@@ -67,8 +67,8 @@ FAULTS = [
     Fault(
         "dense_layers_counted",
         "mosld/training/balance.py",
-        "        if adapter.top_k < adapter.num_experts:\n",
-        "        if adapter.top_k <= adapter.num_experts:\n",
+        "        if adapter.top_k < adapter.num_experts or",
+        "        if adapter.top_k <= adapter.num_experts or",
         "layers with K = E add a constant to the loss that is told",
         BALANCE,
     ),
