@@ -22,6 +22,7 @@ from .mixture.routers import register_router  # noqa: E402
 from .training.balance import balance_loss  # noqa: E402
 from .training.contrastive import contrastive_loss  # noqa: E402
 from .training.localized import localized_balance_loss  # noqa: E402
+from .training.parameter_groups import parameter_groups  # noqa: E402
 from .training.trainer import MoSLDTrainer, MoSLDTrainerMixin  # noqa: E402
 from .tuner.config import MoSLDConfig  # noqa: E402
 
@@ -39,6 +40,7 @@ __all__ = [
     "forget_routing",
     "import_lora",
     "localized_balance_loss",
+    "parameter_groups",
     "presets",
     "register_mixing",
     "register_router",
