@@ -27,6 +27,7 @@ from .bits import draw_bits, zeroed
 from .precision import no_autocast, router_dtype
 from .products import add_mm, mm
 from .stages import Down, Up, drop_weight
+from .transforms import needs_plain_operators
 
 DOWN_STREAM = 2  # of the mask on A2; that of A1 and A3, one above the other, has stream 0
 
@@ -93,7 +94,8 @@ def up(out: Tensor, mixed: Tensor, down_b: Tensor) -> Tensor:
 
 
 def _by_hand(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    is_plain_tensor = type(x) in (Tensor, torch.nn.Parameter)
+    return is_plain_tensor and not torch.compiler.is_compiling() and not needs_plain_operators()
 
 
 def block_mixture(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:

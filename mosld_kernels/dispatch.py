@@ -12,12 +12,14 @@ import os
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, plain
 from .autograd import Inputs, MoSLDFunction, Settings
 from .checks import check_input, check_mixing, check_seed
 from .limits import size_obstacle
 from .packing import expert_rank
 from .precision import FLOATS, autocasts, castable_dtypes, no_autocast, product_dtype, router_dtype
+from .products import frozen, multiplies_apart
+from .transforms import needs_plain_operators
 
 BACKENDS = ("auto", "eager", "triton")
 TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,7 +159,15 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
                 cast[name] = tensor.to(dtype)
         inputs = inputs._replace(**cast)
     leading = x.shape[:-1]
+    base = None
+    if weight is not None and multiplies_apart(x):
+        base = frozen(inputs.x, inputs.weight, inputs.bias)
+        inputs = inputs._replace(weight=None, bias=None)
     inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))
+    if needs_plain_operators():
+        with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+            out, logits = plain.forward(inputs, settings)
+        return _whole(base, out.view(*leading, out.shape[1])), logits.view(*leading, logits.shape[1])
     # Tensors without memory (fake ones) and other subclasses go the dispatcher's way, which knows what to do with them.
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         out, logits, _, _ = torch.ops.mosld.linear(*inputs, *settings)
@@ -168,7 +178,11 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
                 out, logits = MoSLDFunction.apply(*inputs, *settings)
             else:  # a tenth of the time of a call with one token
                 out, logits, _, _ = autograd.forward(inputs, settings)
-    return out.view(*leading, out.shape[1]), logits.view(*leading, logits.shape[1])
+    return _whole(base, out.view(*leading, out.shape[1])), logits.view(*leading, logits.shape[1])
+
+
+def _whole(base: Tensor | None, out: Tensor) -> Tensor:
+    return out if base is None else base + out
 
 
 def _choose_backend(inputs: Inputs, dtype: torch.dtype, asked: str, mixing: str) -> str:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .checks import check_seed
 from .philox import philox
+from .transforms import needs_plain_operators
 
 try:
     from . import numpy_mask
@@ -63,7 +64,7 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, layer_id: int = 0,
 
 def _on_this_host(seed: Tensor) -> bool:
     """Whether the seed has a value to read now: no fake tensor, and nobody who traces operations to repeat them."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or needs_plain_operators():
         return False  # and do not look further: torch.compile cannot trace the question about modes
     return type(seed) is Tensor and seed.device.type == "cpu" and _get_current_dispatch_mode() is None
 

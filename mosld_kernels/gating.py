@@ -56,6 +56,8 @@ def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     >>> largest(torch.tensor([1.0, 3.0, 2.0, 3.0]), top_k=3)
     (tensor([3., 3., 2.]), tensor([1, 3, 2]))
     """
+    if torch.onnx.is_in_onnx_export():  # which has no stable sort, and whose TopK gives equal values to the lower index
+        return logits.topk(top_k, dim=-1)
     if top_k > MOST_MAXIMA or logits.numel() < FEWEST_LOGITS:
         values, chosen = logits.sort(dim=-1, descending=True, stable=True)
         return values[..., :top_k], chosen[..., :top_k]

@@ -8,11 +8,15 @@ bits.
 The frozen layer's own product in forward stays torch's, because a fresh layer equals the frozen one bit for bit.
 """
 
+import contextlib
 import functools
 import platform
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .precision import autocasts, no_autocast
 
 FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
 # It adds up one product after the other, MKL in blocks of at most this length: up to here both round alike. Beyond,
@@ -43,6 +47,19 @@ def mm_sum(
         return add_mm(mm(a, b, bias), *small)
     # The large product accumulates onto the stored small one: the other way round takes one more pass over the sum.
     return mm(*small, bias).addmm_(a, b)
+
+
+def multiplies_apart(x: Tensor) -> bool:
+    """Whether torch multiplies x [..., D_in] batch by batch where its rows do not lie one after the other, as those of
+    [tokens, batch, D_in] that was transposed: the product of all rows at once has other last bits.
+    """
+    return x.dim() > 2 and not x.is_contiguous()
+
+
+def frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The frozen layer's own product, by torch, whatever lies where; in the dtypes that are given."""
+    with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+        return F.linear(x, weight, bias)
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from .bits import draw_bits, zeroed
 from .checks import check_input, check_seed
 from .precision import FLOATS, autocasts, castable_dtypes, no_autocast, product_dtype, router_dtype
+from .products import frozen, multiplies_apart
 from .stages import Down, Up, drop_weight
+from .transforms import needs_plain_operators
 
 Mix = Callable[[Tensor, Tensor | None], Tensor]
 UP_STREAM = 1  # of the mask on B; that of A has stream 0
@@ -92,10 +94,14 @@ def staged_linear(
 
 def _products(x, weight, bias, down_weight, up_weight, router_weight, mix: Mix, scale: float, dropout: Dropout):
     """All in one dtype, x [..., D_in] -> y [..., D_out], router logits [..., n] or None"""
+    base = None
+    if weight is not None and multiplies_apart(x):
+        base, weight, bias = frozen(x, weight, bias), None, None
     leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     keep = draw_bits(x, dropout.x) if dropout.x else None
     # torch.compile and tensors without memory want operators that they know.
-    by_products = not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    is_plain_tensor = type(x) in (Tensor, torch.nn.Parameter)
+    by_products = is_plain_tensor and not torch.compiler.is_compiling() and not needs_plain_operators()
     if by_products:
         x, z, logits = Down.apply(x, down_weight, router_weight, keep)  # pyright: ignore
     else:
@@ -119,7 +125,8 @@ def _products(x, weight, bias, down_weight, up_weight, router_weight, mix: Mix, 
         out = Up.apply(x, weight, bias, h, up_weight)
     else:
         out = F.linear(h, up_weight) if weight is None else F.linear(x, weight, bias) + F.linear(h, up_weight)
-    return out.view(*leading, out.shape[1]), logits  # pyright: ignore
+    out = out.view(*leading, out.shape[1])  # pyright: ignore[reportOptionalMemberAccess]
+    return out if base is None else base + out, logits
 
 
 def _check_shapes(x, weight, bias, down_weight, up_weight, router_weight) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from .bits import zeroed
 from .dropout import drop_elements, keep_mask
 from .products import add_mm, dense_up, mm
+from .transforms import needs_plain_operators
 
 
 class Down(torch.autograd.Function):
@@ -120,6 +121,6 @@ def drop_weight(values: Tensor, p: float, seed: Tensor | None, stream: int, dtyp
     if not p:
         return values.to(dtype)
     assert seed is not None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or needs_plain_operators():
         return drop_elements(values, keep_mask(seed, values.shape, p, stream_id=stream), p, dtype)
     return _DropElements.apply(values, p, seed, stream, dtype)  # pyright: ignore

@@ -19,7 +19,7 @@ from .inputs import candidates
 from .shrunk import build, configurations, model_classes, parameters
 
 MOST_PARAMETERS = 250_000_000
-STEPS = 2  # B begins at zero, so that A moves from the second on
+STEPS = 4  # B begins at zero, so that A moves from the second on; some models skip layers at random
 LEARNING_RATE = 0.01
 
 
@@ -106,7 +106,7 @@ def _first_line(problem: BaseException) -> str:
 
 
 class Watched:
-    """Which modules ran since it was made, and to whose output a gradient came back."""
+    """Which modules ran since it was made, and to whose output a gradient came back for an input that says anything."""
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.ran: set[str] = set()
@@ -122,7 +122,9 @@ class Watched:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.ran.add(name)
-            if isinstance(output, Tensor) and output.requires_grad:
+            # Of an input of zeros no weight learns anything.
+            says = any(isinstance(value, Tensor) and bool(value.any()) for value in inputs)
+            if says and isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(arrived)
 
         return hook
@@ -142,10 +144,9 @@ def adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def train(model: nn.Module, inputs: dict[str, Any]) -> dict[str, bool]:
-    """Trained tensor -> whether a few steps of AdamW moved it."""
+    """Trained tensor -> whether a few steps moved it."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, eps=1e-30)
     for step in range(STEPS):
         torch.manual_seed(4 + step)
         terms = []
@@ -155,8 +156,8 @@ def train(model: nn.Module, inputs: dict[str, Any]) -> dict[str, bool]:
                 known = torch.nan_to_num(tensor.float(), 0.0, 0.0, 0.0)
                 terms.append((known * torch.randn_like(known)).mean())
         torch.stack(terms).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for parameter in trained.values():
+            _move(parameter)
     return {name: not torch.equal(before[name], parameter) for name, parameter in trained.items()}
 
 
@@ -228,6 +229,19 @@ def _trains(base: Running) -> bool:
     except Exception:
         return False
     return True
+
+
+@torch.no_grad()
+def _move(parameter: nn.Parameter) -> None:
+    """A step along the gradient, as large as LEARNING_RATE at its largest element, however small the gradient is.
+
+    Not Adam's, whose first steps go by signs: experts that see the same few tokens would stay equal, and equal experts
+    leave a router without a gradient.
+    """
+    grad, parameter.grad = parameter.grad, None
+    largest = 0.0 if grad is None else grad.abs().max()
+    if grad is not None and largest > 0:
+        parameter.sub_(grad / largest, alpha=LEARNING_RATE)
 
 
 def _layer_of(parameter: str, layers: dict[str, nn.Module]) -> str:

@@ -18,7 +18,7 @@ def page(data: dict[str, Any]) -> str:
     ran = [row for row in rows if "not_built" not in row]
     purpose = f"""After this page you know on which of transformers' models "all-linear" was tried, and what came of it.
         `python -m benchmarks sweep` builds a shrunk model of every configuration type of transformers
-        {machine["transformers"]}, adapts it, and trains it for two steps of AdamW; `python -m docs.build.architectures`
+        {machine["transformers"]}, adapts it, and trains it for a few steps; `python -m docs.build.architectures`
         writes this page from [its file](../../benchmarks/results/sweep.json) (torch {machine["torch"]}, peft
         {machine["peft"]})."""
     checked = """Checked of each type: the fresh model's outputs are those of the frozen one, bit for bit; every adapted

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mosld import MoSLDConfig, MoSLDLinear
 from mosld.layers.adapter import MoSLDAdapter
@@ -247,3 +248,30 @@ def test_the_backend_can_be_set_for_one_layer_or_all(monkeypatch):
     monkeypatch.setattr(MoSLDAdapter, "backend", "cuda")
     with pytest.raises(ValueError, match="backend must be one of"):
         layer(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("kind", [{}, {"mixing": "diagonal"}, {"router": "hidden", "gate": "softmax"}], ids=str)
+@pytest.mark.parametrize("shape", [(512, 2, 96), (10, 2, 128), (7, 5, 64), (2, 2, 3, 128)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no-grad"])
+def test_rows_that_do_not_lie_one_after_the_other_give_the_frozen_layers_bits(kind, shape, with_bias, with_grad):
+    """Models that compute in [tokens, batch, features] hand transposed inputs to their layers: torch multiplies these
+    in another way, and so must a fresh layer, with the gradients of one that is contiguous."""
+    torch.manual_seed(0)
+    layer = MoSLDLinear(shape[-1], 96, bias=with_bias, r=2, num_experts=3, dropout=0.0, **kind)
+    for x in (torch.randn(shape[1], shape[0], *shape[2:]).transpose(0, 1), torch.randn(*shape[:-2], *shape[:-3:-1]).mT):
+        assert not x.is_contiguous()
+        with torch.set_grad_enabled(with_grad):
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    trained = copy.deepcopy(layer).double()
+    for parameter in trained.adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(shape[1], shape[0], *shape[2:], dtype=torch.float64).transpose(0, 1).requires_grad_()
+    results = []
+    for own in (x, x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()):
+        trained.zero_grad()
+        y = trained(own)
+        y.square().sum().backward()
+        results.append([y.detach(), own.grad, *(p.grad for p in trained.adapter.parameters())])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
