@@ -19,7 +19,7 @@ from .inputs import candidates
 from .shrunk import build, configurations, model_classes, parameters
 
 MOST_PARAMETERS = 250_000_000
-STEPS = 4  # B begins at zero, so that A moves from the second on; some models skip layers at random
+STEPS = 4  # some models skip layers at random
 LEARNING_RATE = 0.01
 
 
@@ -177,6 +177,7 @@ def try_method(base: Running, config: peft.PeftConfig) -> dict[str, Any]:
             watched = Watched(layers)
             result["fresh_equal"] = equal(frozen, logits(model, base.inputs))
             stage = "train"
+            _begin(model)
             _train_mode(model)
             try:
                 moved = train(model, base.inputs)
@@ -212,6 +213,15 @@ def try_method(base: Running, config: peft.PeftConfig) -> dict[str, Any]:
     return result
 
 
+@torch.no_grad()
+def _begin(model: nn.Module) -> None:
+    """Small random values where an adapter starts at zero: equal experts leave a router without a gradient."""
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.normal_(std=0.02)
+
+
 def _train_mode(model: nn.Module) -> None:
     """Training mode, but for what changes the base without a gradient: running means are no part of an adapter."""
     model.train()
@@ -233,11 +243,7 @@ def _trains(base: Running) -> bool:
 
 @torch.no_grad()
 def _move(parameter: nn.Parameter) -> None:
-    """A step along the gradient, as large as LEARNING_RATE at its largest element, however small the gradient is.
-
-    Not Adam's, whose first steps go by signs: experts that see the same few tokens would stay equal, and equal experts
-    leave a router without a gradient.
-    """
+    """A step along the gradient, as large as LEARNING_RATE at its largest element, however small the gradient is."""
     grad, parameter.grad = parameter.grad, None
     largest = 0.0 if grad is None else grad.abs().max()
     if grad is not None and largest > 0:
