@@ -21,6 +21,7 @@ from .shrunk import build, configurations, model_classes, parameters
 MOST_PARAMETERS = 250_000_000
 STEPS = 4  # some models skip layers at random
 LEARNING_RATE = 0.01
+LEAST = 1e-12
 
 
 class Running(NamedTuple):
@@ -122,8 +123,8 @@ class Watched:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.ran.add(name)
-            # Of an input of zeros no weight learns anything.
-            says = any(isinstance(value, Tensor) and bool(value.any()) for value in inputs)
+            # Of an input of next to nothing, which untrained models give, gradients are squares of it: zero.
+            says = any(isinstance(value, Tensor) and bool((value.abs() > LEAST).any()) for value in inputs)
             if says and isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(arrived)
 
