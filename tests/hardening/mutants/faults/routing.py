@@ -254,4 +254,12 @@ FAULTS = [
         "layers that never run count as trained",
         RUNS,
     ),
+    Fault(
+        "rejected_rows_without_tasks",
+        "mosld/training/task_ids.py",
+        "            ids = torch.cat([ids, ids])\n",
+        "            ids = ids.repeat_interleave(2)\n",
+        "preference batches train with the tasks of other rows",
+        ("tests/hardening/wild/test_trl_keeps_the_tasks.py",),
+    ),
 ]
