@@ -74,7 +74,7 @@ def expert_numbers(tensors: Mapping[str, Tensor], mixture: Mixture) -> dict[str,
     update_norms: of each expert, the Frobenius norm of its update [out, in] with a gate of 1.
     similarity: the mean cosine between what two experts have behind A (for MoSLD their B), over all pairs that are not
         zero; None without a pair. Of a feed-forward block the three linear layers count together.
-    untrained: the experts whose update is zero still.
+    untrained: the experts whose update is zero still. One that has diverged has a norm that is no number.
     All empty where a mixture has no gate of its own for each expert, or another update for each task.
     """
     kind = mixture.kind
@@ -106,7 +106,7 @@ def _block_experts(tensors: Mapping[str, Tensor], mixture: Mixture) -> tuple[Ten
 def _summary(mixture: Mixture, flat: Tensor, squares: Tensor) -> dict[str, Any]:
     """What is behind A, an expert a row, and the squares of the updates' norms over the scale -> `expert_numbers`"""
     lengths = flat.norm(dim=1)
-    trained = lengths > 0
+    trained = (lengths > 0) & lengths.isfinite()
     unit = flat[trained] / lengths[trained].unsqueeze(1)
     pairs = len(unit) * (len(unit) - 1)
     norms = mixture.scale * squares.clamp(min=0).sqrt()  # rounding may leave a tiny negative square
@@ -115,7 +115,7 @@ def _summary(mixture: Mixture, flat: Tensor, squares: Tensor) -> dict[str, Any]:
     return {
         "update_norms": norms.tolist(),
         "similarity": cosines.item() / pairs if pairs else None,
-        "untrained": (~trained).nonzero().flatten().tolist(),
+        "untrained": (lengths == 0).nonzero().flatten().tolist(),
     }
 
 

@@ -1,5 +1,6 @@
 """The reports of `mosld inspect` as text for people."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,10 +126,16 @@ def _layer_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
         _sizes(layer),
         str(layer["num_experts"]),
         f"{layer['parameters']:,}",
-        f"{min(norms):.3g} to {max(norms):.3g}" if norms else "",
+        _norms(norms),
         "" if similarity is None else f"{similarity:.3f}",
         _numbers(layer["untrained"]),
     )
+
+
+def _norms(norms: list[float]) -> str:
+    if not all(math.isfinite(norm) for norm in norms):
+        return "not finite: it has diverged"
+    return f"{min(norms):.3g} to {max(norms):.3g}" if norms else ""
 
 
 def _use_row(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:

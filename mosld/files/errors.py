@@ -37,6 +37,8 @@ def explain(error: BaseException, command: str, folder: Path | None) -> str | No
     """The message for the user of `mosld command`, which writes to `folder`; None for a fault of the program."""
     if isinstance(error, CellsFailed):
         return str(error)
+    if isinstance(error, FloatingPointError):  # a training that diverged, answers that are no numbers
+        return str(error)
     go_on = "Run the same command again"
     if command in LESS_MEMORY:  # the verbs with a folder of their own
         go_on = "What is finished is kept: run the same command again to go on"

@@ -129,6 +129,7 @@ def log_likelihoods(
 
     Raises:
         ValueError: For a batch_size below 1.
+        FloatingPointError: Where the model's logits are NaN, of which no answer can be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -147,6 +148,11 @@ def log_likelihoods(
         for i, row, row_log_probs in zip(chosen, rows, log_probs, strict=True):
             begin = len(row.prompt) - 1 - first
             own = row_log_probs[begin : begin + len(row.answer)]
+            if bool(own.isnan().any()):
+                raise FloatingPointError(
+                    "the model's logits are no numbers: its weights or the adapter's have diverged, and a score of them "
+                    "would mean nothing"
+                )
             answer = torch.tensor(row.answer, device=own.device)
             total = own.gather(1, answer.unsqueeze(1)).sum()
             results[i] = (float(total), bool((own.argmax(-1) == answer).all()))

@@ -15,6 +15,7 @@ from ..layers.routing import forget_routing
 from ..layers.stats import RouterStats, RouterUse, no_choice
 from .balance import balance_loss
 from .checkpoints import WholeCheckpointsMixin, check_adapters, last_whole_checkpoint
+from .finite import StopsWhereNotFinite
 from .task_ids import TaskColumnMixin
 
 BY_HAND_COEF = 1e-3  # the default of MoSLDConfig, for layers without one
@@ -30,6 +31,8 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
     where a micro-batch takes several; those without gradients do not count.
 
     A `task_ids` column of the data goes to `mosld.set_routing`; see TaskColumnMixin.
+
+    A gradient that is not finite ends the training before its step, with `mosld.training.finite.NotFiniteError`.
 
     Training resumed from a checkpoint goes on only from one whose adapters are as they were saved;
     `train(resume_from_checkpoint=True)` takes the newest that is whole, passing over one that was cut off.
@@ -94,6 +97,7 @@ class MoSLDTrainerMixin(WholeCheckpointsMixin, TaskColumnMixin):
                 f"MoSLD does not run under nn.DataParallel, which Trainer chooses for {self.args.n_gpu} GPUs in one "
                 "process: start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
             )
+        self.add_callback(StopsWhereNotFinite(self))
         self._given_coef = balance_coef
         if self.balance_coef:  # what cannot be used is told before the training
             _balance_pool(cast(nn.Module, self.model))

@@ -97,12 +97,28 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """PEFT's; beside a base that is offloaded, whose weights are on the meta device, to where the layer computes."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or computes_on(self.base_layer))
+
     def mixture_here(self, mixture: Mixture) -> Mixture:
         """What a configuration's mixture is on a module of this kind."""
         return mixture
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}=({mixture.extra_repr()})" for name, mixture in self.mixtures.items())
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """The device to which accelerate brings the weights of an offloaded layer for its forward; None for others."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    hook: Any = getattr(module, "_hf_hook", None)
+    for own in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(own, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoSLDPeftLayer]]:

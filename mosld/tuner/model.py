@@ -21,6 +21,7 @@ from .layer import (
     MoSLDPeftBlock,
     MoSLDPeftLayer,
     MoSLDPeftLinear,
+    computes_on,
     layers_of,
 )
 from .load import check_fit, check_whole, is_untrained, saved_layers
@@ -124,7 +125,9 @@ class MoSLDModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, MoSLDPeftBlock):  # unloading: PEFT's would ask the block for a weight of its own
+        # Unloading: PEFT's would ask a block for a weight of its own. Offloaded: it would bring the adapter to where the
+        # base's weight is, the meta device, and its values would be lost.
+        if isinstance(child, MoSLDPeftBlock) or computes_on(child) is not None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -161,8 +161,8 @@ FAULTS = [
     Fault(
         "task_column_of_the_batch_before",
         "mosld/training/task_ids.py",
-        "        set_routing(model, task_ids=inputs[COLUMN])\n",
-        "        if not self._saw_tasks:\n            set_routing(model, task_ids=inputs[COLUMN])\n",
+        "        set_routing(model, task_ids=ids)\n",
+        "        if not self._saw_tasks:\n            set_routing(model, task_ids=ids)\n",
         "every batch is routed by the first batch's tasks",
         ("tests/training/test_trainer_methods.py",),
     ),
