@@ -160,7 +160,7 @@ def _run(x, weight, bias, shared_a, expert_b, router_weight, seed, settings: Set
         inputs = inputs._replace(**cast)
     leading = x.shape[:-1]
     base = None
-    if weight is not None and multiplies_apart(x):
+    if inputs.weight is not None and multiplies_apart(inputs.x):
         base = frozen(inputs.x, inputs.weight, inputs.bias)
         inputs = inputs._replace(weight=None, bias=None)
     inputs = inputs._replace(x=inputs.x.reshape(-1, x.shape[-1]))

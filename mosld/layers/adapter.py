@@ -55,13 +55,13 @@ class MoSLDAdapter(nn.Module):
     `.view(out_features, num_experts, r)[:, e]` is expert e; router.weight: [num_experts, in_features]. Other mixtures
     have other shapes, `mixture.shapes` tells them, some a mixer.weight or tasks.weight too; what one has not is None.
     router_logits: [..., num_experts] of the last call, for `balance_loss` and `router_stats`; None before the first,
-    since `forget_routing`, and where tokens do not choose among experts. gates: [..., num_experts], where a gate function
-    of the mixing's own made them; else top_k of the logits says who was chosen. mask: which of its tokens are real, None where
-    that is not known. earlier: the same of earlier calls in one forward of the model, for layers that it calls several
-    times; see `mosld.layers.forwards`. hidden, gram: z [..., rows of A] of the last
-    forward and B^T B, for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. deferred_grads: gradients for
-    these, by name, of a forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing`
-    gave. None of them is part of the state: copies and pickles of the module start without them.
+    since `forget_routing`, and where tokens do not choose among experts. gates: [..., num_experts], where a gate
+    function of the mixing's own made them; else top_k of the logits says who was chosen. mask: which of its tokens are
+    real, None where that is not known. earlier: the same of earlier calls in one forward of the model, for layers that
+    it calls several times; see `mosld.layers.forwards`. hidden, gram: z [..., rows of A] of the last forward and B^T B,
+    for `mosld.losses.contrastive_loss`; None unless `keep_hidden`. deferred_grads: gradients for these, by name, of a
+    forward that kept none; see `mosld.layers.deferred_grads`. routing: what `mosld.set_routing` gave. None of them is
+    part of the state: copies and pickles of the module start without them.
 
     >>> import torch
     >>> from torch.nn import functional as F
@@ -353,15 +353,21 @@ class MoSLDAdapter(nn.Module):
                 routing = region.same((self, "routing"), routing)
         return None if routing is None else getattr(routing, name)
 
-    def is_training(self) -> bool:
+    @property
+    def training(self) -> bool:
         """Whether the layer is in training mode: as its weights' modules say, which whoever walks a model sets.
 
         >>> from mosld import MoSLDLinear
-        >>> MoSLDLinear(6, 5).eval().adapter.is_training()
+        >>> MoSLDLinear(6, 5).eval().adapter.training
         False
         """
-        own: Any = self._modules[self.parts[0]]
-        return own.training
+        modules: Any = self.__dict__.get("_modules") or {}
+        own = modules.get(self.parts[0])
+        return True if own is None else own.training
+
+    @training.setter
+    def training(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """nn.Module sets it beside those of its modules."""
 
     def running_forward(self) -> Forward | None:
         """The forward of the model that runs in this thread, which knows how many rows it was called with; or None.

@@ -185,8 +185,8 @@ def _tell_unbalanced(model: nn.Module) -> None:
         return
     frame = sys._getframe(1)
     while frame is not None:
-        bases = {base.__name__ for base in type(frame.f_locals.get("self")).__mro__}
-        if "Trainer" in bases:
+        bases = {base.__name__: base.__module__ for base in type(frame.f_locals.get("self")).__mro__}
+        if bases.get("Trainer", "").startswith("transformers."):
             if "MoSLDTrainerMixin" not in bases:
                 warnings.warn(
                     f"balance_coef={max(coefs)} asks for a balance loss, which {type(frame.f_locals['self']).__name__} "

@@ -199,7 +199,10 @@ def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[s
 
 
 def _sums(logits: Tensor, top_k: int, mask: Tensor | None, gates: Tensor | None) -> Tensor:
-    """logits [..., E], mask [...], gates [..., E] where no top-k made them -> [3 E + 2]. Tokens go across: on CPU ten times faster than a handful of experts."""
+    """logits [..., E], mask [...], gates [..., E] where no top-k made them -> [3 E + 2]
+
+    Tokens go across: on a CPU that is ten times faster than a handful of experts.
+    """
     logits = logits.detach().reshape(-1, logits.shape[-1])
     log_probability = logits.T.log_softmax(0)  # [E, T]
     probability = log_probability.exp()

@@ -32,7 +32,8 @@ class RoutedAdapter(Protocol):
 
     def running_forward(self) -> Any: ...
 
-    def is_training(self) -> bool: ...
+    @property
+    def training(self) -> bool: ...
 
 
 def task_ids(adapter: RoutedAdapter, x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def _for_rows(adapter: RoutedAdapter, name: str, values: Tensor, leading: tuple[
         return values.expand(rows, *values.shape[1:])
     if forward is None or forward.rows is None:  # nothing is known but the layer's own input
         return _for_neighbours(name, values, rows)
-    if len(values) != forward.rows and adapter.is_training():
+    if len(values) != forward.rows and adapter.training:
         raise ValueError(
             f"{name} must be for each of the {forward.rows} rows that the model was called with, got {len(values)}"
         )
@@ -136,8 +137,7 @@ class _SavedRouter:
     def running_forward(self) -> None:
         return None
 
-    def is_training(self) -> bool:
-        return False
+    training: bool = False
 
 
 def saved_fixed_gates(mixture: Any, weight: Tensor | None, like: Tensor) -> Tensor:

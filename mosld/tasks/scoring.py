@@ -150,8 +150,8 @@ def log_likelihoods(
             own = row_log_probs[begin : begin + len(row.answer)]
             if bool(own.isnan().any()):
                 raise FloatingPointError(
-                    "the model's logits are no numbers: its weights or the adapter's have diverged, and a score of them "
-                    "would mean nothing"
+                    "the model's logits are no numbers: its weights or the adapter's have diverged, and a score of "
+                    "them would mean nothing"
                 )
             answer = torch.tensor(row.answer, device=own.device)
             total = own.gather(1, answer.unsqueeze(1)).sum()

@@ -107,8 +107,8 @@ def _check_equal(calls: list[Ran], pool: str) -> None:
 
 
 def _of_pool(adapter: MoSLDAdapter, calls: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Tensor:
-    """logits [..., E], mask [...], gates [..., E] or None of each call -> E sum_e f_e P_e over all tokens where the mask
-    is not zero. The chosen are the top_k of the logits, or where gates are given those whose gate is not zero.
+    """logits [..., E], mask [...], gates [..., E] or None of each call -> E sum_e f_e P_e over all tokens where the
+    mask is not zero. The chosen are the top_k of the logits, or where gates are given those whose gate is not zero.
 
     Padding is set to zero, not left out: the host need not know how much there is. Set, not multiplied, as it may be
     NaN.

@@ -38,7 +38,7 @@ class WholeCheckpointsMixin:
         if not configs or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return False
         active: Any = getattr(model, "active_adapters", None)  # a method in transformers, a property in PEFT
-        names = list(active() if callable(active) else active or [])
+        names: list[str] = list(cast(Any, active() if callable(active) else active or []))
         if not all(isinstance(configs[name], MoSLDConfig) for name in names):
             return False
         folders = {}

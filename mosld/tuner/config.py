@@ -130,6 +130,7 @@ class MoSLDConfig(PeftConfig):
         self._check_names()
         self._list_to_set("target_modules")
         self._list_to_set("exclude_modules")
+        self._check_tokens()
         self._check_layers_to_transform()
         self._check_shared()
         self._check_experts()
@@ -154,6 +155,17 @@ class MoSLDConfig(PeftConfig):
         layers = self.layers_to_transform
         if not (layers is None or _is_list([layers], int) or _is_list(layers, int)):
             raise ValueError(f"layers_to_transform must be None or numbers of layers, got {layers!r}")
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        by_layer = tokens if isinstance(tokens, dict) else {"": tokens}
+        for name, own in by_layer.items():
+            is_numbers = _is_list(own, int) and min(own or (), default=0) >= 0
+            if not isinstance(name, str) or not (is_numbers or (own is None and tokens is None)):
+                raise ValueError(
+                    "trainable_token_indices must be None, numbers of tokens, or a dictionary from names of embeddings "
+                    f"to such, got {tokens!r}"
+                )
 
     def _take_sequences(self) -> None:
         """Lists of other libraries, such as OmegaConf's, are lists; their dictionaries are dictionaries."""

@@ -98,7 +98,7 @@ class MoSLDPeftLayer(nn.Module, MoSLDLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """PEFT's; beside a base that is offloaded, whose weights are on the meta device, to where the layer computes."""
+        """PEFT's; beside an offloaded base, whose weights are on the meta device, to where the layer computes."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or computes_on(self.base_layer))
 
     def mixture_here(self, mixture: Mixture) -> Mixture:

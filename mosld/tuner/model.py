@@ -125,8 +125,8 @@ class MoSLDModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # Unloading: PEFT's would ask a block for a weight of its own. Offloaded: it would bring the adapter to where the
-        # base's weight is, the meta device, and its values would be lost.
+        # Unloading: PEFT's would ask a block for a weight of its own. Offloaded: it would bring the adapter to the meta
+        # device, where the base's weight is, and its values would be lost.
         if isinstance(child, MoSLDPeftBlock) or computes_on(child) is not None:
             setattr(parent, child_name, new_module)
         else:

@@ -39,6 +39,7 @@ def fields_of(draw, name: str) -> dict[str, Any]:
         "base_model_name_or_path": draw(st.none() | st.text(max_size=20)),
         "revision": draw(st.none() | st.just("main")),
         "modules_to_save": draw(st.none() | st.just(["lm_head"])),
+        "trainable_token_indices": draw(st.none() | st.just([3, 5]) | st.just({"embed_tokens": [0]})),
         "exclude_modules": draw(st.none() | NAMES | st.just(r".*\.3\..*")),
     }
     if experts > 1:
@@ -141,6 +142,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "mixing_options": (None, [], "r_up", 3, {"r_upp": 3}, {3: 4}),
     "num_experts_pattern": NO_PATTERN,
     **dict.fromkeys(("target_modules", "exclude_modules"), NO_NAMES),
+    "trainable_token_indices": (5, True, "lm_head", [1.5], [-1], [True], {"embed": None}, {3: [1]}, {"embed": ["a"]}),
     "modules_to_save": ("lm_head", *(value for value in NO_NAMES if value != "(")),
     "layers_to_transform": (True, 1.5, "0", [0, "1"], [None], {"0": 1}, [True]),
     "layers_pattern": (5, True, {"layers": 1}, [0], "(", ["layers", "("]),

@@ -216,13 +216,19 @@ def call(recipe: Recipe, tensors: dict[str, Tensor] | None = None, **changes) ->
         leading, dtype = recipe.leading, recipe.dtype
         assert y.shape == (*leading, recipe.shape.D_out) and y.dtype == dtype
         assert logits.shape == (*leading, recipe.shape.E) and logits.dtype == router_dtype(dtype)
-        assert y.requires_grad == logits.requires_grad == bool(wanted)
+        # Of rows that do not lie one after the other the frozen layer's product is made apart, of which the logits are
+        # no part.
+        apart = given["x"].dim() > 2 and not given["x"].is_contiguous() and "weight" in present
+        routed = [n for n in wanted if not (apart and n in ("weight", "bias"))]
+        assert y.requires_grad == bool(wanted) and logits.requires_grad == bool(routed)
         results = {"y": flat(y.detach()), "logits": flat(logits.detach())}
         arriving = [(out, n) for out, n in ((y, "dout"), (logits, "dlogits")) if n in recipe.incoming]
         if wanted:
-            grads = torch.autograd.grad(
-                [out for out, _ in arriving], [given[n] for n in wanted], [tensors[n] for _, n in arriving]
-            )
+            reached = [(out, tensors[n]) for out, n in arriving if out.requires_grad]
+            grads = [torch.zeros_like(given[n]) for n in wanted]
+            if reached:
+                outs, douts = zip(*reached, strict=True)
+                grads = torch.autograd.grad(outs, [given[n] for n in wanted], douts, materialize_grads=True)
             for name, grad in zip(wanted, grads, strict=True):
                 assert grad.shape == given[name].shape and grad.dtype == given[name].dtype, name
                 results[f"d{name}"] = flat(grad) if name == "x" else grad

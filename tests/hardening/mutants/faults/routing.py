@@ -233,7 +233,7 @@ FAULTS = [
     Fault(
         "halves_taken_for_neighbours",
         "mosld/mixture/gates.py",
-        "    if len(values) != forward.rows and adapter.is_training():\n",
+        "    if len(values) != forward.rows and adapter.training:\n",
         "    if False:\n",
         "preference batches are trained with the tasks of other rows",
         ROWS,
