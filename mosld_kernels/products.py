@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .precision import autocasts, no_autocast
+from .transforms import needs_plain_operators
 
 FEWEST_FLOP = 8_000_000  # oneDNN's operator costs 15 us more to call; below, that is more than it saves
 # It adds up one product after the other, MKL in blocks of at most this length: up to here both round alike. Beyond,
@@ -58,8 +59,33 @@ def multiplies_apart(x: Tensor) -> bool:
 
 def frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The frozen layer's own product, by torch, whatever lies where; in the dtypes that are given."""
+    is_plain_tensor = type(x) in (Tensor, torch.nn.Parameter)
     with no_autocast(x.device.type) if autocasts(x) else contextlib.nullcontext():
+        if is_plain_tensor and not torch.compiler.is_compiling() and not needs_plain_operators():
+            return _Frozen.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
         return F.linear(x, weight, bias)
+
+
+class _Frozen(torch.autograd.Function):
+    """torch's linear layer over a frozen weight, with gradients that do not depend on which are wanted.
+
+    torch chooses the product by what asks for a gradient, in forward and in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.detach(), weight.detach(), None if bias is None else bias.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat = dout.reshape(-1, dout.shape[-1])
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        dx = mm(flat, weight).view(x.shape) if wants_x else None
+        dweight = mm(flat.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None
+        return dx, dweight, flat.sum(0) if wants_bias else None
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,4 +17,6 @@ def needs_plain_operators() -> bool:
     if torch.onnx.is_in_onnx_export():
         return True
     # While torch.compile traces, its own transforms are on the stack, and it knows the registered operator.
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore

@@ -45,5 +45,5 @@ class StopsWhereNotFinite(TrainerCallback):
 
 def _norm(grads: list[Tensor]) -> Tensor:
     """Not finite exactly where a gradient is not; one number on the first gradient's device."""
-    norms = [norm.to(grads[0].device, torch.float32) for norm in torch._foreach_norm(grads, float("inf"))]  # pyright: ignore
-    return torch.stack(norms).sum()
+    norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack([norm.to(grads[0].device, torch.float32) for norm in norms]).sum()
