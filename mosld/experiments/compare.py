@@ -57,7 +57,7 @@ def run_comparison(run: Comparison) -> None:
         finish(run.folder, "base", base_result)
     results = []
     failed: dict[str, str] = {}
-    with tqdm(total=len(run.stages), desc="compare", unit="cell", disable=not writes) as progress:
+    with tqdm(total=len(run.stages), desc="compare", unit="cell", disable=None if writes else True) as progress:
         for stage in run.stages:
             result = _finished_or_run(run, stage, failed)
             if result is not None:

@@ -47,7 +47,8 @@ class Descent:
     def steps(self) -> Iterator[int]:
         """The places of the steps that are left, with a progress bar; `done` ends each."""
         total = self.settings.steps
-        with tqdm(total=total, initial=len(self.losses), desc=self.label, unit="step", leave=False) as progress:
+        begun = len(self.losses)
+        with tqdm(total=total, initial=begun, desc=self.label, unit="step", leave=False, disable=None) as progress:
             while len(self.losses) < total:
                 before = len(self.losses)
                 yield before

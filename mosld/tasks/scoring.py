@@ -78,7 +78,7 @@ def score_tasks(
     for task in tasks:
         total += sum(len(candidates(example)) for example in task.test)
     scores = {}
-    with tqdm(total=total, desc=label, unit="choice", leave=False) as progress:
+    with tqdm(total=total, desc=label, unit="choice", leave=False, disable=None) as progress:
         for task in tasks:
             if not task.test:
                 continue

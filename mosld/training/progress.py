@@ -11,7 +11,8 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, desc=self.label, unit="step", leave=False)
+            # Not where output is no terminal: a file would get a line for every change.
+            self.training_bar = tqdm(total=state.max_steps, desc=self.label, unit="step", leave=False, disable=None)
         self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -26,6 +26,9 @@ def unsupported(target: nn.Module, parent: nn.Module, name: str) -> str | None:
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
         return f"MoSLD adapts nn.Linear and Conv1D layers, but {name} is a {type(base_layer).__name__}"
     child = name.rpartition(".")[2]
+    if any(part.startswith(PREFIX) for part in name.split(".")):
+        # PEFT finds a weight's place in a file by this beginning, and would look for it in the layer's own name.
+        return f"{name} cannot be adapted: names that begin with {PREFIX!r} are those of an adapter's weights"
     if isinstance(parent, nn.MultiheadAttention) or child in _read_never_called(type(parent)):
         owner = "nn.MultiheadAttention" if isinstance(parent, nn.MultiheadAttention) else type(parent).__name__
         return f"{name} cannot be adapted: {owner} reads its weight and never calls it"

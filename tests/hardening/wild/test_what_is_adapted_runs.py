@@ -235,3 +235,19 @@ def test_who_adapts_attention_alone_is_not_told(build):
         warnings.simplefilter("always")
         adapted(build(), ["q_proj", "v_proj"])
     assert not [w for w in told if "fused experts" in str(w.message)]
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mosld_projection, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.other(self.mosld_projection(x))
+
+
+def test_a_layer_whose_name_is_that_of_an_adapters_weights():
+    """It would be saved and not found again in the file."""
+    with pytest.raises(ValueError, match="mosld_projection cannot be adapted: names that begin with 'mosld_'"):
+        adapted(Named(), ["mosld_projection"])
+    assert names(adapted(Named())) == {"base_model.model.other"}
