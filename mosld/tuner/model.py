@@ -102,6 +102,10 @@ class MoSLDModel(BaseTuner):
         if left:
             warnings.warn(left, stacklevel=2)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT 0.20 calls the model's `forward`, past the hooks by which its forwards begin and end.
+        return self.model(*args, **kwargs)
+
     def unload(self) -> nn.Module:
         base = super().unload()
         announce(base)

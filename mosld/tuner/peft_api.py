@@ -80,6 +80,10 @@ OVERRIDDEN: Methods = {
     BaseTuner: {
         # Refuses names that no folder can have, and says which names come near to one that matches nothing.
         "inject_adapter": ("self", "model", "adapter_name"),
+        # Calls the model and not its `forward`, so that its hooks run.
+        "forward": ("self", "args", "kwargs"),
+        # Gives the base back without our hooks.
+        "unload": ("self",),
         # Wraps one module; every tuner must have it.
         "_create_and_replace": (
             "self", "peft_config", "adapter_name", "target", "target_name", "parent", "current_key",

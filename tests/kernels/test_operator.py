@@ -250,6 +250,8 @@ def test_a_bad_token_stays_alone(value, mixing):
     assert not y[2].isfinite().all() and torch.equal(y[others], clean[others])
 
 
+# torch 2.14's own check looks at the gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("base", [True, False], ids=["linear", "delta"])
 def test_opcheck(p, base, mixing):
