@@ -11,6 +11,7 @@ from torch import nn
 
 import mosld
 from mosld import MoSLDConfig
+from mosld.layers.host import all_adapters
 from tests.helpers.models import perturb, tiny_llama, token_ids
 
 TASKS = dict(r=2, num_experts=3, dropout=0.0, router="task", num_tasks=3)
@@ -126,6 +127,27 @@ def test_experts_that_get_gathered_tokens_are_always_refused():
             assert "task_ids cannot be told for" in str(error) and "expert" in str(error)
             refused += 1
     assert refused == 40
+
+
+def test_an_expert_that_gets_as_many_tokens_as_there_are_rows_is_refused():
+    """Its tokens are whichever went there, and no sign that they are one of each row."""
+    model = adapted(switch(), r".*encoder\.block\.1.*expert_0\.wi")
+    ((name, _),) = all_adapters(model)
+    seen: list[int] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    fitted = 0
+    for seed in range(60):
+        ids = token_ids(rows=3, length=2 + seed % 4, seed=seed)
+        mosld.set_routing(model, task_ids=[0, 1, 2])
+        seen.clear()
+        try:
+            model(input_ids=ids, decoder_input_ids=ids)
+        except ValueError as error:
+            assert "task_ids cannot be told for" in str(error)
+            fitted += seen[0] == 3
+            continue
+        assert not seen or seen[0] == ids.numel()  # all tokens of all rows, one after the other
+    assert fitted
 
 
 def test_windows_of_images_where_pixels_are_the_only_input():

@@ -169,6 +169,26 @@ def test_the_balance_loss_of_several_forwards(kind):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("kind", [True, False], ids=NAMES.get)
+def test_a_whole_model_in_one_checkpoint(kind):
+    """Its recomputation is the forward that it was, and not another one."""
+    results = []
+    for checkpointed in (False, True):
+        model = adapted(top_k=1)
+        embeds = model.get_input_embeddings()(token_ids()).detach().requires_grad_()
+
+        def run(x, model=model):
+            return model(inputs_embeds=x, use_cache=False).logits
+
+        out = checkpoint(run, embeds, use_reentrant=kind) if checkpointed else run(embeds)
+        before = [adapter.last_forward for _, adapter in all_adapters(model)]
+        (out.square().mean() + balance_loss(model)).backward()
+        assert [adapter.last_forward for _, adapter in all_adapters(model)] == before
+        assert all(adapter.router_logits is not None for _, adapter in all_adapters(model))
+        results.append(gradients(model) | {"x": embeds.grad})
+    assert_close(results[1], results[0])
+
+
 def test_what_others_give_as_context_still_runs():
     entered = []
 

@@ -158,9 +158,11 @@ def test_encoder_and_decoder_have_masks_of_their_own(build, length, told):
     encoder, decoder = torch.ones(3, 7, dtype=torch.int64), torch.ones(3, length, dtype=torch.int64)
     encoder[0, 3:] = 0
     decoder[2, 2:] = 0
-    labels = token_ids(length=length).masked_fill(decoder == 0, -100)
-    more = {"decoder_attention_mask": decoder} if told == "mask" else {}
-    model(input_ids=token_ids(), attention_mask=encoder, labels=labels, **more)
+    if told == "mask":
+        more = {"decoder_input_ids": token_ids(length=length), "decoder_attention_mask": decoder}
+    else:
+        more = {"labels": token_ids(length=length).masked_fill(decoder == 0, -100)}
+    model(input_ids=token_ids(), attention_mask=encoder, **more)
     real = {"encoder": int(encoder.sum()), "decoder": int(decoder.sum())}
     for name, stats in router_stats(model).items():
         crossed = any(part in name for part in ("EncDecAttention.k", "encoder_attn.k_proj"))

@@ -168,11 +168,11 @@ FAULTS = [
     ),
     Fault(
         "recomputation_forgets",
-        "mosld/layers/routing.py",
-        "    if torch.compiler.is_compiling() or not in_backward():\n",
-        "    if True:\n",
-        "under activation checkpointing the balance loss loses its gradient",
-        SKIPPED,
+        "mosld/layers/host.py",
+        "    if in_backward():  #",
+        "    if False:  #",
+        "where a whole model is checkpointed, its recomputation counts as another forward",
+        FORWARDS,
     ),
     Fault(
         "skipped_layers_remembered",
