@@ -54,6 +54,7 @@ class Forward:
         "shorter",
         "strange",
         "ids",
+        "outer",
     )
 
     def __init__(self, rows: int | None = None, length: int | None = None, images: bool = False):
@@ -65,6 +66,7 @@ class Forward:
         self.shorter: Callable[[Tensor], Tensor] | None = None  # lengths before a model's convolutions -> after them
         self.strange: str | None = None  # a mask that does not tell which tokens are real, in words
         self.ids: Tensor | None = None  # input_ids that came without a mask
+        self.outer: Forward | None = None  # of a model around this one, while this one runs
 
     def mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of the tokens x [rows, tokens, ...], nonzero where they are real, or None where none is known."""

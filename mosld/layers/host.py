@@ -96,12 +96,11 @@ _ANNOUNCED = "_mosld_announced"
 
 
 class Announced:
-    """The mixtures of a model whose forwards are announced, so that nobody walks it each time; and what was running."""
+    """The mixtures of a model whose forwards are announced, so that nobody walks it each time."""
 
     def __init__(self, adapters: list[MoSLDAdapter]):
         self.adapters = adapters
         self.checked = False  # whether a training forward has shown which of them run
-        self.outside: list[Forward | None] = []
 
     def __deepcopy__(self, memo: dict) -> "Announced":
         twin = Announced([copy.deepcopy(adapter, memo) for adapter in self.adapters])
@@ -109,7 +108,7 @@ class Announced:
         return twin
 
     def __getstate__(self) -> dict:
-        return {"adapters": self.adapters, "checked": self.checked, "outside": []}
+        return {"adapters": self.adapters, "checked": self.checked}
 
 
 def _unhook(module: nn.Module) -> None:
@@ -140,8 +139,8 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     announced = cast(Announced, vars(model)[_ANNOUNCED])
     forget(announced.adapters)
-    announced.outside.append(this_thread.forward)
-    this_thread.forward = begun(model, args, kwargs)
+    forward = begun(model, args, kwargs)
+    forward.outer, this_thread.forward = this_thread.forward, forward
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
@@ -149,7 +148,9 @@ def _end(model: nn.Module, args: tuple, output: Any) -> None:
         return
     announced = cast(Announced, vars(model)[_ANNOUNCED])
     forward = this_thread.forward
-    this_thread.forward = announced.outside.pop() if announced.outside else None
+    this_thread.forward = None if forward is None else forward.outer
+    if forward is not None:
+        forward.outer = None  # layers remember their last forward, and not what it was part of
     # An output of None: the forward ended in an error, which says more.
     if not announced.checked and model.training and torch.is_grad_enabled() and output is not None:
         announced.checked = True
