@@ -1,5 +1,5 @@
 # make demo   train on the embedded tasks, print the table, draw the pictures, save the adapter (no download)
-# make test   the tests that run without a GPU, but for those marked slow: four minutes on two cores
+# make test   the tests that run without a GPU, but for those marked slow: five minutes on two cores
 # make test-slow  those: kills, full disks, several processes, compilers, the benchmarks at toy size
 # make test-gpu  the tests that need an NVIDIA GPU
 # make fuzz   the random tests of tests/hardening/properties, on twenty times as many cases and new ones each time: a quarter of an hour;
