@@ -29,8 +29,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_no_bar_is_drawn_into_a_file(tmp_path, monkeypatch):
-    assert "training" not in trained(tmp_path, monkeypatch, io.StringIO())
+def test_a_file_gets_a_few_lines_and_no_bar(tmp_path, monkeypatch):
+    text = trained(tmp_path, monkeypatch, io.StringIO())
+    lines = [line for line in text.splitlines() if line.startswith("training: step ")]
+    assert "\r" not in text and 1 <= len(lines) <= 10 and all("loss=" in line for line in lines)
 
 
 def test_a_terminal_shows_one(tmp_path, monkeypatch):
