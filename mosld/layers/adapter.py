@@ -23,6 +23,7 @@ from .calls import Call, EarlierCall, Slot
 from .deferred_grads import attach
 from .dropout import MASK_RATES, RATES, mask_dropouts
 from .forwards import Forward, in_backward, remember_checkpoints, this_thread
+from .start import StartsWithoutCheckpoint
 
 
 class AdapterWeight(nn.Module):
@@ -39,7 +40,7 @@ class AdapterWeight(nn.Module):
         return ", ".join(map(str, self.weight.shape))
 
 
-class MoSLDAdapter(nn.Module):
+class MoSLDAdapter(StartsWithoutCheckpoint):
     """The mixture beside one linear layer; by default MoSLD's, E experts of rank r that share one down-projection A.
 
     Args:
@@ -167,33 +168,6 @@ class MoSLDAdapter(nn.Module):
         if self.mixer is not None:
             m.kind.start(self.mixer.weight)
 
-    def _mark_started(self) -> None:
-        """Note whether the values of the weights are still to come: on the meta device there are none."""
-        self.__dict__["_unset"] = self._modules[self.parts[0]].weight.is_meta  # pyright: ignore
-
-    @property
-    def _is_hf_initialized(self) -> bool:
-        """How transformers marks a module that needs no initial values any more."""
-        return self.__dict__.get("_started", False)
-
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        """A model that is loaded from a checkpoint is built on the meta device. What the checkpoint has not is then
-        made of memory as it is found, and transformers, which knows no mixture, marks it as done: here it is started.
-        """
-        self.__dict__["_started"] = value
-        if not (value and self.__dict__.get("_unset")):
-            return
-        loaded: list[tuple[Tensor, Tensor]] = []
-        for part in self.parts:
-            own: Any = self._modules[part]
-            # Loaded parameters carry the same mark, one by one.
-            if own is not None and getattr(own.weight, "_is_hf_initialized", False):
-                loaded.append((own.weight.data, own.weight.detach().clone()))
-        self.reset_parameters()
-        for weight, values in loaded:
-            weight.copy_(values)
-
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> the layer's output with `weight` [out_features, in_features], the update without.
 
@@ -270,10 +244,11 @@ class MoSLDAdapter(nn.Module):
             )
 
     def _rate(self, name: str) -> float:
-        """The rate of one dropout in this forward: 0 where its module is not in training mode."""
+        """The rate of one dropout in this forward: 0 where its module is not in training mode, or was replaced by one
+        that drops nothing (nn.Identity)."""
         # Not by attribute: nn.Module's lookup costs more than all the rest of this.
         own: Any = self._modules["dropouts"]._modules.get(name)  # pyright: ignore[reportOptionalMemberAccess]
-        return own.p if own is not None and own.training else 0.0
+        return getattr(own, "p", 0.0) if own is not None and own.training else 0.0
 
     @property
     def dropout(self) -> float:
@@ -283,8 +258,7 @@ class MoSLDAdapter(nn.Module):
         >>> MoSLDAdapter(6, 5, dropout=0.1).dropout
         0.1
         """
-        own: Any = self.dropouts._modules.get("dropout")
-        return 0.0 if own is None else own.p
+        return getattr(self.dropouts._modules.get("dropout"), "p", 0.0)
 
     def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         tensors = (self.shared_a.weight, self.expert_b.weight, self.router.weight)

@@ -34,8 +34,9 @@ class MoSLDLinear(nn.Linear, MixtureHost):
         ValueError: Mixture refuses a value.
 
     `weight` and `bias` load from a plain nn.Linear checkpoint, strictly too: one without any of the adapter's tensors
-    leaves the adapter as it is. The adapter's own tensors are `adapter.shared_a.weight`, `adapter.expert_b.weight`
-    and `adapter.router.weight`.
+    leaves the adapter as it is. One that was made on the meta device starts as a fresh one when it gets memory, whether
+    by `to_empty`, `load_state_dict(assign=True)` or transformers' from_pretrained. The adapter's own tensors are
+    `adapter.shared_a.weight`, `adapter.expert_b.weight` and `adapter.router.weight`.
 
     >>> import torch
     >>> from mosld import MoSLDLinear
@@ -89,8 +90,8 @@ class MoSLDLinear(nn.Linear, MixtureHost):
                 "are adapted through PEFT: get_peft_model(model, MoSLDConfig(...))"
             )
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **hyperparameters)
-        layer.adapter = layer.adapter.to_empty(device=linear.weight.device).to(linear.weight.dtype)
-        layer.adapter.reset_parameters()
+        # In the layer's dtype before there is memory: leaving the meta device starts the weights.
+        layer.adapter = layer.adapter.to(linear.weight.dtype).to_empty(device=linear.weight.device)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._freeze()
         return layer.train(linear.training)
@@ -156,7 +157,11 @@ class MoSLDLinear(nn.Linear, MixtureHost):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.adapter.extra_repr()}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs) -> None:
         if not any(key.startswith(f"{prefix}adapter.") for key in state_dict):
+            weight = state_dict.get(f"{prefix}weight")
+            if self.adapter._on_meta() and weight is not None and local_metadata.get("assign_to_params_buffers"):
+                # assign=True puts the checkpoint's tensors where those without memory are.
+                self.adapter = self.adapter.to(weight.dtype).to_empty(device=weight.device)
             state_dict.update({f"{prefix}adapter.{name}": p for name, p in self.adapter.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

@@ -1,6 +1,7 @@
 """Programs that walk a model's modules govern the mixtures' dropout: by the flag of each module, and by each rate."""
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -74,6 +75,19 @@ def test_trls_disable_dropout_turns_the_mixtures_off(kind):
         assert torch.equal(model(token_ids()).logits, plain(token_ids()).logits)
 
 
+@pytest.mark.parametrize("kind", RATES)
+def test_dropouts_that_are_replaced_by_identities_drop_nothing(kind):
+    """How models are made ready for export or for evaluation with other parts in training mode."""
+    model = adapted(**RATES[kind]).train()
+    assert drops(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Identity())
+    assert not drops(model)
+    assert {adapter.dropout for _, adapter in all_adapters(model)} == {0.0}
+
+
 def test_a_rate_that_is_changed_is_the_rate_of_the_next_forward():
     """Whoever schedules dropout sets `p`: at 0.999 hardly an element of A is left, and so next to no update."""
     model = adapted(dropout=0.1).train()
@@ -107,29 +121,27 @@ def test_an_adapter_that_is_added_deleted_or_copied_has_its_own_dropout():
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*num_workers:UserWarning")
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # the model is made in eval mode here
-def test_lightning_trains_with_dropout():
-    """Its Trainer saves and restores the flags around validation, the check before the first step included."""
+@pytest.mark.parametrize("train", [True, False])
+def test_lightning_trains_with_dropout(train):
+    """Its Trainer saves and restores the flags around validation, the check before the first step included. A module
+    that comes in eval mode stays so, as any other does."""
     lightning = pytest.importorskip(
         "pytorch_lightning", reason="pytorch-lightning, the extra interop, is not installed"
     )
-    counted: list[float] = []
+    steps: list[bool] = []
+    validations: list[bool] = []
 
     class Task(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = adapted(dropout=0.4)
+            self.model = adapted(dropout=0.4).train(train)
 
         def training_step(self, batch, number):
-            rates = {adapter._rate("dropout") for _, adapter in all_adapters(self.model)}
-            counted.extend(rates)
+            steps.append(drops(self.model))
             return self.model(input_ids=batch, labels=batch).loss
 
-        def on_train_start(self):
-            self.model.train()
-
         def validation_step(self, batch, number):
-            assert not drops(self.model)
+            validations.append(drops(self.model))
 
         def configure_optimizers(self):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
@@ -139,8 +151,12 @@ def test_lightning_trains_with_dropout():
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Task(), data, data)
-    assert counted == [0.4] * 2 * len(token_ids())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in eval mode at the start")
+        trainer.fit(Task(), data, data)
+    assert steps == [train] * 2 * len(token_ids())
+    checks = min(trainer.num_sanity_val_steps, len(token_ids()))
+    assert checks and validations == [False] * (checks + 2 * len(token_ids()))
 
 
 def test_dropout_is_no_part_of_what_is_saved(tmp_path):

@@ -121,3 +121,53 @@ def test_training_moves_what_was_started(tmp_path):
         optimizer.zero_grad()
     for name, old in before.items():
         assert not torch.equal(old, model.get_parameter(name)), name
+
+
+def on_the_meta_device() -> RoutedLlama:
+    config = tiny_llama().config
+    with torch.device("meta"):
+        return RoutedLlama(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_loaded_by_hand_from_a_plain_checkpoint_the_mixtures_are_fresh(way, dtype):
+    """Large models are made on the meta device by those, too, who load the checkpoint themselves."""
+    plain = tiny_llama().to(dtype)
+    model = on_the_meta_device().to(dtype)
+    if way == "to_empty":
+        model = model.to_empty(device="cpu")
+    model.load_state_dict(plain.state_dict(), assign=way == "assign")
+    model.model.rotary_emb.inv_freq = plain.model.rotary_emb.inv_freq  # a buffer that no checkpoint has
+    assert_fresh(model, dtype)
+    assert not model.model.layers[0].self_attn.q_proj.weight.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model.eval()(token_ids()).logits, plain(token_ids()).logits)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_loaded_by_hand_a_checkpoint_with_mixtures_keeps_them_and_a_plain_one_after_it_too(way):
+    trained = RoutedLlama(tiny_llama().config)
+    for _, adapter in all_adapters(trained):
+        perturb(adapter)
+    model = on_the_meta_device()
+    if way == "to_empty":
+        model = model.to_empty(device="cpu")
+    model.load_state_dict(trained.state_dict(), assign=way == "assign")
+    model.load_state_dict(tiny_llama(seed=1).state_dict())
+    for name, tensor in model.state_dict().items():
+        if ".adapter." in name:
+            assert torch.equal(tensor, trained.state_dict()[name]), name
+
+
+def test_a_layer_of_the_meta_device_starts_as_one_with_memory():
+    """The same draws from the generator: reproducible runs do not depend on how a layer got its memory."""
+    torch.manual_seed(3)
+    layer = MoSLDLinear(6, 5, r=2, num_experts=3, device="meta").to_empty(device="cpu")
+    torch.manual_seed(3)
+    layer.adapter.reset_parameters()
+    again = {name: p.clone() for name, p in layer.adapter.state_dict().items()}
+    torch.manual_seed(3)
+    layer = MoSLDLinear(6, 5, r=2, num_experts=3, device="meta").to_empty(device="cpu")
+    for name, value in layer.adapter.state_dict().items():
+        assert torch.equal(value, again[name]), name

@@ -114,8 +114,8 @@ FAULTS = [
     Fault(
         "dropout_in_eval",
         "mosld/layers/adapter.py",
-        "return own.p if own is not None and own.training else 0.0",
-        "return own.p if own is not None else 0.0",
+        'return getattr(own, "p", 0.0) if own is not None and own.training else 0.0',
+        'return getattr(own, "p", 0.0) if own is not None else 0.0',
         "a model in eval mode draws random numbers, and its answers vary",
         LAYER,
     ),

@@ -65,9 +65,9 @@ FAULTS = [
     Fault(
         "part_of_an_adapter_is_enough",
         "mosld/layers/linear.py",
-        '        if not any(key.startswith(f"{prefix}adapter.") for key in state_dict):\n'
         '            state_dict.update({f"{prefix}adapter.{name}": p '
         "for name, p in self.adapter.state_dict().items()})\n",
+        "            pass\n"
         "        for name, p in self.adapter.state_dict().items():\n"
         '            state_dict.setdefault(f"{prefix}adapter.{name}", p)\n',
         "a checkpoint that lacks a tensor of the adapter loads strictly, with that tensor untrained",
@@ -168,5 +168,21 @@ FAULTS = [
         'values["mixing"] = "expand"',
         'shared="up" shares the down-projection',
         ("tests/mixture/test_equations.py",),
+    ),
+    Fault(
+        "memory_as_it_was_found",
+        "mosld/layers/start.py",
+        "        if not (had_values or self._on_meta()):\n            self.reset_parameters()\n",
+        "",
+        "a model that leaves the meta device and loads a plain checkpoint computes with memory as it was found",
+        ("tests/hardening/wild/test_model_classes_with_our_layers.py",),
+    ),
+    Fault(
+        "from_pretrained_starts_nothing",
+        "mosld/layers/start.py",
+        '        self.__dict__["_unset"] = self._on_meta()',
+        '        self.__dict__["_unset"] = False',
+        "from_pretrained of a plain checkpoint leaves A, B and router as they were found in memory",
+        ("tests/hardening/wild/test_model_classes_with_our_layers.py",),
     ),
 ]
