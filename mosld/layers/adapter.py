@@ -88,6 +88,7 @@ class MoSLDAdapter(StartsWithoutCheckpoint):
     keep_hidden = False
 
     parts = PARTS
+    balanced = False  # whether somebody took a balance loss of it, ever
     mask: Tensor | None
 
     shared_a: AdapterWeight

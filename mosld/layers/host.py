@@ -2,7 +2,6 @@
 
 import copy
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from torch import nn
 from .adapter import MoSLDAdapter
 from .forwards import Forward, begun, in_backward, this_thread
 from .masks import reduced
+from .unbalanced import watch_balance
 
 
 class MixtureHost:
@@ -155,7 +155,7 @@ def _end(model: nn.Module, args: tuple, output: Any) -> None:
     if not announced.checked and model.training and torch.is_grad_enabled() and output is not None:
         announced.checked = True
         _tell_idle(model, forward)
-        _tell_unbalanced(model)
+        watch_balance(model, running_adapters(model), output)
 
 
 def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
@@ -177,26 +177,6 @@ def _tell_idle(model: nn.Module, forward: Forward | None) -> None:
         ". What never runs is saved and never trained: leave it out with exclude_modules, unless other inputs reach it",
         stacklevel=3,
     )
-
-
-def _tell_unbalanced(model: nn.Module) -> None:
-    """Say that transformers' own Trainer, which knows no balance loss, leaves out what a configuration asks for."""
-    coefs = {getattr(config, "balance_coef", 0) for config in (getattr(model, "peft_config", None) or {}).values()}
-    if not any(coefs) or not any(adapter.mixture.tokens_choose for _, adapter in running_adapters(model)):
-        return
-    frame = sys._getframe(1)
-    while frame is not None:
-        bases = {base.__name__: base.__module__ for base in type(frame.f_locals.get("self")).__mro__}
-        if bases.get("Trainer", "").startswith("transformers."):
-            if "MoSLDTrainerMixin" not in bases:
-                warnings.warn(
-                    f"balance_coef={max(coefs)} asks for a balance loss, which {type(frame.f_locals['self']).__name__} "
-                    "does not add: train with MoSLDTrainer, put mosld.MoSLDTrainerMixin before another Trainer, or say "
-                    "balance_coef=0",
-                    stacklevel=3,
-                )
-            return
-        frame = frame.f_back
 
 
 def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

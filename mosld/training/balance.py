@@ -22,6 +22,7 @@ from mosld_kernels.gating import top_k_mask
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
 from ..layers.stats import Ran, last_routing
+from ..layers.unbalanced import note_balanced
 from ..tuner.config import BALANCE_POOLS
 
 
@@ -72,6 +73,7 @@ def balance_loss(
         for own in ran:
             logits = kept.of(own.name, own.kept, "router_logits", own.adapter.router.weight)
             calls.append((logits, own.mask, own.kept.gates))
+            note_balanced(own.adapter)
         losses.append(_of_pool(ran[0].adapter, calls))
     return added(losses, model)
 

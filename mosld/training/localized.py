@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..layers.adapter import MoSLDAdapter
 from ..layers.deferred_grads import KeptTensors, added
 from ..layers.stats import last_routing
+from ..layers.unbalanced import note_balanced
 from ..mixture.gates import apply_gate
 
 
@@ -64,6 +65,7 @@ def localized_balance_loss(
         if logits.dim() < 2 or len(logits) != len(kinds):
             raise ValueError(f"kinds must be one a row: {name} saw {list(logits.shape[:-1])} tokens, got {len(kinds)}")
         of_expert = _groups(name, adapter.num_experts, groups)
+        note_balanced(adapter)
         logits = kept.of(name, call, "router_logits", adapter.router.weight)
         own = kinds.to(logits.device).unsqueeze(1) == of_expert.to(logits.device)  # [batch, E]
         losses.append(_variation(adapter, logits, None if attention_mask is None else mask, own, delta))
