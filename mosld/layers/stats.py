@@ -86,7 +86,7 @@ class RouterStats:
 
     Attributes:
         load: [E], the share of the chosen places (K per token) that each expert got; sums to 1.
-        gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1.
+        gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1 where a token's gates do.
         probability: [E], the mean router probability of each expert; sums to 1.
         entropy: Mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
         tokens: How many tokens were counted.
@@ -189,7 +189,7 @@ def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[s
     sums: dict[MoSLDAdapter, Tensor] = {}
     names: dict[MoSLDAdapter, str] = {}
     for own in last_routing(model, attention_mask):
-        one = _sums(own.logits, own.adapter.top_k, own.mask, own.kept.gates)
+        one = _sums(own.logits, own.adapter, own.mask, own.kept.gates)
         sums[own.adapter] = sums[own.adapter] + one if own.adapter in sums else one
         names[own.adapter] = own.name
     seen: Counter[str] = Counter()
@@ -198,7 +198,7 @@ def _summed(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[s
         yield name if seen[name] == 1 else f"{name} ({seen[name]})", sums[adapter]
 
 
-def _sums(logits: Tensor, top_k: int, mask: Tensor | None, gates: Tensor | None) -> Tensor:
+def _sums(logits: Tensor, adapter: MoSLDAdapter, mask: Tensor | None, gates: Tensor | None) -> Tensor:
     """logits [..., E], mask [...], gates [..., E] where no top-k made them -> [3 E + 2]
 
     Tokens go across: on a CPU that is ten times faster than a handful of experts.
@@ -207,9 +207,10 @@ def _sums(logits: Tensor, top_k: int, mask: Tensor | None, gates: Tensor | None)
     log_probability = logits.T.log_softmax(0)  # [E, T]
     probability = log_probability.exp()
     if gates is None:
-        values, chosen = largest(logits, top_k)
+        values, chosen = largest(logits, adapter.top_k)
+        of_chosen = values.T.softmax(0) if adapter.mixture.renormalises else probability.gather(0, chosen.T)
         empty = torch.zeros_like(probability)
-        places, shares = empty.scatter(0, chosen.T, 1.0), empty.scatter_add(0, chosen.T, values.T.softmax(0))
+        places, shares = empty.scatter(0, chosen.T, 1.0), empty.scatter_add(0, chosen.T, of_chosen)
     else:
         shares = gates.reshape(-1, gates.shape[-1]).T.to(probability.dtype)
         places = (shares != 0).to(probability.dtype)

@@ -177,6 +177,11 @@ class Mixture:
         return self.gate == "top_k" and self.has_logits and self.kind.gate is None
 
     @property
+    def renormalises(self) -> bool:
+        """Whether the chosen experts' gates are their own softmax; False: the router's probabilities as they are."""
+        return self.kind.block is None or bool(self.option("renormalise"))
+
+    @property
     def uses_fused_operator(self) -> bool:
         """Whether the fused operator computes it: MoSLD's structure, or the same with an A per expert."""
         sites = self.up_dropout or self.input_dropout or self.hidden_dropout

@@ -1,11 +1,13 @@
 """A mixing with a gate function of its own: load, gates and balance loss are those of the gates that were used."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 
-from mosld import MoSLDLinear, balance_loss, register_mixing, router_stats
+from mosld import MoSLDConfig, MoSLDLinear, balance_loss, register_mixing, router_stats
 from mosld.mixture import MIXINGS
+from tests.helpers.models import perturb, tiny_llama, token_ids
 
 
 @pytest.fixture
@@ -51,6 +53,35 @@ def test_statistics_and_loss_are_those_of_the_gates_that_were_used(thresholds):
     assert loss.item() == pytest.approx(float(expected), rel=1e-5) and loss.item() > 0
     loss.backward()
     assert layer.router.weight.grad.any()
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_gates_of_blocks_are_those_that_were_used(renormalise):
+    """Without renormalising (the Switch Transformer's router) a token's gates add up to less than one."""
+    config = MoSLDConfig(
+        r=2, num_experts=4, top_k=2, mixing="block", mixing_options={"renormalise": renormalise}, dropout=0.0,
+        target_modules=["mlp"],
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_llama(), config)
+    perturb(model)
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: (module, args[0])}))
+    with torch.no_grad():
+        model(token_ids())
+    stats = router_stats(model)
+    assert len(seen) == len(stats) == 2
+    for name, (layer, x) in seen.items():
+        router = layer.mixtures["default"].router.weight.detach().double()
+        gates, load = torch.zeros(4).double(), torch.zeros(4).double()
+        for token in x.flatten(0, 1).double():
+            chances = (router @ token).softmax(0)
+            chosen = chances.argsort(descending=True)[:2]
+            gates[chosen] += chances[chosen] / (chances[chosen].sum() if renormalise else 1)
+            load[chosen] += 1
+        torch.testing.assert_close(stats[name].gates.double(), gates / x[..., 0].numel(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats[name].load.double(), load / load.sum(), rtol=1e-5, atol=1e-6)
 
 
 def test_gates_of_another_form_tell_nothing_of_a_load():

@@ -184,4 +184,28 @@ FAULTS = [
         "the contrastive loss is of outputs that are too small by the root of alpha / r",
         LOSSES,
     ),
+    Fault(
+        "told_before_it_can_be_known",
+        "mosld/layers/unbalanced.py",
+        "        if not any(adapter.balanced for adapter in adapters):\n",
+        "        if adapters:\n",
+        "a Trainer that adds the balance loss itself is told that it does not",
+        ("tests/hardening/wild/test_plain_trainers.py",),
+    ),
+    Fault(
+        "gates_of_blocks_add_up_to_one",
+        "mosld/layers/stats.py",
+        "        of_chosen = values.T.softmax(0) if adapter.mixture.renormalises else probability.gather(0, chosen.T)\n",
+        "        of_chosen = values.T.softmax(0)\n",
+        "the statistics of blocks that do not renormalise tell of other gates than were used",
+        ("tests/hardening/wild/test_gates_of_ones_own.py",),
+    ),
+    Fault(
+        "statistics_of_a_top_k_that_never_was",
+        "mosld/layers/stats.py",
+        "own.adapter, own.mask, own.kept.gates)",
+        "own.adapter, own.mask, None)",
+        "a mixing with a gate function of its own gets the load of a top-k that it does not have",
+        ("tests/hardening/wild/test_gates_of_ones_own.py",),
+    ),
 ]
