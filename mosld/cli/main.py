@@ -1,10 +1,14 @@
 """The command line: `mosld VERB ...`, also as `python -m mosld VERB ...`. Each verb is a file of this folder."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging
 
 from ..experiments.run_folder import release
 from ..files.errors import escape_control_chars, explain
@@ -65,6 +69,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def bars_on_terminals_alone() -> Iterator[None]:
+    """Around a command: transformers and the hub draw their bars into files too, a line for every change."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_has_none = are_progress_bars_disabled()  # by the user, and the hub warns of whoever gives it bars then
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not hub_has_none:
+            logging.enable_progress_bar()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     # Not parse_args: some verbs pass on to the Trainer what the parser does not know.
@@ -73,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not verb.TRAINER_ARGUMENTS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return verb.run(options, rest) or 0
+        with bars_on_terminals_alone():
+            return verb.run(options, rest) or 0
     except Refused as error:
         print(escape_control_chars(f"mosld {options.command}: {error}"), file=sys.stderr)
         return 2

@@ -86,7 +86,7 @@ class RouterStats:
 
     Attributes:
         load: [E], the share of the chosen places (K per token) that each expert got; sums to 1.
-        gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1 where a token's gates do.
+        gates: [E], the mean gate of each expert, counting zero where it is not chosen; sums to 1 where a token's do.
         probability: [E], the mean router probability of each expert; sums to 1.
         entropy: Mean entropy of the router's distribution over all experts, in nats; log(E) when undecided.
         tokens: How many tokens were counted.

@@ -4,9 +4,12 @@ import io
 import sys
 
 import peft
-from transformers import TrainingArguments
+import pytest
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils import logging
 
 from mosld import MoSLDConfig, MoSLDTrainer
+from mosld.cli.main import VERBS, main
 from mosld.training.progress import show_progress
 from tests.helpers.models import tiny_llama, token_ids
 
@@ -37,3 +40,15 @@ def test_a_file_gets_a_few_lines_and_no_bar(tmp_path, monkeypatch):
 
 def test_a_terminal_shows_one(tmp_path, monkeypatch):
     assert "training" in trained(tmp_path, monkeypatch, Terminal())
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_transformers_bars_are_not_drawn_into_a_file_either(tmp_path, monkeypatch, on_a_terminal):
+    """A command loads models, and transformers draws a bar for each."""
+    tiny_llama().save_pretrained(tmp_path)
+    stream = Terminal() if on_a_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(VERBS["inspect"], "run", lambda *_: AutoModelForCausalLM.from_pretrained(tmp_path) and 0)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert ("Loading weights" in stream.getvalue()) == on_a_terminal
+    assert logging.is_progress_bar_enabled()  # for whoever calls a command from a program of his own

@@ -195,8 +195,8 @@ FAULTS = [
     Fault(
         "gates_of_blocks_add_up_to_one",
         "mosld/layers/stats.py",
-        "        of_chosen = values.T.softmax(0) if adapter.mixture.renormalises else probability.gather(0, chosen.T)\n",
-        "        of_chosen = values.T.softmax(0)\n",
+        " if adapter.mixture.renormalises else probability.gather(0, chosen.T)\n",
+        "\n",
         "the statistics of blocks that do not renormalise tell of other gates than were used",
         ("tests/hardening/wild/test_gates_of_ones_own.py",),
     ),

@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "mean_gates_over_experts",
         "mosld/layers/stats.py",
-        "empty.scatter_add(0, chosen.T, values.T.softmax(0))",
-        "empty.scatter_add(0, chosen.T, values.T.softmax(1))",
+        "of_chosen = values.T.softmax(0) if",
+        "of_chosen = values.T.softmax(1) if",
         "router_stats' gates are normalised over tokens instead of experts",
         (*STATISTICS, "tests/analysis/test_saved_adapters.py"),
     ),
